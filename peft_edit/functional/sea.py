@@ -1,0 +1,274 @@
+"""Spectral Editing of Activations: the fit, the edit and its linear form for merging.
+
+Source: "Spectral Editing of Activations for Large Language Model Alignment" (SEA), NeurIPS 2024, arXiv 2405.09719.
+Rows are samples, n demonstrations, d the hidden size, k a rank. A basis is (k, d) with orthonormal rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .spectra import LeftFactor, Spectrum
+
+
+Rescale = Literal["token", "none", "mean", "average"]
+Projections = Literal["both", "positive", "negative", "exchanged"]
+FeatureSpace = Literal["activation", "feature"]
+Projection = Callable[[Tensor], Tensor]
+
+# The inverse feature maps diverge at the ends of their domain: arguments stay this far inside (the published value).
+DOMAIN_MARGIN = 1e-4
+
+
+def project(x: Tensor, basis: Tensor) -> Tensor:
+    """Orthogonal projection of x, (..., d), onto the span of basis, (k, d), by two thin products in x's dtype."""
+    basis = basis.to(x.dtype)
+    return (x @ basis.T) @ basis
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """An elementwise map phi and its inverse, which also sees phi's input because not every phi is injective."""
+
+    forward: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor, Tensor], Tensor]
+
+
+def _squared_exponential_inverse(z: Tensor, x: Tensor) -> Tensor:
+    return torch.sign(x) * (-2 * torch.log(z.clamp(DOMAIN_MARGIN, 1))).sqrt()
+
+
+def _elu_inverse(z: Tensor, x: Tensor) -> Tensor:
+    return torch.where(z >= 0, z, torch.log1p(z.clamp(-1 + DOMAIN_MARGIN, 0)))
+
+
+FEATURE_MAPS: dict[str, FeatureMap] = {
+    "tanh": FeatureMap(torch.tanh, lambda z, x: torch.atanh(z.clamp(-1 + DOMAIN_MARGIN, 1 - DOMAIN_MARGIN))),
+    "squared_exponential": FeatureMap(lambda x: torch.exp(-x.square() / 2), _squared_exponential_inverse),
+    "elu": FeatureMap(torch.nn.functional.elu, _elu_inverse),
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Result of `fit`: a thin factor for each sign, and how informative the site is."""
+
+    positive: Spectrum
+    negative: Spectrum
+    signature: float
+
+
+def fit(
+    neutral: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    positive_energy: float = 0.998,
+    negative_energy: float = 0.998,
+    centered: bool = False,
+    feature_map: str | None = None,
+    scale: float = 1.0,
+) -> Fit:
+    """Leading left singular vectors of Omega+ = H^T H+ / n and Omega- = H^T H- / n (SEA), in float64.
+
+    Args:
+        neutral, positive, negative: (n, d) each, row i of the three is one demonstration.
+        positive_energy, negative_energy: share of the squared singular values that the kept directions carry, in (0,
+            1].
+        centered: subtract each set's mean over the demonstrations first (ours; the paper does not).
+        feature_map: name in `FEATURE_MAPS` to fit on phi(x / scale) (Phi-SEA).
+        scale: divisor of the activations before the feature map, > 0.
+
+    Raises:
+        ValueError: shapes differ, fewer than two demonstrations, activations that are not finite, an energy outside
+            (0, 1], or a cross-covariance that is zero.
+
+    Departs from the published code: phi is applied (there it is thrown away), and an energy of 1 keeps the numerical
+    rank (there it can keep nothing).
+    """
+    shape = tuple(neutral.shape)
+    if not len(shape) == 2 or not shape == tuple(positive.shape) == tuple(negative.shape):
+        raise ValueError(
+            "neutral, positive and negative must all be (demonstrations, hidden size), "
+            f"got {shape}, {tuple(positive.shape)} and {tuple(negative.shape)}"
+        )
+    if shape[0] < 2:
+        raise ValueError(f"a fit needs at least 2 demonstrations, got {shape[0]}")
+    for name, energy in (("positive_energy", positive_energy), ("negative_energy", negative_energy)):
+        check_energy(name, energy)
+    sets = []
+    for name, activations in (("neutral", neutral), ("positive", positive), ("negative", negative)):
+        check_finite(name, activations)
+        activations = activations.double()
+        if feature_map is not None:
+            activations = FEATURE_MAPS[feature_map].forward(activations / scale)
+        sets.append(activations - activations.mean(dim=0) if centered else activations)
+    left = LeftFactor(sets[0])
+    return Fit(
+        positive=left.decompose(sets[1], positive_energy),
+        negative=left.decompose(sets[2], negative_energy),
+        signature=signature(positive, negative),
+    )
+
+
+def check_energy(name: str, energy: float) -> None:
+    """Raise ValueError unless energy is a share in (0, 1]."""
+    if not 0 < energy <= 1:
+        remedy = f": pass {energy / 100:g}" if 1 < energy <= 100 else ""
+        raise ValueError(f"{name} must be in (0, 1], got {energy}{remedy}")
+
+
+def check_finite(name: str, activations: Tensor) -> None:
+    """Raise ValueError naming the first row of activations, (n, d), that holds a NaN or an infinity."""
+    bad = ~torch.isfinite(activations).all(dim=1)
+    if bad.any():
+        raise ValueError(
+            f"{name} activations must be finite: {int(bad.sum())} of {len(bad)} rows are not, "
+            f"the first is row {int(bad.nonzero()[0])}; drop those demonstrations or collect them in a wider dtype"
+        )
+
+
+def signature(positive: Tensor, negative: Tensor) -> float:
+    """How much a site tells the two behaviours apart: the sum of the singular values of E^T L / n (SEA).
+
+    E, (2n, d), stacks the positive and negative activations, (n, d) each; L, (2n, 2), holds their one-hot labels. So
+    the two columns of E^T L / n are the mean activations.
+    """
+    means = torch.stack((positive.double().mean(dim=0), negative.double().mean(dim=0)))  # (2, d)
+    return float(torch.linalg.svdvals(means).sum())
+
+
+def edit(
+    h: Tensor,
+    positive: Projection,
+    negative: Projection,
+    *,
+    projections: Projections = "both",
+    feature_map: str | None = None,
+    feature_space: FeatureSpace = "activation",
+    scale: float = 1.0,
+    rescale: Rescale = "token",
+    mean_rescale: float = 1.0,
+    strength: float = 1.0,
+) -> Tensor:
+    """Edit activations: out = rescale(P+ h + P- h), P+ = U+ U+^T, P- = I - U- U-^T (SEA).
+
+    A token's output depends on that token alone. Products run in h's dtype (with a feature map in float32, whose
+    inverse amplifies rounding), norms and scalars in float32 or wider.
+
+    Args:
+        h: (..., d), any floating dtype; not changed.
+        positive, negative: the orthogonal projections x -> U U^T x, see `project`.
+        projections: which of P+ and P- are used; "exchanged" swaps U+ and U- (reverse editing).
+        feature_map: name in `FEATURE_MAPS`, for phi^-1(P+ phi(h)) + phi^-1(P- phi(h)).
+        feature_space: where the two are added: "activation" after phi^-1, as in the paper; "feature" before it, so that
+            equal bases make the identity.
+        scale: h is divided by it before phi and the result multiplied by it.
+        rescale: "token" keeps each token's norm; "none"; "mean" multiplies by `mean_rescale`; "average" halves.
+        strength: 0 returns h, 1 the edit, more is allowed; "token" keeps norms at every strength.
+
+    Returns:
+        (..., d), h's dtype.
+
+    Departs from the published code: it takes the norm per feature over all tokens of all sequences of a batch, so
+    that a token's output depends on later tokens and on its neighbours. That variant is not offered.
+    """
+    wide = torch.promote_types(h.dtype, torch.float32)
+    x = h.to(wide)
+    if projections == "exchanged":
+        positive, negative = negative, positive
+    if feature_map is None:
+        y = _combine(h, positive, negative, projections, wide)
+    else:
+        phi = FEATURE_MAPS[feature_map]
+        x_scaled = x / scale
+        z = phi.forward(x_scaled)
+        if feature_space == "feature" or projections in ("positive", "negative"):
+            y = phi.inverse(_combine(z, positive, negative, projections, wide), x_scaled) * scale
+        else:
+            y = (phi.inverse(positive(z), x_scaled) + phi.inverse(z - negative(z), x_scaled)) * scale
+
+    if rescale == "mean":
+        y = mean_rescale * y
+    elif rescale == "average":
+        y = y / 2
+    if strength != 1:
+        y = x + strength * (y - x)
+    if rescale == "token":
+        norm = y.norm(dim=-1, keepdim=True)
+        # A zero y has no direction to rescale: it stays zero.
+        y = y * torch.where(norm > 0, x.norm(dim=-1, keepdim=True) / norm, 0)
+    return y.to(h.dtype)
+
+
+def _combine(x: Tensor, positive: Projection, negative: Projection, projections: str, wide: torch.dtype) -> Tensor:
+    """The sum of the chosen ones of P+ x and P- x = x - negative(x)."""
+    if projections == "positive":
+        return positive(x).to(wide)
+    if projections == "negative":
+        return x.to(wide) - negative(x).to(wide)
+    return x.to(wide) + (positive(x).to(wide) - negative(x).to(wide))
+
+
+def merged_rows(
+    rows: Tensor,
+    positive: Projection,
+    negative: Projection,
+    *,
+    projections: Projections = "both",
+    rescale: Rescale = "token",
+    mean_rescale: float = 1.0,
+    strength: float = 1.0,
+) -> Tensor:
+    """Apply the edit's linear form to rows, (..., d), of a weight or a bias: W' = c M W.
+
+    Exact for "none", "mean" and "average", which are linear in h. "token" is not: it becomes its mean rescale, whose
+    relative error `rescale_statistics` gives. Two thin products, in float32 or wider, result in the rows' dtype.
+    """
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    linear = "none" if rescale == "token" else rescale
+    merged = edit(
+        wide,
+        positive,
+        negative,
+        projections=projections,
+        rescale=linear,
+        mean_rescale=mean_rescale,
+        strength=strength,
+    )
+    return (mean_rescale * merged if rescale == "token" else merged).to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class RescaleStatistics:
+    """Ratio ||h|| / ||y|| over the neutral demonstrations.
+
+    Attributes:
+        mean: the constant c of `rescale="mean"`.
+        deviation: its standard deviation.
+        relative_error: sqrt(mean((c ||y|| / ||h|| - 1)^2)), what replacing the token's own ratio by c costs.
+    """
+
+    mean: float
+    deviation: float
+    relative_error: float
+
+
+def rescale_statistics(neutral: Tensor, edited: Tensor) -> RescaleStatistics:
+    """Statistics of ||h|| / ||y||; neutral h and unrescaled edit y are (n, d). Rows where one is zero have none."""
+    h_norm, y_norm = neutral.double().norm(dim=1), edited.double().norm(dim=1)
+    defined = (h_norm > 0) & (y_norm > 0)
+    if not defined.any():
+        raise ValueError("the edit maps every neutral demonstration to zero: lower negative_energy")
+    ratio = h_norm[defined] / y_norm[defined]
+    mean = ratio.mean()
+    return RescaleStatistics(
+        mean=float(mean),
+        deviation=float(ratio.std(correction=0)),
+        relative_error=float((mean / ratio - 1).square().mean().sqrt()),
+    )
