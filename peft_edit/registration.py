@@ -1,0 +1,34 @@
+"""Makes PEFT know the methods of this package. The only place that changes PEFT's globals."""
+
+from __future__ import annotations
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
+
+
+def sea_peft_type() -> PeftType:
+    """`PeftType.SEA`, added to the enumeration on first use: PEFT has no plug-in point for new members."""
+    return _member("SEA")
+
+
+def register(name: str, config_cls: type, model_cls: type) -> None:
+    """Register a method with PEFT under its lower-case name. Registering it again changes nothing."""
+    if _member(name.upper()) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+
+
+def _member(name: str) -> PeftType:
+    """The member of PeftType with this name, created if need be as `aenum.extend_enum` does it."""
+    if name not in PeftType.__members__:
+        member = str.__new__(PeftType, name)
+        member._name_ = name
+        member._value_ = name
+        member.__objclass__ = PeftType
+        member._sort_order_ = len(PeftType.__members__)
+        PeftType._member_names_.append(name)
+        PeftType._member_map_[name] = member
+        PeftType._value2member_map_[name] = member
+        # 3.12 and later look members up on the class, earlier versions through the map.
+        type.__setattr__(PeftType, name, member)
+    return PeftType(name)

@@ -1,0 +1,182 @@
+"""Where activations are edited and collected: decoder blocks and MLP outputs, found by structure.
+
+PEFT's table of MLP output projections covers some architectures only; the structure of a decoder block covers them all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from types import SimpleNamespace
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+LayerIndices = int | Iterable[int] | None
+
+
+def normalise_layers(layers: LayerIndices) -> list[int] | None:
+    """Sorted list of distinct block indices, which JSON can hold; None stays None (all blocks).
+
+    Raises:
+        ValueError: an index is not an integer of 0 or more, or there is none.
+    """
+    if layers is None:
+        return None
+    layers = [layers] if isinstance(layers, int) else list(layers)
+    if not layers or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers):
+        raise ValueError(f"layers must be block indices of 0 or more, got {layers}: pass an int, a list or a range")
+    return sorted(set(layers))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, without the `PeftModel` around it. Its module names are the adapter's site names."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def text_config(model: nn.Module):
+    """Configuration of the part that has the decoder blocks; raises ValueError for a model without one."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise ValueError(f"{type(model).__name__} has no Transformers configuration: pass target_modules")
+    return config.get_text_config(decoder=True)
+
+
+def layer_index(name: str) -> int | None:
+    """Index of the decoder block in a module's name: its first numeric component."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def decoder_blocks(model: nn.Module) -> dict[int, str]:
+    """Block index to module name, for every decoder block of a Transformers model.
+
+    The blocks are the outermost list of as many modules as the configuration has layers; where several fit (a vision
+    tower of the same depth), the one inside `get_decoder()`.
+    """
+    count = text_config(model).num_hidden_layers
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    outermost = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
+    if len(outermost) > 1 and hasattr(model, "get_decoder"):
+        decoder = model.get_decoder()
+        prefix = next((n for n, m in model.named_modules() if m is decoder), "")
+        outermost = [n for n in outermost if n.startswith(f"{prefix}.")] or outermost
+    if len(outermost) != 1:
+        found = ", ".join(outermost) or "none"
+        raise ValueError(
+            f"cannot tell which modules of {type(model).__name__} are its {count} decoder blocks "
+            f"(lists of that length: {found}): pass target_modules"
+        )
+    return {i: f"{outermost[0]}.{i}" for i in range(count)}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a (possibly adapted or quantised) linear layer: an edit of its output can be merged."""
+    if isinstance(module, BaseTunerLayer):
+        return hasattr(module, "base_layer") and is_linear(module.get_base_layer())
+    return isinstance(module, (nn.Linear, Conv1D)) or (hasattr(module, "out_features") and hasattr(module, "weight"))
+
+
+def out_features(module: nn.Module) -> int:
+    """Width of a linear layer's output."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return base.nf if isinstance(base, Conv1D) else base.out_features
+
+
+def _mlp_output(block: nn.Module, hidden_size: int) -> str | None:
+    """Name within the block of the module whose output is the MLP's: the last linear layer outside attention that is as
+    wide as the model. A mixture of experts has no single such layer: there it is the child that holds the experts."""
+    inside = tuple(f"{n}." for n, m in block.named_modules() if n and isinstance(m, BaseTunerLayer))
+    names = [n for n, _ in block.named_modules() if n and not n.startswith(inside)]
+    if experts := next((n for n in names if re.search(r"(^|\.)\w*experts?($|\.)", n)), None):
+        return experts.split(".")[0]
+    linear = [
+        n
+        for n in names
+        if "attn" not in n
+        and "attention" not in n
+        and is_linear(block.get_submodule(n))
+        and out_features(block.get_submodule(n)) == hidden_size
+    ]
+    return linear[-1] if linear else None
+
+
+def find_sites(
+    model: nn.Module,
+    site: str,
+    *,
+    layers: LayerIndices = None,
+    target_modules: Iterable[str] | str | None = None,
+    exclude_modules: Iterable[str] | str | None = None,
+) -> dict[int, str]:
+    """Block index to the name of the module whose output is collected or edited.
+
+    Args:
+        model: a Transformers model, bare or in a `PeftModel` (names are those of the bare model).
+        site: "mlp" for the output of the MLP's output projection, "block" for the output of the decoder block.
+        layers: block indices; None for all.
+        target_modules, exclude_modules: names or regular expression instead of the default of the site, matched as in
+            PEFT.
+
+    Raises:
+        ValueError: no or several modules of a block match, or a layer that the model does not have.
+    """
+    model = unwrap(model)
+    wanted = normalise_layers(layers)
+    if target_modules is not None:
+        sites: dict[int, str] = {}
+        for name, _ in model.named_modules():
+            if name and matches(name, target_modules, exclude_modules, wanted):
+                index = layer_index(name)
+                if index is None or index in sites:
+                    other = f" and {sites[index]}" if index is not None else " outside the blocks"
+                    raise ValueError(f"target_modules must match one module in each block, got {name}{other}")
+                sites[index] = name
+        if not sites:
+            raise ValueError(f"no module of {type(model).__name__} matches target_modules={target_modules!r}")
+        return sites
+
+    blocks = decoder_blocks(model)
+    if wanted and wanted[-1] >= len(blocks):
+        raise ValueError(
+            f"{type(model).__name__} has layers 0 to {len(blocks) - 1}, got {wanted[-1]}: lower layers_to_transform"
+        )
+    blocks = {i: name for i, name in blocks.items() if wanted is None or i in wanted}
+    if site == "block":
+        return blocks
+    hidden_size = text_config(model).hidden_size
+    outputs = {i: _mlp_output(model.get_submodule(name), hidden_size) for i, name in blocks.items()}
+    missing = [i for i, output in outputs.items() if output is None]
+    if missing:
+        raise ValueError(f"no MLP output projection found in layers {missing}: pass target_modules or site='block'")
+    return {i: f"{blocks[i]}.{output}" for i, output in outputs.items()}
+
+
+def matches(name: str, target_modules, exclude_modules=None, layers: list[int] | None = None, modules_to_save=None):
+    """PEFT's matching of a module name, with the layers checked for every form of `target_modules` (PEFT checks them
+    for lists of names only, and never finds the index of a block that is itself the target)."""
+    names = SimpleNamespace(
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        modules_to_save=modules_to_save,
+        target_parameters=None,
+    )
+    found = check_target_module_exists(names, name)
+    return found and (layers is None or layer_index(name) in layers) if found else found
+
+
+def describe_sites(names: Iterable[str]) -> str:
+    """One regular expression, for a configuration file, that matches exactly these module names."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        i = next(i for i, part in enumerate(parts) if part.isdigit())
+        head, tail = ".".join(parts[:i]), ".".join(parts[i + 1 :])
+        groups.setdefault((head, tail), []).append(parts[i])
+    patterns = []
+    for (head, tail), indices in groups.items():
+        end = rf"\.{re.escape(tail)}" if tail else ""
+        patterns.append(rf"{re.escape(head)}\.({'|'.join(indices)}){end}")
+    return "|".join(patterns)

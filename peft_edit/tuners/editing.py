@@ -1,0 +1,138 @@
+"""What the layers of every editing method share: they change a module's output, not its weights."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+
+class EditLayer(BaseTunerLayer):
+    """Applies the active adapters, in their order, to the output of a module."""
+
+    # Factor on the strength of every adapter, see `edit_strength`.
+    strength_factor: float = 1.0
+    # Adapter of each row of the batch while `adapter_names` is given to the model, else None.
+    row_adapters: list[str] | None = None
+
+    @abstractmethod
+    def edit(self, h: Tensor, adapter_name: str) -> Tensor:
+        """Edit h, (..., d), by one adapter of this layer."""
+
+    @abstractmethod
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Whether this layer holds the adapter."""
+
+    def edit_output(self, output: Tensor | tuple) -> Tensor | tuple:
+        """Edit a module's output: a tensor, (..., d), or a tuple that begins with one."""
+        if isinstance(output, tuple):
+            return (self.edit_output(output[0]), *output[1:])
+        if self.disable_adapters:
+            return output
+        if self.row_adapters is not None:
+            return self._edit_rows(output, self.row_adapters)
+        for name in self.active_adapters:
+            if self.has_adapter(name):
+                output = self.edit(output, name)
+        return output
+
+    def _edit_rows(self, output: Tensor, names: list[str]) -> Tensor:
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if len(output) % len(names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {len(output)} respectively."
+            )
+        # Some models (OPT) flatten batch and sequence before the site, and beam search repeats rows: both keep the rows
+        # of one input together.
+        rows = output.reshape(len(names), -1, output.shape[-1]).clone()
+        for name in dict.fromkeys(names):
+            if self.has_adapter(name):  # "__base__" is no adapter
+                chosen = torch.tensor([n == name for n in names], device=output.device)
+                rows[chosen] = self.edit(rows[chosen], name)
+        return rows.reshape(output.shape)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
+        """Device for the adapter's tensors. The dtype stays that of the adapter: rounding the factors of an edit to the
+        model's half precision would change what is saved and merged."""
+        hook = getattr(base_layer, "_hf_hook", None)
+        if getattr(hook, "offload", False):  # the weights are on meta between two forward passes
+            return torch.device(hook.execution_device), None
+        parameter = next(base_layer.parameters(), None)
+        return (None if parameter is None else parameter.device), None
+
+
+def edit_block_output(block: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+    """Forward hook of a module whose edit is a child and not a wrapper, so that its attributes and key names stay."""
+    for child in block.children():
+        if isinstance(child, EditLayer):
+            output = child.edit_output(output)
+    return output
+
+
+def edit_layers(model: nn.Module) -> list[EditLayer]:
+    return [module for module in model.modules() if isinstance(module, EditLayer)]
+
+
+@contextmanager
+def edit_strength(model: nn.Module, strength: float) -> Iterator[None]:
+    """Multiply the strength of every active edit of `model` inside the `with` block.
+
+    Args:
+        model: a model with SEA or HPR adapters.
+        strength: 0 is the base model, 1 the edit as configured, more is allowed.
+
+    Raises:
+        ValueError: strength below 0, not finite, or a model without edits. Merging inside the block is refused.
+    """
+    if not 0 <= strength < float("inf"):
+        raise ValueError(f"strength must be 0 or more and finite, got {strength}")
+    layers = edit_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no SEA or HPR adapter whose strength could be set")
+    before = [layer.strength_factor for layer in layers]
+    try:
+        for layer, factor in zip(layers, before, strict=True):
+            layer.strength_factor = factor * strength
+        yield
+    finally:
+        for layer, factor in zip(layers, before, strict=True):
+            layer.strength_factor = factor
+
+
+class EditModel(BaseTuner):
+    """What the tuners of every editing method share."""
+
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def _prepare_adapter_config(self, peft_config, model_config: dict):
+        # Default sites depend on the structure of the model, which only `_prepare_model` is given.
+        return peft_config
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        layers = edit_layers(self.model)
+        try:
+            for layer in layers:
+                layer.row_adapters = list(adapter_names)
+            yield
+        finally:
+            for layer in layers:
+                layer.row_adapters = None

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...functional.sea import edit, merged_rows, project
+from ...sites import out_features
+from ..editing import EditLayer, edit_block_output
+from .config import SEAConfig
+
+
+# Largest entry of U U^T - I. Factors that went through bfloat16 are off by up to 4e-3, anything else by far less.
+ORTHONORMALITY_TOLERANCE = 1e-2
+
+
+class SEAProjection(nn.Module):
+    """Frozen orthogonal projection x -> U U^T x.
+
+    Its weight, (k, d), holds U^T: k orthonormal rows. It is checked when it is loaded, or else at the first use.
+    """
+
+    def __init__(self, weight: Tensor, label: str, checked: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.label = label
+        self.checked = checked
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.checked and not torch.compiler.is_compiling():
+            if problem := self._problem(self.weight):
+                raise ValueError(problem)
+            self.checked = True
+        return project(x, self.weight)
+
+    def _problem(self, weight: Tensor) -> str | None:
+        if weight.isnan().all() and weight.numel():
+            return f"the {self.label} was not loaded: the adapter file lacks it; load the complete adapter or fit again"
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if not wide.isfinite().all():
+            return (
+                f"the {self.label} holds NaN or infinite values: the adapter file is damaged; "
+                "load it again or fit again"
+            )
+        error = (wide @ wide.T - torch.eye(len(wide), dtype=wide.dtype, device=wide.device)).abs()
+        if error.numel() and error.max() > ORTHONORMALITY_TOLERANCE:
+            return (
+                f"the rows of the {self.label} must be orthonormal, got products off by {float(error.max()):.2g} "
+                f"(allowed {ORTHONORMALITY_TOLERANCE:g}): the adapter file is damaged; load it again or fit again"
+            )
+        return None
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and weight.device.type != "meta":
+            if weight.shape == self.weight.shape and (problem := self._problem(weight)):
+                errors.append(problem)
+            self.checked = True
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.weight.shape[0]}, features={self.weight.shape[1]}"
+
+
+class SEALayer(EditLayer):
+    """
+    SEA layer: edits the activations of one site by the projections of each active adapter.
+
+    The weights are frozen for ever: they come from a fit, not from training.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("sea_positive", "sea_negative")
+    other_param_names: tuple[str, ...] = ("sea_config",)
+
+    def __init__(self, site: str, features: int) -> None:
+        self.site = site
+        self.features = features
+        self.sea_positive = nn.ModuleDict()
+        self.sea_negative = nn.ModuleDict()
+        self.sea_config: dict[str, SEAConfig] = {}
+        self.frozen_peft_weight_names = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def update_layer(self, adapter_name: str, config: SEAConfig) -> None:
+        """Add or replace an adapter whose ranks are those of the config, 0 where the site is not fitted."""
+        if not config.init_weights and self.site not in config.rank_pattern:
+            # A random edit, so that tests see one without a fit.
+            config.rank_pattern[self.site] = [1, 1]
+            config.fit_statistics[self.site] = {
+                "rms": 1.0,
+                "mean_rescale": 1.0,
+                "mean_rescale_deviation": 0.0,
+                "relative_error": 0.0,
+                "strength": config.statistics_strength,
+            }
+            factors = [nn.functional.normalize(torch.randn(1, self.features), dim=1) for _ in range(2)]
+        else:
+            ranks = config.rank_pattern.get(self.site, (0, 0))
+            if len(ranks) != 2 or not all(0 <= rank <= self.features for rank in ranks):
+                raise ValueError(
+                    f"rank_pattern[{self.site!r}] must be two ranks from 0 to {self.features} (the width of the site), "
+                    f"got {list(ranks)}: the adapter is of another model or its configuration is damaged"
+                )
+            # NaN until loaded, so that a factor missing in the file cannot pass for an edit.
+            factors = [torch.full((rank, self.features), float("nan")) for rank in ranks]
+        self.sea_config[adapter_name] = config
+        self.set_factors(adapter_name, *factors)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_factors(self, adapter_name: str, positive: Tensor, negative: Tensor, checked: bool = False) -> None:
+        """Replace an adapter's factors, (k, d) with orthonormal rows each."""
+        for names, sign, factor in (
+            (self.sea_positive, "positive", positive),
+            (self.sea_negative, "negative", negative),
+        ):
+            label = f"{sign} factor of SEA adapter {adapter_name!r} at {self.site}"
+            names[adapter_name] = SEAProjection(factor, label, checked)
+        self.frozen_peft_weight_names[adapter_name] = self.adapter_layer_names
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        return adapter_name in self.sea_positive
+
+    def edit(self, h: Tensor, adapter_name: str) -> Tensor:
+        config = self.sea_config[adapter_name]
+        strength = config.strength * self.strength_factor
+        if strength == 0 or self.site not in config.rank_pattern:
+            return h
+        scale = 1.0
+        if config.input_scale is not None:
+            scale = config.input_scale * self._statistic(config, "rms")
+        return edit(
+            h,
+            self.sea_positive[adapter_name],
+            self.sea_negative[adapter_name],
+            projections=config.projections,
+            feature_map=config.feature_map,
+            feature_space=config.feature_space,
+            scale=scale,
+            rescale=config.rescale,
+            mean_rescale=self._mean_rescale(config) if config.rescale == "mean" else 1.0,
+            strength=strength,
+        )
+
+    def _statistic(self, config: SEAConfig, name: str) -> float:
+        try:
+            return config.fit_statistics[self.site][name]
+        except KeyError:
+            raise ValueError(f"fit_statistics[{self.site!r}] has no {name!r}: fit this adapter again") from None
+
+    def _mean_rescale(self, config: SEAConfig) -> float:
+        taken = self._statistic(config, "strength")
+        if taken != config.statistics_strength:
+            raise ValueError(
+                f"the mean rescale at {self.site} was taken at strength {taken:g}, rescale={config.rescale!r} with "
+                f"strength={config.strength:g} needs it at {config.statistics_strength:g}: fit this adapter again"
+            )
+        return self._statistic(config, "mean_rescale")
+
+
+class SEALinear(nn.Module, SEALayer):
+    """SEA on the output of a linear layer, `nn.Linear` or `Conv1D`: the only sites that merge."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SEAConfig, site: str) -> None:
+        super().__init__()
+        SEALayer.__init__(self, site, out_features(base_layer))
+        self.base_layer = base_layer
+        self._active_adapter = adapter_name
+        self._unmerged: dict[str, Tensor] = {}
+        self.update_layer(adapter_name, config)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        h = self.base_layer(x, *args, **kwargs)
+        return h if self.merged and self.row_adapters is None else self.edit_output(h)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Merge the active adapter weights into the base weights: W' = c M W, bias' = c M bias.
+
+        Args:
+            safe_merge (`bool`, *optional*):
+                If `True`, check the merged weights for NaN and infinite values before they replace the originals.
+            adapter_names (`list[str]`, *optional*):
+                The list of adapter names that should be merged, in this order: two edits do not commute. If `None`, all
+                active adapters will be merged.
+        """
+        base = self.get_base_layer()
+        for name in check_adapters_to_merge(self, adapter_names):
+            if not self.has_adapter(name) or self.site not in self.sea_config[name].rank_pattern:
+                continue
+            self._check_mergeable(name)
+            tensors = {"weight": base.weight.data}
+            if base.bias is not None:
+                tensors["bias"] = base.bias.data
+            merged = {key: self._merged(value, name) for key, value in tensors.items()}
+            if safe_merge and not all(value.isfinite().all() for value in merged.values()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            if not self.merged:
+                # M can be singular, so unmerging cannot divide by it.
+                self._unmerged = tensors
+            for key, value in merged.items():
+                getattr(base, key).data = value
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Restore the base weights."""
+        for key, value in self._unmerged.items():
+            getattr(self.get_base_layer(), key).data = value
+        self._unmerged = {}
+        self.merged_adapters = []
+
+    def _check_mergeable(self, name: str) -> None:
+        if not self.sea_config[name].is_linear:
+            raise ValueError(
+                f"adapter {name!r} cannot be merged: its feature map {self.sea_config[name].feature_map!r} is not "
+                "linear; keep it as an adapter or fit with feature_map=None"
+            )
+        if self.strength_factor != 1:
+            raise ValueError(
+                "cannot merge inside edit_strength: set the strength in the configuration and merge outside"
+            )
+        if isinstance(self.base_layer, BaseTunerLayer):
+            raise ValueError(
+                f"cannot merge adapter {name!r} at {self.site}: another adapter, {type(self.base_layer).__name__}, "
+                "lies between it and the weights; merge that one into the model first"
+            )
+        if not self.weight.is_floating_point():
+            raise ValueError(f"cannot merge adapter {name!r} into the quantised weights of {self.site}")
+
+    def _merged(self, tensor: Tensor, name: str) -> Tensor:
+        config = self.sea_config[name]
+        # A Linear's weight is (out, in), a Conv1D's (in, out); the edit acts on rows of width out.
+        transposed = tensor.dim() == 2 and not isinstance(self.get_base_layer(), Conv1D)
+        rows = merged_rows(
+            tensor.T if transposed else tensor,
+            self.sea_positive[name],
+            self.sea_negative[name],
+            projections=config.projections,
+            rescale=config.rescale,
+            mean_rescale=self._mean_rescale(config) if config.rescale in ("token", "mean") else 1.0,
+            strength=config.strength,
+        )
+        return rows.T.contiguous() if transposed else rows
+
+    def __repr__(self) -> str:
+        return "sea." + super().__repr__()
+
+
+class SEABlock(nn.Module, SEALayer):
+    """SEA on the output of any other module, such as a decoder block: a child `sea` of it and a forward hook."""
+
+    def __init__(self, block: nn.Module, adapter_name: str, config: SEAConfig, site: str, features: int) -> None:
+        super().__init__()
+        SEALayer.__init__(self, site, features)
+        self._active_adapter = adapter_name
+        # In a tuple, so that the block does not become a child of its own child.
+        self._block = (block,)
+        # First of the hooks, so that what records hidden states sees the edit.
+        self._hook = block.register_forward_hook(edit_block_output, prepend=True)
+        self.update_layer(adapter_name, config)
+
+    def get_base_layer(self) -> nn.Module:
+        return self._block[0]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        fitted = [
+            name
+            for name in check_adapters_to_merge(self, adapter_names)
+            if self.has_adapter(name) and self.site in self.sea_config[name].rank_pattern
+        ]
+        if fitted:
+            raise ValueError(
+                f"adapter {fitted[0]!r} cannot be merged: it edits the output of {self.site}, which is no linear "
+                "layer; keep it as an adapter or fit with site='mlp'"
+            )
+
+    def unmerge(self) -> None:
+        """Nothing to restore: blocks never merge."""
+
+    def detach(self) -> None:
+        """Take the hook off the block."""
+        self._hook.remove()
+
+    def __repr__(self) -> str:
+        return "sea." + super().__repr__()

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from ...sites import describe_sites, find_sites, is_linear, matches, text_config
+from ..editing import EditModel
+from .config import SEAConfig
+from .layer import SEABlock, SEALayer, SEALinear
+
+
+class SEAModel(EditModel):
+    """
+    Creates a SEA (Spectral Editing of Activations) model from a pretrained transformer model.
+
+    The method is described in detail in https://huggingface.co/papers/2405.09719. A new adapter is the identity;
+    `fit_sea` fits it in closed form, there is no training.
+
+    Args:
+        model (`torch.nn.Module`): The model to be adapted.
+        config ([`SEAConfig`]): The configuration of the SEA model.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, `optional`, defaults to `False`):
+            Create empty adapter weights on meta device. Useful to speed up the loading process.
+
+    Returns:
+        `torch.nn.Module`: The SEA model.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForCausalLM
+        >>> from peft import get_peft_model
+        >>> from peft_edit import SEAConfig, fit_sea
+
+        >>> model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-2-7b-hf")
+        >>> model = get_peft_model(model, SEAConfig(site="mlp"))
+        >>> fit_sea(model, store)
+        ```
+
+    **Attributes**:
+        - **model** ([`~transformers.PreTrainedModel`]) -- The model to be adapted.
+        - **peft_config** ([`SEAConfig`]): The configuration of the SEA model.
+    """
+
+    prefix: str = "sea_"
+    tuner_layer_cls = SEALayer
+
+    def _prepare_model(self, peft_config: SEAConfig, model: nn.Module) -> None:
+        layers = peft_config.layers_to_transform
+        if peft_config.target_modules is None:
+            names = find_sites(model, peft_config.site, layers=layers).values()
+            peft_config.target_modules = self._target_modules(model, peft_config, list(names))
+
+    @staticmethod
+    def _target_modules(model: nn.Module, config: SEAConfig, names: list[str]) -> set[str] | str:
+        """The conventional short name, {"down_proj"} or {"mlp.c_proj"}, where it hits exactly the sites, else a regular
+        expression."""
+        for parts in (1, 2):
+            short = {".".join(name.split(".")[-parts:]) for name in names}
+            hit = {n for n, _ in model.named_modules() if n and matches(n, short, layers=config.layers_to_transform)}
+            if len(short) == 1 and hit == set(names):
+                return short
+        return describe_sites(names)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: SEAConfig, key: str):
+        return matches(
+            key,
+            peft_config.target_modules,
+            peft_config.exclude_modules,
+            peft_config.layers_to_transform,
+            peft_config.modules_to_save,
+        )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, state_dict=None, **kwargs) -> None:
+        if state_dict is not None:
+            # PEFT takes what precedes ".sea_" for the target; the edit of a block is a child `sea` of its target.
+            state_dict = {key.replace(".sea.sea_", ".sea_"): value for key, value in state_dict.items()}
+        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+
+    def _create_and_replace(
+        self,
+        sea_config: SEAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        if current_key is None:
+            raise ValueError("Current Key shouldn't be `None`")
+        existing = target if isinstance(target, SEALinear) else getattr(target, "sea", None)
+        if isinstance(existing, SEALayer):
+            existing.update_layer(adapter_name, sea_config)
+        elif is_linear(target):
+            new_module = SEALinear(target, adapter_name, sea_config, site=current_key)
+            self._replace_module(parent, target_name, new_module, target)
+        else:
+            if any(hasattr(m, "_hf_hook") and _on_disk(m) for m in target.modules()):
+                raise ValueError(
+                    f"{current_key} is offloaded to disk, where the output of a whole block cannot be edited: "
+                    "use site='mlp', or a device_map without disk"
+                )
+            features = text_config(self.model).hidden_size
+            target.add_module("sea", SEABlock(target, adapter_name, sea_config, site=current_key, features=features))
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._warn_of_inexact_merge(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        blocks = {n: m for n, m in self.model.named_modules() if isinstance(m, SEABlock)}
+        if merge:
+            for block in blocks.values():
+                block.merge(adapter_names=adapter_names)
+            self._warn_of_inexact_merge(adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for name, block in blocks.items():
+            block.detach()
+            delattr(model.get_submodule(name.rpartition(".")[0]), "sea")
+        return model
+
+    def _warn_of_inexact_merge(self, adapter_names: list[str] | None) -> None:
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            config = self.peft_config[name]
+            errors = {site: config.fit_statistics[site]["relative_error"] for site in config.rank_pattern}
+            if config.rescale == "token" and config.is_linear and errors:
+                worst = max(errors, key=errors.get)
+                mean = sum(errors.values()) / len(errors)
+                warnings.warn(
+                    f"Merging adapter {name!r} replaces its rescale='token' by the mean rescale of each site: relative "
+                    f"error {mean:.3f} on average, {errors[worst]:.3f} at {worst}, measured on the fit's neutral "
+                    "demonstrations. rescale='none' and 'mean' merge exactly.",
+                    stacklevel=3,
+                )
+
+
+def _on_disk(module: nn.Module) -> bool:
+    hook = module._hf_hook
+    return torch.device("meta") in (getattr(hook, "original_devices", None) or {}).values()
