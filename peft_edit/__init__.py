@@ -1,0 +1,29 @@
+"""Edit a language model's activations as Hugging Face PEFT adapters. Importing this package registers SEA with PEFT."""
+
+from .activations import collect_activations
+from .contrast import load_contrast_set
+from .evaluation import evaluate_multiple_choice, perplexity
+from .fingerprint import fingerprint
+from .fitting import fit_sea
+from .registration import register
+from .store import ActivationStore
+from .tuners.editing import edit_strength
+from .tuners.sea import SEAConfig, SEAModel
+from .version import __version__
+
+
+register("sea", SEAConfig, SEAModel)
+
+__all__ = [
+    "ActivationStore",
+    "SEAConfig",
+    "SEAModel",
+    "__version__",
+    "collect_activations",
+    "edit_strength",
+    "evaluate_multiple_choice",
+    "fingerprint",
+    "fit_sea",
+    "load_contrast_set",
+    "perplexity",
+]

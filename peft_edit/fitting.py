@@ -1,0 +1,237 @@
+"""Activation store -> fitted SEA adapter, in closed form."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .fingerprint import fingerprint
+from .functional.sea import edit, fit, project, rescale_statistics
+from .sites import layer_index
+from .store import ActivationStore
+from .tuners.sea import SEAConfig, SEALayer
+
+
+@dataclass(frozen=True)
+class SiteFit:
+    """What the fit found at one site.
+
+    Attributes:
+        layer: index of the decoder block.
+        site: name of the module.
+        positive_rank, negative_rank: number of directions kept.
+        positive_energy, negative_energy: share of the squared singular values that they carry, in (0, 1].
+        positive_spectrum, negative_spectrum: their singular values, in decreasing order.
+        signature: sum of the singular values of E^T L / n (SEA): how well the site tells the behaviours apart.
+        rms: root mean square of the neutral activations.
+        mean_rescale, mean_rescale_deviation: mean and standard deviation of ||h|| / ||y|| over the neutral
+            demonstrations.
+        relative_error: what replacing the token's own ratio by the mean costs, see `rescale_statistics`.
+        strength: of the edit whose ratio was taken.
+    """
+
+    layer: int
+    site: str
+    positive_rank: int
+    negative_rank: int
+    positive_energy: float
+    negative_energy: float
+    positive_spectrum: list[float]
+    negative_spectrum: list[float]
+    signature: float
+    rms: float
+    mean_rescale: float
+    mean_rescale_deviation: float
+    relative_error: float
+    strength: float
+
+
+# What the configuration keeps of a site: no more than the edit and its merging use.
+RECORDED = ("rms", "mean_rescale", "mean_rescale_deviation", "relative_error", "strength")
+
+
+@dataclass(frozen=True)
+class SEAFit:
+    """Result of `fit_sea`: one `SiteFit` for each layer, in increasing order.
+
+    Attributes:
+        adapter_name: the adapter that was fitted.
+        demonstrations: number of demonstrations.
+        layers: the sites.
+    """
+
+    adapter_name: str
+    demonstrations: int
+    layers: list[SiteFit]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def fit_sea(
+    model: nn.Module,
+    store: ActivationStore | str | os.PathLike,
+    adapter_name: str | None = None,
+    allow_fingerprint_mismatch: bool = False,
+) -> SEAFit:
+    """Fit a SEA adapter to stored activations (SEA), in closed form and float64, one layer in memory at a time.
+
+    Afterwards the adapter edits, its factors are ready to be saved and its configuration holds the ranks and
+    statistics. Nothing changes when the fit of any layer fails. Fitting again replaces the fit.
+
+    Args:
+        model: a model with a SEA adapter: from `get_peft_model`, or a Transformers model after `add_adapter`.
+        store: activations collected from that model, with `tokens` "last", "mean" or "random"; or their folder.
+        adapter_name: which adapter; None for the active one.
+        allow_fingerprint_mismatch: fit although the store says that it was collected from another model.
+
+    Raises:
+        ValueError: the store does not fit the adapter (model, site, layers, hidden size, tokens), has fewer than two
+            demonstrations or activations that are not finite; the adapter is merged, missing or no SEA adapter.
+    """
+    if not isinstance(store, ActivationStore):
+        store = ActivationStore(store)
+    adapter_name, config, layers = _adapter(model, adapter_name)
+    _check_store(model, store, config, layers, allow_fingerprint_mismatch)
+
+    fits, factors = [], {}
+    for index, layer in tqdm(sorted(layers.items()), desc="fitting", unit="layer"):
+        try:
+            site_fit, factors[index] = _fit_site(store, index, layer, config)
+        except ValueError as error:
+            raise ValueError(f"layer {index}: {error}") from error
+        fits.append(site_fit)
+
+    for index, layer in layers.items():
+        layer.set_factors(adapter_name, *factors[index], checked=True)
+    config.rank_pattern = {f.site: [f.positive_rank, f.negative_rank] for f in fits}
+    config.fit_statistics = {f.site: {name: getattr(f, name) for name in RECORDED} for f in fits}
+    config.base_model_fingerprint = store.metadata["fingerprint"]
+    return SEAFit(adapter_name, len(store), fits)
+
+
+def _fit_site(
+    store: ActivationStore, index: int, layer: SEALayer, config: SEAConfig
+) -> tuple[SiteFit, tuple[torch.Tensor, torch.Tensor]]:
+    device = layer.sea_positive[next(iter(layer.sea_positive))].weight.device
+    neutral, positive, negative = (
+        tensor.to(device, torch.float64)
+        for tensor in (store.neutral(index), store.positive(index), store.negative(index))
+    )
+    rms = float(neutral.square().mean().sqrt())
+    scale = 1.0 if config.input_scale is None else config.input_scale * rms
+    fitted = fit(
+        neutral,
+        positive,
+        negative,
+        positive_energy=config.positive_energy,
+        negative_energy=config.negative_energy,
+        centered=config.centered,
+        feature_map=config.feature_map,
+        scale=scale,
+    )
+    edited = edit(
+        neutral,
+        partial(project, basis=fitted.positive.basis),
+        partial(project, basis=fitted.negative.basis),
+        projections=config.projections,
+        feature_map=config.feature_map,
+        feature_space=config.feature_space,
+        scale=scale,
+        rescale="none",
+        strength=config.statistics_strength,
+    )
+    ratio = rescale_statistics(neutral, edited)
+    site_fit = SiteFit(
+        layer=index,
+        site=layer.site,
+        positive_rank=len(fitted.positive.basis),
+        negative_rank=len(fitted.negative.basis),
+        positive_energy=fitted.positive.energy,
+        negative_energy=fitted.negative.energy,
+        positive_spectrum=fitted.positive.singular_values.tolist(),
+        negative_spectrum=fitted.negative.singular_values.tolist(),
+        signature=fitted.signature,
+        rms=rms,
+        mean_rescale=ratio.mean,
+        mean_rescale_deviation=ratio.deviation,
+        relative_error=ratio.relative_error,
+        strength=config.statistics_strength,
+    )
+    return site_fit, (fitted.positive.basis.float(), fitted.negative.basis.float())
+
+
+def _adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, SEAConfig, dict[int, SEALayer]]:
+    """Name, configuration and layers, by index of the decoder block, of the adapter to fit."""
+    configs = getattr(model, "peft_config", {})
+    if adapter_name is None:
+        active = getattr(model, "active_adapters", [])
+        active = active() if callable(active) else active  # a method in Transformers, a property in PEFT
+        if len(active) != 1:
+            raise ValueError(f"{len(active)} adapters are active ({', '.join(active) or 'none'}): pass adapter_name")
+        adapter_name = active[0]
+    config = configs.get(adapter_name)
+    if not isinstance(config, SEAConfig):
+        found = ", ".join(f"{name} ({config.peft_type.value})" for name, config in configs.items()) or "none"
+        raise ValueError(
+            f"{adapter_name!r} is no SEA adapter of this model (adapters: {found}): add one with SEAConfig"
+        )
+    layers = {}
+    for layer in model.modules():
+        if isinstance(layer, SEALayer) and layer.has_adapter(adapter_name):
+            if layer.merged:
+                raise ValueError("cannot fit while adapters are merged: call unmerge_adapter first")
+            index = layer_index(layer.site)
+            if index is None or index in layers:
+                raise ValueError(
+                    f"an adapter is fitted with one site in a block, got {layer.site}: change target_modules"
+                )
+            layers[index] = layer
+    return adapter_name, config, layers
+
+
+def _check_store(
+    model: nn.Module,
+    store: ActivationStore,
+    config: SEAConfig,
+    layers: dict[int, SEALayer],
+    allow_fingerprint_mismatch: bool,
+) -> None:
+    if store.tokens == "answer":
+        raise ValueError(
+            f"{store.path} holds every answer token: collect with tokens='last', 'mean' or 'random' for SEA"
+        )
+    if store.site != config.site:
+        raise ValueError(
+            f"{store.path} holds site {store.site!r}, the adapter edits {config.site!r}: collect that site"
+        )
+    if missing := sorted(set(layers) - set(store.layers)):
+        raise ValueError(
+            f"{store.path} has layers {store.layers}, the adapter also edits {missing}: "
+            "collect those layers, or set layers_to_transform"
+        )
+    for index, layer in layers.items():
+        module = store.metadata["modules"][str(index)]
+        if module is not None and module != layer.site:
+            raise ValueError(
+                f"{store.path} holds the output of {module}, the adapter edits {layer.site}: "
+                "pass the same target_modules"
+            )
+        if store.hidden_size != layer.features:
+            raise ValueError(
+                f"{store.path} has hidden size {store.hidden_size}, {layer.site} has {layer.features}: "
+                "it is of another model"
+            )
+    of_store = store.metadata["fingerprint"]
+    if of_store is not None and not allow_fingerprint_mismatch and of_store != fingerprint(model):
+        raise ValueError(
+            f"{store.path} was collected from another model ({store.metadata['model']}, fingerprint {of_store}; "
+            f"this model has {fingerprint(model)}): collect again, or pass allow_fingerprint_mismatch=True"
+        )

@@ -1,0 +1,289 @@
+"""Activations on disk: memory-mapped safetensors shards, an index of rows, and meta.json that says what they are.
+
+    meta.json           what was collected, from which model, and the manifest of the shards
+    index.safetensors   which row belongs to which demonstration; the token ids that were run
+    shard-00000.safetensors, ...   one tensor per site and layer, "mlp.0": (rows of this shard, d)
+
+Each unique sequence is run and stored once; the index refers to its rows as often as it is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+FORMAT_VERSION = 1
+META, INDEX = "meta.json", "index.safetensors"
+ROW_TOKENS = ("last", "mean", "random")
+
+
+class ActivationStore:
+    """Reads the activations that `collect_activations` or `ActivationStore.from_tensors` wrote.
+
+    Args:
+        path: folder of the store.
+
+    Attributes:
+        path: the folder.
+        metadata: contents of meta.json.
+        site: "mlp" or "block".
+        layers: indices of the decoder blocks, in increasing order.
+        tokens: which tokens of an answer were kept: "last", "mean", "random" (one row an answer) or "answer" (all).
+        hidden_size: d, width of a row.
+
+    `len(store)` is the number of demonstrations, or of token pairs for `tokens="answer"`. Reading is memory-mapped
+    and no call loads more than one layer.
+
+    Raises:
+        ValueError: the folder is no store, is of another format version, or its collection did not finish.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.metadata = read_metadata(self.path)
+        if not self.metadata["complete"]:
+            raise ValueError(
+                f"{self.path} was not collected completely: collect again with the same arguments to finish"
+            )
+        self.site: str = self.metadata["site"]
+        self.tokens: str = self.metadata["tokens"]
+        self.hidden_size: int = self.metadata["hidden_size"]
+        self.layers: list[int] = sorted(int(layer) for layer in self.metadata["modules"])
+        self._index = load_file(self.path / INDEX)
+
+    def __len__(self) -> int:
+        return len(self._index["pairs" if self.tokens == "answer" else "positive"])
+
+    def __repr__(self) -> str:
+        return (
+            f"ActivationStore({str(self.path)!r}, site={self.site!r}, tokens={self.tokens!r}, "
+            f"{len(self)} {'pairs' if self.tokens == 'answer' else 'demonstrations'}, {len(self.layers)} layers, "
+            f"hidden_size={self.hidden_size})"
+        )
+
+    def positive(self, layer: int) -> Tensor:
+        """Activations of the positive answers at a layer, (n, d)."""
+        return self._rows(layer, self.pairs()[:, 1] if self.tokens == "answer" else self._index["positive"])
+
+    def negative(self, layer: int) -> Tensor:
+        """Activations of the negative answers at a layer, (n, d); row i belongs to row i of `positive`."""
+        return self._rows(layer, self.pairs()[:, 0] if self.tokens == "answer" else self._index["negative"])
+
+    def neutral(self, layer: int) -> Tensor:
+        """Neutral activations at a layer, (n, d); row i belongs to row i of `positive`."""
+        if "neutral" not in self._index:
+            raise ValueError(
+                f"{self.path} has no neutral activations (tokens={self.tokens!r}): "
+                "collect again with tokens='last' and neutral='auto'"
+            )
+        return self._rows(layer, self._index["neutral"])
+
+    def answer_tokens(self, layer: int) -> Tensor:
+        """Activations of every answer token at a layer, (t, d), each unique answer once. Needs `tokens="answer"`."""
+        self._require_answer_tokens()
+        tensors = [tensor for _, tensor in self._shards(layer)]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    def pairs(self) -> Tensor:
+        """Rows of `answer_tokens` that belong together, (p, 2) int64: negative token, positive token at the same
+        place of its answer. Places before the first differing token are left out. Needs `tokens="answer"`."""
+        self._require_answer_tokens()
+        return self._index["pairs"]
+
+    def questions(self) -> Tensor:
+        """Id of the contrast set's row that each demonstration or pair comes from, (n,) int64."""
+        return self._index["question"]
+
+    def _require_answer_tokens(self) -> None:
+        if self.tokens != "answer":
+            raise ValueError(
+                f"{self.path} holds one row an answer (tokens={self.tokens!r}): collect with tokens='answer'"
+            )
+
+    def _rows(self, layer: int, rows: Tensor) -> Tensor:
+        gathered = None
+        for first, tensor in self._shards(layer):
+            if gathered is None:
+                gathered = tensor.new_empty(len(rows), tensor.shape[1])
+            here = (rows >= first) & (rows < first + len(tensor))
+            gathered[here] = tensor[rows[here] - first]
+        return gathered
+
+    def _shards(self, layer: int):
+        """Yield (number of the first row, (rows, d)) for every shard of a layer."""
+        if layer not in self.layers:
+            raise ValueError(f"{self.path} has layers {self.layers}, got {layer}")
+        for shard in self.metadata["shards"]:
+            file = self.path / shard["file"]
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    yield shard["first_row"], tensors.get_tensor(f"{self.site}.{layer}")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{file} cannot be read ({error}): collect again") from error
+
+    @classmethod
+    def from_tensors(
+        cls,
+        path: str | os.PathLike,
+        *,
+        positive: Mapping[int, Tensor],
+        negative: Mapping[int, Tensor],
+        neutral: Mapping[int, Tensor],
+        site: str = "mlp",
+        tokens: str = "last",
+        modules: Mapping[int, str] | None = None,
+    ) -> ActivationStore:
+        """Store row-aligned activations that you already have.
+
+        Args:
+            path: folder to write; must not exist or be empty.
+            positive, negative, neutral: layer to activations, (n, d) floating; row i of the three is one demonstration.
+            site: "mlp" or "block".
+            tokens: "last", "mean" or "random".
+            modules: layer to the name of the module they come from; None where that is the default of the site.
+
+        Raises:
+            ValueError: layers or shapes differ, an unknown name, or a folder that is not empty.
+        """
+        if site not in ("mlp", "block"):
+            raise ValueError(f"site must be one of 'mlp', 'block', got {site!r}")
+        if tokens not in ROW_TOKENS:
+            raise ValueError(f"tokens must be one of {', '.join(map(repr, ROW_TOKENS))}, got {tokens!r}")
+        layers = sorted(positive)
+        if not layers or layers != sorted(negative) or layers != sorted(neutral):
+            raise ValueError(
+                "positive, negative and neutral must have the same layers, got "
+                f"{layers}, {sorted(negative)} and {sorted(neutral)}"
+            )
+        shape = positive[layers[0]].shape
+        for name, tensors in (("positive", positive), ("negative", negative), ("neutral", neutral)):
+            for layer, tensor in tensors.items():
+                if tensor.dim() != 2 or tensor.shape != shape or not tensor.is_floating_point():
+                    raise ValueError(
+                        f"every tensor must be a floating (demonstrations, hidden size) = {tuple(shape)}, "
+                        f"got {name}[{layer}] of shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
+                    )
+        n, d = shape
+        rows = torch.arange(3 * n).view(3, n)
+        writer = StoreWriter(
+            path,
+            {
+                "site": site,
+                "tokens": tokens,
+                "hidden_size": d,
+                "modules": {str(layer): (modules or {}).get(layer) for layer in layers},
+                "dtype": str(positive[layers[0]].dtype).removeprefix("torch."),
+                "model": None,
+                "fingerprint": None,
+                "active_adapters": [],
+            },
+            {"positive": rows[0], "negative": rows[1], "neutral": rows[2], "question": torch.arange(n)},
+        )
+        writer.add({f"{site}.{i}": torch.cat((positive[i], negative[i], neutral[i])) for i in layers})
+        return writer.finish()
+
+
+class StoreWriter:
+    """Writes a store shard by shard. Every file appears under its name complete or not at all, and the manifest lists
+    only shards that are on disk, so that a killed run is continued by the next one with the same settings.
+
+    Args:
+        path: folder to write; created with its parents.
+        settings: JSON values that say what is collected. A store with other settings is not continued.
+        index: the tensors of index.safetensors; None to continue with those on disk.
+    """
+
+    def __init__(self, path: str | os.PathLike, settings: dict[str, Any], index: dict[str, Tensor]):
+        self.path = Path(path)
+        if self.path.exists() and any(self.path.iterdir()):
+            raise ValueError(
+                f"{self.path} is not empty: choose another folder, or pass resume=False to replace a store"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.metadata = {"format_version": FORMAT_VERSION, **settings, "complete": False, "shards": []}
+        self._write(INDEX, index)
+        self._write_metadata()
+
+    @classmethod
+    def resume(cls, path: Path) -> StoreWriter:
+        """Continue the store at `path`. Shards in the manifest that are damaged, and all after them, are dropped."""
+        writer = cls.__new__(cls)
+        writer.path, writer.metadata = path, read_metadata(path)
+        shards = writer.metadata["shards"]
+        good = next((i for i, s in enumerate(shards) if _checksum(path / s["file"]) != s["sha256"]), len(shards))
+        del shards[good:]
+        return writer
+
+    @property
+    def rows(self) -> int:
+        """Number of rows on disk."""
+        return sum(shard["rows"] for shard in self.metadata["shards"])
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        """Write the next shard: "site.layer" to (rows, d)."""
+        file = f"shard-{len(self.metadata['shards']):05d}.safetensors"
+        entry = {"file": file, "first_row": self.rows, "rows": len(next(iter(tensors.values())))}
+        self._write(file, tensors)
+        entry["sha256"] = _checksum(self.path / file)
+        self.metadata["shards"].append(entry)
+        self._write_metadata()
+
+    def finish(self) -> ActivationStore:
+        self.metadata["complete"] = True
+        self._write_metadata()
+        return ActivationStore(self.path)
+
+    def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
+        temporary = self.path / f".{name}.tmp"
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+        _publish(temporary, self.path / name)
+
+    def _write_metadata(self) -> None:
+        temporary = self.path / f".{META}.tmp"
+        temporary.write_text(json.dumps(self.metadata, indent=2) + "\n", encoding="utf-8")
+        _publish(temporary, self.path / META)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Contents of a store's meta.json."""
+    try:
+        metadata = json.loads((path / META).read_text(encoding="utf-8"))
+        version = metadata["format_version"]
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} is no activation store: it has no {META}; pass the folder that collect wrote"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / META} is damaged ({error}): collect again into another folder") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}: collect again")
+    return metadata
+
+
+def remove_store(path: Path) -> None:
+    """Delete a store's own files, the manifest last, and nothing else."""
+    for file in [*path.glob("shard-*.safetensors"), *path.glob(".*.tmp"), path / INDEX, path / META]:
+        file.unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, final)
+
+
+def _checksum(file: Path) -> str | None:
+    if not file.exists():
+        return None
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

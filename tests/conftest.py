@@ -1,0 +1,37 @@
+"""Every test runs without a network, in one thread a process."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+
+logging.disable_progress_bar()
+torch.set_num_threads(1)
+ASSETS = Path(__file__).resolve().parents[1] / "peft_edit" / "demo" / "assets"
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer():
+    return AutoTokenizer.from_pretrained(ASSETS / "model")
+
+
+@pytest.fixture
+def demo_model():
+    """A fresh copy of the demonstration model, float32."""
+    return AutoModelForCausalLM.from_pretrained(ASSETS / "model").eval()
+
+
+@pytest.fixture
+def llama():
+    return tiny_model("llama")

@@ -1,0 +1,47 @@
+"""Tiny random models of several architectures, made from configurations."""
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    Qwen3Config,
+)
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+GROUPED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**GROUPED),
+    "gpt2": lambda: GPT2Config(**SIZES, n_positions=64),  # Conv1D with bias
+    "qwen3": lambda: Qwen3Config(**GROUPED),
+    "gemma": lambda: Gemma2Config(**GROUPED),
+    "opt": lambda: OPTConfig(
+        **SIZES, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32
+    ),  # Linear with bias
+    "falcon": lambda: FalconConfig(**SIZES),  # blocks return tuples
+}
+FAMILIES = tuple(CONFIGS)
+
+
+def tiny_model(family: str = "llama", seed: int = 0, **changes):
+    """A model in evaluation mode whose biases, where it has any, are not zero."""
+    torch.manual_seed(seed)
+    config = CONFIGS[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model
+
+
+def token_ids(batch: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
+    """(batch, length) random token ids, none of them special."""
+    return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
