@@ -6,23 +6,33 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .fingerprint import fingerprint
+from .inference import batches, check_length, greedy_answers, inference, input_device, pad
 from .plan import Plan, Sequence, make_plan
-from .prompts import resolve_prompt_format
-from .sites import LayerIndices, find_sites, text_config, unwrap
-from .store import INDEX, META, ROW_TOKENS, ActivationStore, StoreWriter, read_metadata, remove_store
+from .prompts import encode_prompts, resolve_prompt_format
+from .sites import LayerIndices, find_sites, is_linear, out_features, text_config, unwrap
+from .store import (
+    META,
+    ROW_TOKENS,
+    ActivationStore,
+    StoreWriter,
+    check_free,
+    read_index,
+    read_metadata,
+    remove_store,
+    store_files,
+)
+from .tuners.editing import EditLayer
 
 
 logger = logging.getLogger(__name__)
@@ -95,7 +105,7 @@ def collect_activations(
     for name, value in {
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
-        "max_tokens": max_tokens_per_batch,
+        "max_tokens_per_batch": max_tokens_per_batch,
     }.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -106,22 +116,23 @@ def collect_activations(
     path = Path(path)
     sites = find_sites(model, site, layers=layers, target_modules=target_modules)
     bare = unwrap(model)
+    prompt_format = resolve_prompt_format(tokenizer, prompt_format)
     settings = {
         "site": site,
         "tokens": tokens,
         "neutral": neutral,
         "answers": answers,
-        "prompt_format": resolve_prompt_format(tokenizer, prompt_format),
+        "prompt_format": prompt_format,
         "max_new_tokens": max_new_tokens,
         "dtype": dtype,
         "seed": seed,
-        "hidden_size": text_config(bare).hidden_size,
+        "hidden_size": _width(bare, sites),
         "modules": {str(layer): name for layer, name in sites.items()},
         "model": getattr(bare.config, "_name_or_path", None),
         "revision": getattr(bare.config, "_commit_hash", None),
         "fingerprint": fingerprint(model),
         "active_adapters": _active_adapters(model),
-        "data_fingerprint": _data_fingerprint(data),
+        "data_fingerprint": _data_fingerprint(data, tokenizer, prompt_format),
         "batch_size": batch_size,
         "max_tokens_per_batch": max_tokens_per_batch,
     }
@@ -136,11 +147,13 @@ def collect_activations(
                 tokenizer,
                 data,
                 **{name: settings[name] for name in ("tokens", "neutral", "answers", "prompt_format", "seed")},
-                generate=lambda prompts: _greedy_answers(
-                    bare, tokenizer, prompts, max_new_tokens, max_tokens_per_batch
+                generate=lambda prompts: greedy_answers(
+                    bare, tokenizer, prompts, max_new_tokens, batch_size, max_tokens_per_batch
                 ),
             )
             check_length(bare, len(plan.sequences[0].ids))
+            if (path / META).exists():
+                remove_store(path)
             writer = StoreWriter(path, settings, plan.index)
         else:
             writer, plan = earlier
@@ -151,12 +164,15 @@ def collect_activations(
 def _earlier_store(path: Path, settings: dict, resume: bool):
     """What is at `path`: None, a complete store, or a writer to go on with and its sequences."""
     if not (path / META).exists():
+        check_free(path)
         return None
     if not resume:
-        remove_store(path)
+        store_files(path)  # raises where it cannot be replaced
         return None
     metadata = read_metadata(path)
-    changed = [name for name in settings if metadata.get(name) != settings[name]]
+    # The batches decide how a collection goes on, not what a complete one holds; the fingerprint tells models apart.
+    ignored = {"model", "revision"} | ({"batch_size", "max_tokens_per_batch"} if metadata["complete"] else set())
+    changed = [name for name in settings if name not in ignored and metadata.get(name) != settings[name]]
     if changed:
         what = "; ".join(f"{name} is {metadata.get(name)!r} there, {settings[name]!r} here" for name in changed[:3])
         raise ValueError(
@@ -165,7 +181,7 @@ def _earlier_store(path: Path, settings: dict, resume: bool):
         )
     if metadata["complete"]:
         return ActivationStore(path)
-    return StoreWriter.resume(path), Plan.from_index(load_file(path / INDEX))
+    return StoreWriter.resume(path), Plan.from_index(read_index(path))
 
 
 def _run(model: nn.Module, sites: dict[int, str], sequences: list[Sequence], writer: StoreWriter) -> None:
@@ -192,15 +208,14 @@ def _run(model: nn.Module, sites: dict[int, str], sequences: list[Sequence], wri
             pending_rows = 0
 
     remaining = sequences[done:]
-    with tqdm(total=len(sequences), initial=done, desc="collecting", unit="seq") as progress:
-        for batch in _batches(
-            [len(s.ids) for s in remaining], settings["batch_size"], settings["max_tokens_per_batch"]
-        ):
+    with tqdm(total=len(sequences), initial=done, desc="collecting", unit="seq", leave=None) as progress:
+        for batch in batches([len(s.ids) for s in remaining], settings["batch_size"], settings["max_tokens_per_batch"]):
             chunk = [remaining[i] for i in batch]
             rows = _batch_rows(model, sites, chunk, mean=settings["tokens"] == "mean")
             for layer, tensor in rows.items():
+                tensor = tensor.to(dtype)
                 _check_finite(tensor, layer, settings["site"], first_row=writer.rows + pending_rows)
-                pending[layer].append(tensor.to(dtype).cpu())
+                pending[layer].append(tensor.cpu())
             pending_rows += sum(rows_per_sequence[done + i] for i in batch)
             progress.update(len(chunk))
             if pending_rows * row_bytes >= SHARD_BYTES:
@@ -210,15 +225,9 @@ def _run(model: nn.Module, sites: dict[int, str], sequences: list[Sequence], wri
 
 def _batch_rows(model: nn.Module, sites: dict[int, str], batch: list[Sequence], mean: bool) -> dict[int, Tensor]:
     """Layer to the kept rows of a batch, (r, d), in the order of the sequences and positions."""
-    device = input_device(model)
-    longest = max(len(s.ids) for s in batch)
-    # Padded on the right, where a causal model's earlier tokens cannot see it; so any id will do.
-    input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    kept = torch.zeros(len(batch), longest, dtype=torch.bool)
+    input_ids, mask = pad([sequence.ids for sequence in batch], input_device(model))
+    kept = torch.zeros_like(input_ids, dtype=torch.bool)
     for i, sequence in enumerate(batch):
-        input_ids[i, : len(sequence.ids)] = torch.tensor(sequence.ids)
-        mask[i, : len(sequence.ids)] = 1
         kept[i, sequence.start : sequence.stop] = True
 
     rows: dict[int, Tensor] = {}
@@ -226,11 +235,12 @@ def _batch_rows(model: nn.Module, sites: dict[int, str], batch: list[Sequence], 
     def keep(layer: int):
         def hook(module, args, output) -> None:
             h = output[0] if isinstance(output, tuple) else output
-            h = h.reshape(len(batch), longest, -1)  # OPT flattens batch and sequence before its MLP
+            h = h.reshape(*input_ids.shape, -1)  # OPT flattens batch and sequence before its MLP
             selected = kept.to(h.device)
             if mean:
-                weights = selected / selected.sum(dim=1, keepdim=True)
-                rows[layer] = torch.einsum("bs,bsd->bd", weights, h.to(torch.promote_types(h.dtype, torch.float32)))
+                h = h.to(torch.promote_types(h.dtype, torch.float32))
+                weights = selected.to(h.dtype) / selected.sum(dim=1, keepdim=True)
+                rows[layer] = torch.einsum("bs,bsd->bd", weights, h)
             else:
                 rows[layer] = h[selected]
 
@@ -239,91 +249,24 @@ def _batch_rows(model: nn.Module, sites: dict[int, str], batch: list[Sequence], 
     handles = []
     try:
         for layer, name in sites.items():
-            module = model.get_submodule(name)
-            if isinstance(module, BaseTunerLayer):
-                module = module.base_layer
             # First of the hooks: the edit of a block is a hook too.
-            handles.append(module.register_forward_hook(keep(layer), prepend=True))
+            handles.append(_before_edit(model.get_submodule(name)).register_forward_hook(keep(layer), prepend=True))
         # The model without its LM head, whose logits nobody reads.
-        model.base_model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     return rows
 
 
-def _batches(lengths: list[int], batch_size: int | None, max_tokens: int) -> Iterator[list[int]]:
-    """Consecutive indices, as many as fit: lengths fall, so the first of a batch is its longest."""
-    batch: list[int] = []
-    for i in range(len(lengths)):
-        if batch and ((len(batch) + 1) * lengths[batch[0]] > max_tokens or len(batch) == batch_size):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-@torch.no_grad()
-def _greedy_answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int, max_tokens: int
-) -> list[list[int]]:
-    """The model's own greedy answers, without end of sequence."""
-    stop = model.generation_config.eos_token_id if model.generation_config is not None else tokenizer.eos_token_id
-    stop = [stop] if isinstance(stop, int) else list(stop or [])
-    # Nothing of the model's own sampling, penalties or lengths.
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop or None, pad_token_id=stop[0] if stop else 0
-    )
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    answers: list[list[int]] = [[] for _ in prompts]
-    with tqdm(total=len(prompts), desc="generating neutral answers", unit="seq") as progress:
-        for batch in _batches([len(prompts[i]) + max_new_tokens for i in order], None, max_tokens):
-            rows = [order[i] for i in batch]
-            longest = len(prompts[rows[0]])
-            input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
-            mask = torch.zeros_like(input_ids)
-            for i, row in enumerate(rows):
-                input_ids[i, longest - len(prompts[row]) :] = torch.tensor(prompts[row])
-                mask[i, longest - len(prompts[row]) :] = 1
-            device = input_device(model)
-            output = model.generate(
-                input_ids=input_ids.to(device), attention_mask=mask.to(device), generation_config=config
-            )
-            for row, ids in zip(rows, output[:, longest:].tolist(), strict=True):
-                end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
-                answers[row] = ids[:end]
-            progress.update(len(rows))
-    return answers
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Device that the model expects its token ids on, also where accelerate offloads the embeddings."""
-    embeddings = model.get_input_embeddings()
-    hook = getattr(embeddings, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return embeddings.weight.device if device is None else torch.device(device)
-
-
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards the model is in the mode it was in."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
-def check_length(model: nn.Module, tokens: int) -> None:
-    """Raise ValueError where a sequence of so many tokens is more than the model takes."""
-    limit = getattr(text_config(model), "max_position_embeddings", None)
-    if limit is not None and tokens > limit:
-        raise ValueError(
-            f"the longest prompt and answer has {tokens} tokens, the model takes {limit}: leave the long rows out"
-        )
+def _before_edit(module: nn.Module) -> nn.Module:
+    """The module whose output the edit of a site receives: what the edit wraps, other methods' adapters included."""
+    inner = module
+    while isinstance(inner, BaseTunerLayer):
+        if isinstance(inner, EditLayer):
+            return inner.base_layer
+        inner = inner.base_layer
+    return module
 
 
 def _check_finite(rows: Tensor, layer: int, site: str, first_row: int) -> None:
@@ -331,7 +274,7 @@ def _check_finite(rows: Tensor, layer: int, site: str, first_row: int) -> None:
     if bad.any():
         raise ValueError(
             f"layer {layer}: the {site} activations of row {first_row + int(bad.nonzero()[0])} of the store are not "
-            "finite: load the model in a wider dtype (bfloat16 or float32)"
+            "finite: load the model and store in a wider dtype (bfloat16 or float32)"
         )
 
 
@@ -346,8 +289,20 @@ def _active_adapters(model: nn.Module) -> list[str]:
     )
 
 
-def _data_fingerprint(data: Dataset) -> str:
-    digest = hashlib.sha256()
+def _width(model: nn.Module, sites: dict[int, str]) -> int:
+    """Width of the rows of all sites."""
+    modules = (model.get_submodule(name) for name in sites.values())
+    widths = {out_features(m) if is_linear(m) else text_config(model).hidden_size for m in modules}
+    if len(widths) > 1:
+        raise ValueError(f"the target_modules are of different widths, {sorted(widths)}: collect them one by one")
+    return widths.pop()
+
+
+def _data_fingerprint(data: Dataset, tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> str:
+    """Hash of the texts, and of the prompts' token ids: those of another tokenizer or chat template differ."""
+    columns = {"messages": list(data["messages"]), "row_ids": list(data["id"])}
+    prompts = encode_prompts(tokenizer, list(data["prompt"]), prompt_format=prompt_format, **columns)
+    digest = hashlib.sha256(json.dumps(prompts).encode())
     for row in data.select_columns(["id", "prompt", "positives", "negatives", "neutral", "messages"]):
         digest.update(json.dumps(row, sort_keys=True).encode())
     return digest.hexdigest()[:16]

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from .activations import check_length, inference, input_device
+from .inference import check_length, inference, input_device, pad
 from .prompts import EncodedAnswer, encode_answers
 from .sites import unwrap
 
@@ -73,7 +73,7 @@ def evaluate_multiple_choice(
         batch_size: most answers in a forward pass; the answers of one question stay together even if there are more.
 
     Raises:
-        ValueError: the data are empty or a sequence is longer than the model takes.
+        ValueError: the data are empty, a sequence is longer than the model takes, or the model gives NaN.
     """
     if len(data) == 0:
         raise ValueError("the contrast set is empty: nothing to evaluate")
@@ -89,6 +89,13 @@ def evaluate_multiple_choice(
         row_ids=list(data["id"]),
     )
     scores = answer_log_likelihoods(model, encoded, batch_size=batch_size)
+    if undefined := [
+        row["id"] for row, row_scores in zip(data, scores, strict=True) if any(map(math.isnan, row_scores))
+    ]:
+        raise ValueError(
+            f"the log-likelihoods of {len(undefined)} questions are NaN, the first is row {undefined[0]}: "
+            "load the model in a wider dtype (bfloat16 or float32), or lower the strength of the edit"
+        )
     questions = [
         _question_score(row, dict(zip(texts, row_scores, strict=True)))
         for row, texts, row_scores in zip(data, choices, scores, strict=True)
@@ -118,7 +125,7 @@ def answer_log_likelihoods(
     bare = unwrap(model)
     check_length(bare, max(len(answer.input_ids) for answers in questions for answer in answers))
     scores: list[list[float]] = [[] for _ in questions]
-    with inference(model), tqdm(total=len(questions), desc="evaluating", unit="question") as progress:
+    with inference(model), tqdm(total=len(questions), desc="evaluating", unit="question", leave=None) as progress:
         for group in _groups(questions, batch_size):
             answers = [answer for i in group for answer in questions[i]]
             owners = [place for place, i in enumerate(group) for _ in questions[i]]
@@ -169,15 +176,10 @@ def _score_group(
         else:
             cache, shared = None, 0  # an architecture with another kind of state: run the prompt with each answer
 
-    longest = max(len(answer.input_ids) for answer in answers)
-    ids = torch.zeros(len(answers), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    scored = torch.zeros(len(answers), longest, dtype=torch.bool)
+    ids, mask = pad([answer.input_ids for answer in answers], device)
+    scored = torch.zeros_like(ids, dtype=torch.bool)
     for i, answer in enumerate(answers):
-        ids[i, : len(answer.input_ids)] = torch.tensor(answer.input_ids)
-        mask[i, : len(answer.input_ids)] = 1
         scored[i, answer.prompt_length : len(answer.input_ids)] = True
-    ids, mask, scored = ids.to(device), mask.to(device), scored.to(device)
     logits = model(
         input_ids=ids[:, shared:-1], attention_mask=mask[:, :-1], past_key_values=cache, use_cache=cache is not None
     ).logits
@@ -190,21 +192,20 @@ def perplexity(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, batch_size: int = 16
 ) -> float:
     """Perplexity over all tokens of some texts after each one's first: exp of the mean negative log-likelihood."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     bare = unwrap(model)
-    encoded = sorted((ids for ids in tokenizer(list(texts))["input_ids"] if len(ids) > 1), key=len)
+    texts = list(texts)
+    encoded = tokenizer(texts)["input_ids"] if texts else []
+    encoded = sorted((ids for ids in encoded if len(ids) > 1), key=len)
     if not encoded:
         raise ValueError("perplexity needs texts of at least two tokens")
     check_length(bare, len(encoded[-1]))
     total, count = 0.0, 0
     with inference(model):
-        for start in tqdm(range(0, len(encoded), batch_size), desc="perplexity", unit="batch"):
+        for start in tqdm(range(0, len(encoded), batch_size), desc="perplexity", unit="batch", leave=None):
             batch = encoded[start : start + batch_size]
-            ids = torch.zeros(len(batch), len(batch[-1]), dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for i, row in enumerate(batch):
-                ids[i, : len(row)] = torch.tensor(row)
-                mask[i, : len(row)] = 1
-            ids, mask = ids.to(input_device(bare)), mask.to(input_device(bare))
+            ids, mask = pad(batch, input_device(bare))
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
             scored, targets = mask[:, 1:].bool().to(logits.device), ids[:, 1:].to(logits.device)
             total += float(functional.cross_entropy(logits[scored].float(), targets[scored], reduction="sum"))

@@ -102,7 +102,7 @@ def fit_sea(
     _check_store(model, store, config, layers, allow_fingerprint_mismatch)
 
     fits, factors = [], {}
-    for index, layer in tqdm(sorted(layers.items()), desc="fitting", unit="layer"):
+    for index, layer in tqdm(sorted(layers.items()), desc="fitting", unit="layer", leave=None):
         try:
             site_fit, factors[index] = _fit_site(store, index, layer, config)
         except ValueError as error:

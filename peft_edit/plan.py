@@ -170,9 +170,13 @@ def _neutral_ids(tokenizer, data: Dataset, prompts, neutral: str | None, options
         return prompt_ids
     wanted = [[text] if text is not None and neutral != "generated" else [] for text in texts]
     encoded = encode_answers(tokenizer, prompts, wanted, **options)
-    missing = [i for i, answers in enumerate(encoded) if not answers]
-    generated = dict(zip(missing, generate([prompt_ids[i] for i in missing]) if missing else [], strict=True))
-    return [answers[0].input_ids if answers else prompt_ids[i] + generated[i] for i, answers in enumerate(encoded)]
+    missing = list({tuple(ids): ids for ids, answers in zip(prompt_ids, encoded, strict=True) if not answers}.values())
+    generated = zip(missing, generate(missing) if missing else [], strict=True)
+    continued = {tuple(prompt): prompt + answer for prompt, answer in generated}
+    return [
+        answers[0].input_ids if answers else continued[tuple(ids)]
+        for ids, answers in zip(prompt_ids, encoded, strict=True)
+    ]
 
 
 def _longest_first(unique: _Sequences) -> tuple[list[Sequence], Tensor]:

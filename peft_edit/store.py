@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .sites import normalise_layers
+
 
 FORMAT_VERSION = 1
 META, INDEX = "meta.json", "index.safetensors"
 ROW_TOKENS = ("last", "mean", "random")
+# What reading needs of meta.json.
+REQUIRED = ("complete", "site", "tokens", "hidden_size", "modules", "shards")
+# A file of a store, or a hidden one that was being written when a run was killed.
+STORE_FILE = re.compile(r"(\.)?(meta\.json|(index|shard-\d+)\.safetensors)(?(1)\.tmp)")
 
 
 class ActivationStore:
@@ -59,7 +66,7 @@ class ActivationStore:
         self.tokens: str = self.metadata["tokens"]
         self.hidden_size: int = self.metadata["hidden_size"]
         self.layers: list[int] = sorted(int(layer) for layer in self.metadata["modules"])
-        self._index = load_file(self.path / INDEX)
+        self._index = read_index(self.path)
 
     def __len__(self) -> int:
         return len(self._index["pairs" if self.tokens == "answer" else "positive"])
@@ -129,7 +136,7 @@ class ActivationStore:
                 with safe_open(file, framework="pt") as tensors:
                     yield shard["first_row"], tensors.get_tensor(f"{self.site}.{layer}")
             except (OSError, SafetensorError) as error:
-                raise ValueError(f"{file} cannot be read ({error}): collect again") from error
+                raise ValueError(f"{file} cannot be read ({error}): collect again with resume=False") from error
 
     @classmethod
     def from_tensors(
@@ -147,31 +154,37 @@ class ActivationStore:
 
         Args:
             path: folder to write; must not exist or be empty.
-            positive, negative, neutral: layer to activations, (n, d) floating; row i of the three is one demonstration.
+            positive, negative, neutral: layer to activations, (n, d), all of one floating dtype; row i of the three is
+                one demonstration.
             site: "mlp" or "block".
             tokens: "last", "mean" or "random".
             modules: layer to the name of the module they come from; None where that is the default of the site.
 
         Raises:
-            ValueError: layers or shapes differ, an unknown name, or a folder that is not empty.
+            ValueError: layers, shapes or dtypes differ, an unknown name, or a folder that is not empty.
         """
         if site not in ("mlp", "block"):
             raise ValueError(f"site must be one of 'mlp', 'block', got {site!r}")
         if tokens not in ROW_TOKENS:
             raise ValueError(f"tokens must be one of {', '.join(map(repr, ROW_TOKENS))}, got {tokens!r}")
-        layers = sorted(positive)
-        if not layers or layers != sorted(negative) or layers != sorted(neutral):
+        layers = normalise_layers(list(positive))
+        if not set(layers) == set(negative) == set(neutral):
             raise ValueError(
                 "positive, negative and neutral must have the same layers, got "
-                f"{layers}, {sorted(negative)} and {sorted(neutral)}"
+                f"{layers}, {list(negative)} and {list(neutral)}"
             )
-        shape = positive[layers[0]].shape
+        shape, dtype = positive[layers[0]].shape, positive[layers[0]].dtype
         for name, tensors in (("positive", positive), ("negative", negative), ("neutral", neutral)):
             for layer, tensor in tensors.items():
-                if tensor.dim() != 2 or tensor.shape != shape or not tensor.is_floating_point():
+                if tensor.dim() != 2 or tensor.shape != shape:
                     raise ValueError(
-                        f"every tensor must be a floating (demonstrations, hidden size) = {tuple(shape)}, "
-                        f"got {name}[{layer}] of shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
+                        f"every tensor must be (demonstrations, hidden size) = {tuple(shape)}, "
+                        f"got {name}[{layer}] of shape {tuple(tensor.shape)}"
+                    )
+                if not tensor.is_floating_point() or tensor.dtype != dtype:
+                    raise ValueError(
+                        f"every tensor must be of one floating dtype, got {name}[{layer}] of {tensor.dtype} "
+                        f"and positive[{layers[0]}] of {dtype}"
                     )
         n, d = shape
         rows = torch.arange(3 * n).view(3, n)
@@ -182,8 +195,9 @@ class ActivationStore:
                 "tokens": tokens,
                 "hidden_size": d,
                 "modules": {str(layer): (modules or {}).get(layer) for layer in layers},
-                "dtype": str(positive[layers[0]].dtype).removeprefix("torch."),
+                "dtype": str(dtype).removeprefix("torch."),
                 "model": None,
+                "revision": None,
                 "fingerprint": None,
                 "active_adapters": [],
             },
@@ -200,15 +214,15 @@ class StoreWriter:
     Args:
         path: folder to write; created with its parents.
         settings: JSON values that say what is collected. A store with other settings is not continued.
-        index: the tensors of index.safetensors; None to continue with those on disk.
+        index: the tensors of index.safetensors.
+
+    Raises:
+        ValueError: the path is taken, see `check_free`.
     """
 
     def __init__(self, path: str | os.PathLike, settings: dict[str, Any], index: dict[str, Tensor]):
         self.path = Path(path)
-        if self.path.exists() and any(self.path.iterdir()):
-            raise ValueError(
-                f"{self.path} is not empty: choose another folder, or pass resume=False to replace a store"
-            )
+        check_free(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         self.metadata = {"format_version": FORMAT_VERSION, **settings, "complete": False, "shards": []}
         self._write(INDEX, index)
@@ -255,25 +269,64 @@ class StoreWriter:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Contents of a store's meta.json."""
-    try:
-        metadata = json.loads((path / META).read_text(encoding="utf-8"))
-        version = metadata["format_version"]
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path} is no activation store: it has no {META}; pass the folder that collect wrote"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / META} is damaged ({error}): collect again into another folder") from error
+    """Contents of a store's meta.json, which this release can read."""
+    metadata = _manifest(path)
+    version = metadata["format_version"]
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}: collect again")
+    if missing := [name for name in REQUIRED if name not in metadata]:
+        raise ValueError(f"{path / META} is damaged (no {missing[0]}): collect again into another folder")
     return metadata
 
 
+def read_index(path: Path) -> dict[str, Tensor]:
+    """Tensors of a store's index.safetensors."""
+    try:
+        return load_file(path / INDEX)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path / INDEX} cannot be read ({error}): collect again with resume=False") from error
+
+
+def check_free(path: Path) -> None:
+    """Raise ValueError where `path` is a file, or a folder that holds anything but what a run leaves behind that was
+    killed before it wrote its manifest."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: choose a folder")
+    if path.exists() and {file.name for file in path.iterdir()} - {INDEX, f".{INDEX}.tmp", f".{META}.tmp"}:
+        raise ValueError(f"{path} is not empty: choose another folder")
+
+
+def store_files(path: Path) -> list[Path]:
+    """Files of the store at `path`, the manifest last.
+
+    Raises:
+        ValueError: it is no store, or its folder holds other files.
+    """
+    _manifest(path)
+    files = sorted(path.iterdir(), key=lambda file: file.name == META)
+    if foreign := sorted(file.name for file in files if not STORE_FILE.fullmatch(file.name)):
+        raise ValueError(f"{path} also holds {foreign[0]}, which is no part of a store: choose another folder")
+    return files
+
+
 def remove_store(path: Path) -> None:
-    """Delete a store's own files, the manifest last, and nothing else."""
-    for file in [*path.glob("shard-*.safetensors"), *path.glob(".*.tmp"), path / INDEX, path / META]:
-        file.unlink(missing_ok=True)
+    """Delete the store at `path`. Where `store_files` raises, nothing is deleted."""
+    for file in store_files(path):
+        file.unlink()
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads((path / META).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{path} is no activation store: it has no {META}; pass the folder that collect wrote"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path / META} is damaged ({error}): collect again into another folder") from error
+    if not isinstance(metadata, dict) or "format_version" not in metadata:
+        raise ValueError(f"{path / META} is damaged (no format_version): collect again into another folder")
+    return metadata
 
 
 def _publish(temporary: Path, final: Path) -> None:

@@ -1,0 +1,266 @@
+"""Stores made from tensors, and what reading refuses."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from peft_edit import ActivationStore, store
+from peft_edit.store import FORMAT_VERSION, StoreWriter, remove_store
+
+
+SIGNS = ("positive", "negative", "neutral")
+
+
+def random_sets(layers=(0, 2), n=5, d=4, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(n)
+    return {sign: {layer: torch.randn(n, d, generator=generator).to(dtype) for layer in layers} for sign in SIGNS}
+
+
+def write_answer_store(path, shard_rows, d=3):
+    """A store of answer tokens, written in shards of these sizes; returns its layers' rows."""
+    settings = {"site": "block", "tokens": "answer", "hidden_size": d, "modules": {"1": "h.1", "4": "h.4"}}
+    pairs = torch.tensor([[0, 3], [1, 4], [5, 2], [0, 2]])
+    writer = StoreWriter(path, settings, {"pairs": pairs, "question": torch.tensor([7, 7, 9, 9])})
+    rows = {layer: torch.randn(sum(shard_rows), d) for layer in (1, 4)}
+    chunks = {layer: tensor.split(shard_rows) for layer, tensor in rows.items()}
+    for i in range(len(shard_rows)):
+        writer.add({f"block.{layer}": chunk[i] for layer, chunk in chunks.items()})
+    writer.finish()
+    return rows, pairs
+
+
+def write_meta(path, **changes):
+    file = path / "meta.json"
+    meta = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in meta.items() if value is not ...}))
+
+
+def one_line_error(call, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("layers", [(0,), (3, 0, 11)])
+def test_what_is_stored_is_what_is_read(tmp_path, dtype, layers):
+    sets = random_sets(layers, dtype=dtype)
+    written = ActivationStore.from_tensors(tmp_path / "new" / "store", **sets, site="block", tokens="mean")
+    for opened in (written, ActivationStore(str(tmp_path / "new" / "store"))):
+        assert (len(opened), opened.layers, opened.hidden_size) == (5, sorted(layers), 4)
+        assert (opened.site, opened.tokens, opened.questions().tolist()) == ("block", "mean", [0, 1, 2, 3, 4])
+        for sign in SIGNS:
+            for layer in layers:
+                read = getattr(opened, sign)(layer)
+                assert read.dtype == dtype
+                assert torch.equal(read, sets[sign][layer])
+        assert repr(opened).startswith("ActivationStore('") and "5 demonstrations" in repr(opened)
+
+
+@given(n=st.integers(0, 6), d=st.integers(1, 5))
+def test_any_number_of_demonstrations(tmp_path_factory, n, d):
+    sets = random_sets((0,), n, d)
+    opened = ActivationStore.from_tensors(tmp_path_factory.mktemp("store"), **sets)
+    assert all(torch.equal(getattr(opened, sign)(0), sets[sign][0]) for sign in SIGNS)
+
+
+def test_tensors_may_be_views_and_are_not_changed(tmp_path):
+    sets = {sign: {0: torch.randn(4, 6).T, 1: torch.randn(12, 4)[::2]} for sign in SIGNS}
+    before = {sign: [tensor.clone() for tensor in tensors.values()] for sign, tensors in sets.items()}
+    opened = ActivationStore.from_tensors(tmp_path, **sets)
+    for sign in SIGNS:
+        assert all(torch.equal(getattr(opened, sign)(i), before[sign][i]) for i in (0, 1))
+        assert all(torch.equal(sets[sign][i], before[sign][i]) for i in (0, 1))
+
+
+def test_metadata_say_what_the_store_is(tmp_path):
+    ActivationStore.from_tensors(tmp_path, **random_sets(dtype=torch.bfloat16), modules={0: "h.0.mlp"})
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    (shard,) = meta.pop("shards")
+    assert shard.pop("sha256") == hashlib.sha256((tmp_path / shard["file"]).read_bytes()).hexdigest()
+    assert shard == {"file": "shard-00000.safetensors", "first_row": 0, "rows": 15}
+    assert meta == {
+        "format_version": FORMAT_VERSION,
+        "complete": True,
+        "site": "mlp",
+        "tokens": "last",
+        "hidden_size": 4,
+        "dtype": "bfloat16",
+        "modules": {"0": "h.0.mlp", "2": None},
+        "model": None,
+        "revision": None,
+        "fingerprint": None,
+        "active_adapters": [],
+    }
+    assert sorted(load_file(tmp_path / shard["file"])) == ["mlp.0", "mlp.2"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["index.safetensors", "meta.json", "shard-00000.safetensors"]
+
+
+@pytest.mark.parametrize("shard_rows", [[6], [1, 2, 3], [2, 2, 2], [1] * 6])
+def test_rows_are_gathered_over_shards(tmp_path, shard_rows):
+    rows, pairs = write_answer_store(tmp_path, shard_rows)
+    opened = ActivationStore(tmp_path)
+    assert (len(opened), opened.layers, opened.questions().tolist()) == (4, [1, 4], [7, 7, 9, 9])
+    assert torch.equal(opened.pairs(), pairs) and opened.pairs().dtype == torch.int64
+    assert "4 pairs" in repr(opened)
+    for layer in (1, 4):
+        assert torch.equal(opened.answer_tokens(layer), rows[layer])
+        assert torch.equal(opened.negative(layer), rows[layer][pairs[:, 0]])
+        assert torch.equal(opened.positive(layer), rows[layer][pairs[:, 1]])
+
+
+def test_reading_maps_the_tensors_of_one_layer_only(tmp_path, monkeypatch):
+    write_answer_store(tmp_path, [2, 4])
+    opened = ActivationStore(tmp_path)
+    read = []
+
+    class Recorder:
+        def __init__(self, file, framework):
+            self.opened = original(file, framework=framework)
+
+        def __enter__(self):
+            self.opened.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.opened.__exit__(*error)
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.opened.get_tensor(name)
+
+    original = store.safe_open
+    monkeypatch.setattr(store, "safe_open", Recorder)
+    monkeypatch.setattr(store, "load_file", None)
+    for name in ("positive", "negative", "answer_tokens"):
+        read.clear()
+        getattr(opened, name)(4)
+        assert read == ["block.4"] * 2
+
+
+def test_changing_what_was_read_does_not_change_the_store(tmp_path):
+    rows, _ = write_answer_store(tmp_path, [6])
+    opened = ActivationStore(tmp_path)
+    opened.answer_tokens(1).zero_()
+    opened.positive(1).zero_()
+    assert torch.equal(opened.answer_tokens(1), rows[1])
+
+
+BAD_TENSORS = {
+    "no layers": ({sign: {} for sign in SIGNS}, "layers must be block indices"),
+    "a layer that is no index": ({sign: {"a": torch.ones(2, 3)} for sign in SIGNS}, "layers must be block indices"),
+    "layers differ": ({"negative": {0: torch.ones(5, 4)}}, r"must have the same layers, got \[0, 2\], \[0\]"),
+    "no neutral": ({"neutral": {}}, r"must have the same layers"),
+    "another number of rows": (
+        {"neutral": {0: torch.ones(5, 4), 2: torch.ones(6, 4)}},
+        r"= \(5, 4\), got neutral\[2\] of shape \(6, 4\)",
+    ),
+    "another width": ({"positive": {0: torch.ones(5, 4), 2: torch.ones(5, 3)}}, r"got positive\[2\] of shape \(5, 3\)"),
+    "not a matrix": ({sign: {0: torch.ones(4)} for sign in SIGNS}, r"got positive\[0\] of shape \(4,\)"),
+    "integers": ({sign: {0: torch.ones(5, 4).long()} for sign in SIGNS}, r"floating dtype, got positive\[0\] of .*int"),
+    "dtypes differ": ({"negative": {0: torch.ones(5, 4), 2: torch.ones(5, 4).half()}}, r"negative\[2\] of .*float16"),
+    "unknown site": ({"site": "attention"}, "site must be one of 'mlp', 'block', got 'attention'"),
+    "unknown tokens": ({"tokens": "first"}, "tokens must be one of 'last', 'mean', 'random', got 'first'"),
+    "tokens without rows": ({"tokens": "answer"}, "tokens must be one of"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_bad_tensors_are_refused_before_anything_is_written(tmp_path, case):
+    changes, match = BAD_TENSORS[case]
+    one_line_error(lambda: ActivationStore.from_tensors(tmp_path / "store", **random_sets() | changes), match)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    one_line_error(lambda: ActivationStore.from_tensors(tmp_path, **random_sets()), "is not empty")
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+    one_line_error(lambda: ActivationStore.from_tensors(tmp_path / "notes.txt", **random_sets()), "is a file")
+    (tmp_path / "store").mkdir()
+    ActivationStore.from_tensors(tmp_path / "store", **random_sets())
+    one_line_error(lambda: ActivationStore.from_tensors(tmp_path / "store", **random_sets()), "is not empty")
+
+
+@pytest.mark.parametrize("damage", ["not json", "[1, 2]", "{}", '"text"', "", b"\xff\xfe\xff"])
+def test_a_damaged_manifest_is_named(tmp_path, damage):
+    ActivationStore.from_tensors(tmp_path, **random_sets())
+    (tmp_path / "meta.json").write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+    one_line_error(lambda: ActivationStore(tmp_path), r"meta\.json is damaged")
+
+
+@pytest.mark.parametrize("field", store.REQUIRED)
+def test_a_manifest_that_lacks_a_field_is_damaged(tmp_path, field):
+    ActivationStore.from_tensors(tmp_path, **random_sets())
+    write_meta(tmp_path, **{field: ...})
+    one_line_error(lambda: ActivationStore(tmp_path), rf"meta\.json is damaged \(no {field}\)")
+
+
+def test_what_is_no_complete_store_of_this_version_is_refused(tmp_path):
+    one_line_error(lambda: ActivationStore(tmp_path / "nowhere"), "is no activation store")
+    one_line_error(lambda: ActivationStore(tmp_path), "is no activation store: it has no meta.json")
+    folder = tmp_path / "store"
+    ActivationStore.from_tensors(folder, **random_sets())
+    one_line_error(lambda: ActivationStore(folder / "meta.json"), "is no activation store")
+    write_meta(folder, complete=False)
+    one_line_error(lambda: ActivationStore(folder), "not collected completely: collect again with the same arguments")
+    write_meta(folder, complete=True, format_version=99)
+    one_line_error(lambda: ActivationStore(folder), f"format version 99, this release reads {FORMAT_VERSION}")
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+@pytest.mark.parametrize("file", ["index.safetensors", "shard-00000.safetensors"])
+def test_a_damaged_file_is_named(tmp_path, file, damage):
+    ActivationStore.from_tensors(tmp_path, **random_sets())
+    content = (tmp_path / file).read_bytes()
+    (tmp_path / file).unlink()
+    if damage == "truncated":
+        (tmp_path / file).write_bytes(content[:-9])
+    one_line_error(lambda: ActivationStore(tmp_path).positive(0), rf"{file} cannot be read .* resume=False")
+
+
+def test_a_shard_without_the_layer_is_damaged(tmp_path):
+    ActivationStore.from_tensors(tmp_path, **random_sets())
+    save_file({"mlp.0": torch.ones(15, 4)}, tmp_path / "shard-00000.safetensors")
+    one_line_error(lambda: ActivationStore(tmp_path).positive(2), r"shard-00000\.safetensors cannot be read")
+
+
+@pytest.mark.parametrize("read", [*SIGNS])
+@pytest.mark.parametrize("layer", [1, -1, 3])
+def test_a_missing_layer_is_named(tmp_path, read, layer):
+    opened = ActivationStore.from_tensors(tmp_path, **random_sets())
+    one_line_error(lambda: getattr(opened, read)(layer), rf"has layers \[0, 2\], got {layer}")
+
+
+def test_stores_of_rows_have_no_answer_tokens_and_the_other_way_round(tmp_path):
+    of_rows = ActivationStore.from_tensors(tmp_path / "rows", **random_sets())
+    one_line_error(of_rows.pairs, r"one row an answer \(tokens='last'\): collect with tokens='answer'")
+    one_line_error(lambda: of_rows.answer_tokens(0), "one row an answer")
+    write_answer_store(tmp_path / "answers", [6])
+    of_answers = ActivationStore(tmp_path / "answers")
+    one_line_error(lambda: of_answers.neutral(1), "has no neutral activations .*: collect again")
+
+
+def test_removing_deletes_a_store_and_nothing_else(tmp_path):
+    folder = tmp_path / "store"
+    write_answer_store(folder, [1, 2, 3])
+    (folder / ".shard-00003.safetensors.tmp").touch()  # what a killed run leaves
+    (folder / "shard-notes.safetensors").touch()
+    before = sorted(folder.iterdir())
+    one_line_error(lambda: remove_store(folder), "also holds shard-notes.safetensors")
+    assert sorted(folder.iterdir()) == before
+    (folder / "shard-notes.safetensors").unlink()
+    remove_store(folder)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["{}", '{"name": "mine"}', "not json"])
+def test_another_programs_manifest_is_not_removed(tmp_path, content):
+    (tmp_path / "meta.json").write_text(content)
+    one_line_error(lambda: remove_store(tmp_path), r"meta\.json is damaged")
+    assert (tmp_path / "meta.json").read_text() == content
