@@ -1,0 +1,35 @@
+"""The command line, `peft-edit`: one file for each group of commands."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import typer
+
+from . import activations, demo, evaluate, sea
+
+
+app = typer.Typer(
+    name="peft-edit",
+    help="Edit a language model's activations as Hugging Face PEFT adapters.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.demo)
+app.command("collect")(activations.collect)
+app.command("fit-sea")(sea.fit_sea)
+app.command("evaluate")(evaluate.evaluate)
+
+
+def main() -> None:
+    """Run the command line: exit status 0, or 2 with what to change."""
+    # PEFT reads an attribute that Transformers 5 deprecates; users cannot do anything about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"peft-edit: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

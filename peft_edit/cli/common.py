@@ -1,0 +1,138 @@
+"""Arguments and steps that several commands share."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+Model = Annotated[str, typer.Argument(help="Base model: id on the Hub or local folder.", show_default=False)]
+Data = Annotated[
+    str,
+    typer.Argument(help="Contrast set: known name, id on the Hub, or .jsonl/.csv/.parquet file.", show_default=False),
+]
+DataFiles = Annotated[str | None, typer.Option(help="Local copy of a known data set, such as TruthfulQA.csv.")]
+Subset = Annotated[str | None, typer.Option(help="Configuration of a data set on the Hub.")]
+Split = Annotated[str | None, typer.Option(help="Split of the data set.")]
+Limit = Annotated[int | None, typer.Option(help="Use the first rows only.", min=1)]
+Layers = Annotated[str | None, typer.Option(help="Decoder blocks, such as 0-3,7. Default: all.")]
+PromptFormat = Annotated[str, typer.Option(help="auto, chat or plain.")]
+Adapter = Annotated[str | None, typer.Option(help="Adapter to load: id on the Hub or local folder.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of the base model on the Hub.")]
+Dtype = Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")]
+DeviceMap = Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, ...")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the results to this file too.")]
+AllowMismatch = Annotated[
+    bool, typer.Option("--allow-fingerprint-mismatch", help="Go on although the files say they are of another model.")
+]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model(name: str, *, revision: str | None = None, dtype: str = "auto", device_map: str = "auto"):
+    """The base model and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        revision=revision,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        device_map=device_map,
+    )
+    return model.eval(), AutoTokenizer.from_pretrained(name, revision=revision)
+
+
+def load_adapter(model, adapter: str, allow_fingerprint_mismatch: bool = False):
+    """The base model with an adapter; stricter than PEFT: an adapter of another model and extra tensors are refused."""
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    from ..fingerprint import fingerprint
+
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{adapter} is no adapter that PEFT or peft_edit can read: {error}") from error
+    of_adapter = getattr(config, "base_model_fingerprint", None)
+    if of_adapter is not None and not allow_fingerprint_mismatch and of_adapter != fingerprint(model):
+        raise ValueError(
+            f"{adapter} was fitted on another model (fingerprint {of_adapter}, this model has {fingerprint(model)}): "
+            "load its base model, or pass --allow-fingerprint-mismatch"
+        )
+    saved = set(load_peft_weights(adapter, device="cpu"))
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter)
+    except RuntimeError as error:  # torch's collected errors of load_state_dict
+        raise ValueError(f"{adapter} does not fit the model: {error}") from error
+    expected = set(get_peft_model_state_dict(adapted))
+    for what, names in (("extra", saved - expected), ("missing", expected - saved)):
+        if names:
+            raise ValueError(
+                f"{adapter} has {len(names)} {what} tensors, the first is {min(names)}: "
+                "the file does not belong to its adapter_config.json; save the adapter again"
+            )
+    return adapted
+
+
+def load_data(name: str, data_files: str | None, subset: str | None, split: str | None, limit: int | None):
+    """A contrast set, or its first rows."""
+    from ..contrast import load_contrast_set
+
+    data = load_contrast_set(name, data_files=data_files, subset=subset, split=split)
+    return data if limit is None else data.select(range(min(limit, len(data))))
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """ "0-3,7" -> [0, 1, 2, 3, 7]."""
+    if text is None:
+        return None
+    try:
+        bounds = [[int(number) for number in part.split("-")] for part in text.split(",")]
+        return sorted({i for low, *high in bounds for i in range(low, (high or [low])[0] + 1)})
+    except ValueError:
+        raise ValueError(f"--layers must be numbers and ranges such as 0-3,7, got {text!r}") from None
+
+
+def write_json(path: Path | None, results: dict[str, Any]) -> None:
+    """Write results, completely or not at all; nothing for None."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def save_adapter(model, path: Path, extra: dict[str, str] | None = None) -> None:
+    """Save an adapter so that the folder changes only when all of it is written; `extra` maps file names to texts."""
+    import tempfile
+
+    if path.exists() and any(path.iterdir()) and not (path / "adapter_config.json").exists():
+        raise ValueError(f"{path} holds something else than an adapter: choose another folder")
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        model.save_pretrained(temporary)
+        for name, text in (extra or {}).items():
+            (Path(temporary) / name).write_text(text, encoding="utf-8")
+        for file in Path(temporary).iterdir():
+            if file.name == "README.md" and (path / file.name).exists():
+                continue  # the user may have written it
+            os.replace(file, path / file.name)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Aligned text: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [header, *rows]
+    )

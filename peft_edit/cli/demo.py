@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import common
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the activations and the adapter.")] = Path("peft-edit-demo"),
+    json_file: common.Json = None,
+) -> None:
+    """See an edit work in a minute, offline: fit SEA to the demonstration model, evaluate it, save and merge it.
+
+    Example: peft-edit demo
+    """
+    from transformers.utils import logging
+
+    from .. import demo as demonstration
+
+    logging.disable_progress_bar()  # Transformers' own, of loading a model this small
+    results = demonstration.run(out)
+    common.write_json(json_file, results)
+    base = results["rows"][0]
+    rows = [
+        [
+            row["model"],
+            f"{100 * row['mc1']:.1f}",
+            f"{100 * (row['mc1'] - base['mc1']):+.1f}",
+            f"{100 * row['mc2']:.1f}",
+            f"{100 * (row['mc2'] - base['mc2']):+.1f}",
+            f"{row['perplexity']:.3f}",
+        ]
+        for row in results["rows"]
+    ]
+    print(f"{results['demonstrations']} demonstrations, {results['questions']} held-out questions")
+    print(common.table(["model", "MC1 %", "change", "MC2 %", "change", "perplexity"], rows))
+    print(f"Largest difference of logits, reloaded and edited: {results['reloaded_difference']:.1e}")
+    print(f"Largest difference of logits, merged and edited (rescale none): {results['merged_difference']:.1e}")
+    print(f"Adapter: {results['adapter']}")

@@ -1,0 +1,181 @@
+"""The command line, in this process: results, files, and one line for bad input."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ASSETS
+from safetensors.torch import load_file, save_file
+
+from peft_edit import ActivationStore, cli
+
+
+MODEL, TEST = str(ASSETS / "model"), str(ASSETS / "test.jsonl")
+REAL = str(Path(__file__).parent / "fixtures" / "truthfulqa_40.csv")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs `peft-edit` with arguments; returns its exit status, standard output and standard error."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peft-edit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """Folder with the store and the adapter that the commands make of the demonstrations."""
+    folder = tmp_path_factory.mktemp("cli")
+    for arguments in (
+        ["collect", MODEL, str(ASSETS / "demonstrations.jsonl"), str(folder / "store")],
+        [
+            "fit-sea",
+            MODEL,
+            str(folder / "store"),
+            str(folder / "sea"),
+            "--centered",
+            "--json",
+            str(folder / "fit.json"),
+        ],
+    ):
+        with pytest.raises(SystemExit) as stopped, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["peft-edit", *arguments])
+            cli.main()
+        assert not stopped.value.code
+    return folder
+
+
+def refused(run, *arguments) -> str:
+    """The one line of a command that must fail; without the bars that were drawn before."""
+    status, out, err = run(*arguments)
+    assert status == 2 and not out
+    (line,) = [line for line in err.splitlines() if line.startswith("peft-edit: ")]
+    assert "Traceback" not in err
+    return line
+
+
+def test_commands_make_store_adapter_and_results(fitted, run, tmp_path):
+    assert len(ActivationStore(fitted / "store")) == 400
+    assert {"adapter_config.json", "adapter_model.safetensors", "sea_fit.json"} <= {
+        file.name for file in (fitted / "sea").iterdir()
+    }
+    assert json.loads((fitted / "fit.json").read_text()) == json.loads((fitted / "sea" / "sea_fit.json").read_text())
+    texts = str(ASSETS / "unrelated.txt")
+    result = tmp_path / "results" / "sea.json"
+    status, out, _ = run(
+        "evaluate",
+        MODEL,
+        TEST,
+        "--adapter",
+        fitted / "sea",
+        "--batch-size",
+        256,
+        "--perplexity",
+        texts,
+        "--json",
+        result,
+    )
+    results = json.loads(result.read_text())
+    assert status == 0
+    assert f"MC1: {100 * results['mc1']:.2f} %" in out and f"Perplexity: {results['perplexity']:.4f}" in out
+    assert len(results["questions"]) == 180 and results["adapter"] == str(fitted / "sea")
+    # At strength 0 an adapter is the base model.
+    status, base, _ = run("evaluate", MODEL, TEST, "--batch-size", 256)
+    _, zero, _ = run("evaluate", MODEL, TEST, "--adapter", fitted / "sea", "--strength", 0, "--batch-size", 256)
+    assert status == 0 and zero == base != out
+
+
+def test_commands_can_be_run_again(fitted, run):
+    before = (fitted / "sea" / "adapter_model.safetensors").read_bytes()
+    (fitted / "sea" / "README.md").write_text("mine")
+    assert run("collect", MODEL, ASSETS / "demonstrations.jsonl", fitted / "store")[0] == 0
+    assert run("fit-sea", MODEL, fitted / "store", fitted / "sea", "--centered")[0] == 0
+    assert (fitted / "sea" / "adapter_model.safetensors").read_bytes() == before
+    assert (fitted / "sea" / "README.md").read_text() == "mine"
+    assert [path.name for path in fitted.iterdir() if path.name.startswith(".")] == []
+
+
+def test_real_questions_run_through_all_commands(run, tmp_path):
+    data = ["truthful_qa", "--data-files", REAL]
+    status, out, _ = run("collect", MODEL, *data, tmp_path / "store", "--neutral", "prompt", "--layers", "0,2-4")
+    assert status == 0 and "40 demonstrations of 40 questions, 4 layers" in out
+    assert run("fit-sea", MODEL, tmp_path / "store", tmp_path / "sea", "--rescale", "none")[0] == 0
+    status, out, _ = run("evaluate", MODEL, *data, "--adapter", tmp_path / "sea", "--limit", 10)
+    assert status == 0 and "Questions: 10" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--positive-energy", "99.8"], "positive_energy must be in (0, 1], got 99.8: pass 0.998"),
+        (["--rescale", "norm"], "rescale must be one of 'token', 'none', 'mean', 'average', got 'norm'"),
+        (["--feature-map", "relu"], "feature_map must be one of"),
+        (["--layers", "x"], "--layers must be numbers and ranges such as 0-3,7, got 'x'"),
+        (["--layers", "9"], "layers 0 to 4, got 9"),
+        (["--target-modules", "no_such_proj"], "no_such_proj"),
+    ],
+)
+def test_bad_options_of_the_fit(fitted, run, tmp_path, arguments, expected):
+    assert expected in refused(run, "fit-sea", MODEL, fitted / "store", tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_things_are_named(run, tmp_path):
+    assert "is no activation store" in refused(run, "fit-sea", MODEL, tmp_path, tmp_path / "out")
+    assert str(tmp_path / "model") in refused(run, "evaluate", tmp_path / "model", TEST)
+    assert "no such file" in refused(run, "evaluate", MODEL, tmp_path / "data.jsonl").lower()
+    assert "is no adapter" in refused(run, "evaluate", MODEL, TEST, "--adapter", tmp_path)
+    assert "--strength needs --adapter" in refused(run, "evaluate", MODEL, TEST, "--strength", 2)
+    assert run("evaluate")[0] == 2 and run("nonsense")[0] == 2
+
+
+def damaged(source: Path, folder: Path, change) -> Path:
+    """A copy of an adapter whose tensors went through `change`."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    tensors = load_file(source / "adapter_model.safetensors")
+    change(tensors, min(tensors))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda tensors, name: tensors.pop(name), "1 missing tensors"),
+        (lambda tensors, name: tensors.update(extra=torch.zeros(2)), "1 extra tensors, the first is extra"),
+        (lambda tensors, name: tensors.update({name: tensors[name][1:].clone()}), "size mismatch"),
+        (lambda tensors, name: tensors[name].fill_(float("nan")), "layers.0.mlp.down_proj"),
+        (lambda tensors, name: tensors[name].mul_(2), "must be orthonormal"),
+    ],
+    ids=["missing", "extra", "misshapen", "nan", "not orthonormal"],
+)
+def test_damaged_adapters_are_refused(fitted, run, tmp_path, change, expected):
+    adapter = damaged(fitted / "sea", tmp_path / "adapter", change)
+    assert expected in refused(run, "evaluate", MODEL, TEST, "--adapter", adapter)
+
+
+def test_adapter_of_another_model_is_refused_unless_told_otherwise(fitted, run, tmp_path, demo_model, demo_tokenizer):
+    demo_model.get_input_embeddings().weight.data.mul_(1.5)
+    demo_model.save_pretrained(tmp_path / "other")
+    demo_tokenizer.save_pretrained(tmp_path / "other")
+    arguments = ["evaluate", tmp_path / "other", TEST, "--adapter", fitted / "sea", "--limit", 5]
+    assert "was fitted on another model" in refused(run, *arguments)
+    assert run(*arguments, "--allow-fingerprint-mismatch")[0] == 0
+    line = refused(run, "fit-sea", tmp_path / "other", fitted / "store", tmp_path / "out")
+    assert "was collected from another model" in line and not (tmp_path / "out").exists()
+
+
+def test_foreign_folders_are_left_alone(fitted, run, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "holds something else" in refused(run, "fit-sea", MODEL, fitted / "store", tmp_path)
+    assert "is not empty" in refused(run, "collect", MODEL, TEST, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
