@@ -1,0 +1,49 @@
+"""The README's snippets run, and print what it says."""
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_python_snippets_print_what_the_readme_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    pairs = [(code, shown) for (kind, code), (then, shown) in pairwise(BLOCKS) if (kind, then) == ("python", "text")]
+    assert len(pairs) == sum(kind == "python" for kind, _ in BLOCKS) >= 2
+    for code, shown in pairs:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, namespace)
+        assert printed.getvalue() == shown
+    size = (tmp_path / "sea-truthful" / "adapter_model.safetensors").stat().st_size
+    assert f"of {round(size / 1000)} KB" in README
+
+
+def test_command_line_snippet_runs(tmp_path):
+    commands = [code for kind, code in BLOCKS if kind == "bash" and "peft-edit collect" in code]
+    assert len(commands) == 1
+    # The commands of this very environment, whether or not it is activated.
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands[0]], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "MC1: 66.67 %" in result.stdout
+    assert (tmp_path / "results.json").exists()
+
+
+def test_table_of_the_demonstration_is_what_it_prints(tmp_path, capsys):
+    from peft_edit.cli.demo import demo
+
+    demo(out=tmp_path / "demo")
+    shown = next(text for kind, text in BLOCKS if kind == "text")
+    assert capsys.readouterr().out.startswith(shown)
