@@ -26,10 +26,10 @@ def normalise_layers(layers: LayerIndices) -> list[int] | None:
     """
     if layers is None:
         return None
-    layers = [layers] if isinstance(layers, int) else list(layers)
-    if not layers or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers):
-        raise ValueError(f"layers must be block indices of 0 or more, got {layers}: pass an int, a list or a range")
-    return sorted(set(layers))
+    indices = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    if not indices or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
+        raise ValueError(f"layers must be block indices of 0 or more, got {layers!r}: pass an int, a list or a range")
+    return sorted(set(indices))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -86,21 +86,25 @@ def out_features(module: nn.Module) -> int:
 
 
 def _mlp_output(block: nn.Module, hidden_size: int) -> str | None:
-    """Name within the block of the module whose output is the MLP's: the last linear layer outside attention that is as
-    wide as the model. A mixture of experts has no single such layer: there it is the child that holds the experts."""
+    """Name within the block of the module whose output is the MLP's.
+
+    It is the last linear layer as wide as the model inside the child that is named as an MLP or, without one, outside
+    attention. A mixture of experts has no single such layer: there it is the child that holds the experts.
+    """
     inside = tuple(f"{n}." for n, m in block.named_modules() if n and isinstance(m, BaseTunerLayer))
-    names = [n for n, _ in block.named_modules() if n and not n.startswith(inside)]
+    names = [
+        n
+        for n, _ in block.named_modules()
+        if n and not n.startswith(inside) and "attn" not in n and "attention" not in n
+    ]
     if experts := next((n for n in names if re.search(r"(^|\.)\w*experts?($|\.)", n)), None):
         return experts.split(".")[0]
     linear = [
-        n
-        for n in names
-        if "attn" not in n
-        and "attention" not in n
-        and is_linear(block.get_submodule(n))
-        and out_features(block.get_submodule(n)) == hidden_size
+        n for n in names if is_linear(block.get_submodule(n)) and out_features(block.get_submodule(n)) == hidden_size
     ]
-    return linear[-1] if linear else None
+    # Gemma 4 has a further linear layer of that width after the MLP.
+    in_mlp = [n for n in linear if re.match(r"(mlp|ffn?|feed_?forward)\.", n)]
+    return (in_mlp or linear or [None])[-1]
 
 
 def find_sites(

@@ -9,6 +9,7 @@ min(n, d) squared is formed.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,8 +24,10 @@ BLOCK_WIDTH = 24
 WIDEST_SHARE = 0.3
 # Accepted bound on the error of the projector onto the leading vectors (residual over gap, Davis-Kahan).
 PROJECTOR_TOLERANCE = 1e-9
-# Directions of a block whose length shrank by more than this were already in the subspace.
-DEPENDENCE = 1e-10
+# A direction whose squared length is a smaller share than this of what the size of its entries allows is rounding.
+RESOLUTION = 1e-12
+# Singular values that lie closer together than this share of the gap at the cut may be copies of one.
+COPY_SHARE = 1e-6
 # The Gram matrix is built in this many strips, so that its symmetric half costs little more than half.
 GRAM_STRIPS = 16
 
@@ -103,39 +106,26 @@ class LeftFactor:
         if n < d:
             x_gram, y_gram = self.gram, _gram(y)
             total = float((x_gram * y_gram).sum())  # n^2 ||Omega||_F^2
-
-            def metric(a):
-                return x_gram @ a
-
-            def apply(metric_a):
-                return y_gram @ metric_a
+            operator = _Operator(y_gram.matmul, x_gram.matmul, self.x.T.matmul, float(x_gram.norm()))
         else:
             omega = self.x.T @ y
             total = float(omega.square().sum())
-
-            def metric(a):
-                return a
-
-            def apply(a):
-                return omega @ (omega.T @ a)
+            operator = _Operator(lambda a: omega @ (omega.T @ a), lambda a: a, lambda a: a, 1.0)
 
         size = min(n, d)
         generator = torch.Generator(self.x.device).manual_seed(0)
         start = torch.randn(size, BLOCK_WIDTH, dtype=self.x.dtype, device=self.x.device, generator=generator)
-        block, metric_block, _ = _orthonormalise(start, metric(start))
+        block, metric_block, _ = _orthonormalise(start, start[:, :0], start[:, :0], operator)
         basis, metric_basis = block, metric_block
         projected = start.new_empty(0, 0)  # (m, m), the operator in the Krylov basis
         while basis.shape[1] + BLOCK_WIDTH <= WIDEST_SHARE * size:
-            image = apply(metric_block)
+            image = operator.apply(metric_block)
             columns = metric_basis.T @ image  # (m, width)
             above, below = columns[: len(projected)], columns[len(projected) :]
             projected = torch.cat((torch.cat((projected, above), dim=1), torch.cat((above.T, below), dim=1)))
             values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
             values, vectors = values.flip(0), vectors.flip(1)
-
-            image = image - basis @ columns
-            image = image - basis @ (metric_basis.T @ image)  # once more against rounding
-            block, metric_block, coupling = _orthonormalise(image, metric(image))
+            block, metric_block, coupling = _orthonormalise(image, basis, metric_basis, operator)
 
             k = int((values.cumsum(dim=0) < ratio * total).sum()) + 1
             if k < len(values):
@@ -143,15 +133,54 @@ class LeftFactor:
                 if torch.finfo(values.dtype).eps * float(values[0]) > tolerance:
                     return None  # squared Gram matrices cannot resolve so small a gap
                 if float((coupling @ vectors[-coupling.shape[1] :, : k + 1]).norm()) < tolerance:
-                    left = basis @ vectors[:, :k]
-                    left = self.x.T @ left if n < d else left
-                    q = _orthonormalise(left, left)[0]
+                    pairs = vectors[:, : k + 1]
+                    q = _verified(values[: k + 1], basis @ pairs, metric_basis @ pairs, operator)
+                    if q is None:
+                        return None
                     return Spectrum(q.T.contiguous(), values[:k].sqrt() / n, float(values[:k].sum() / total))
             if block.shape[1] == 0:
                 return None
             basis = torch.cat((basis, block), dim=1)
             metric_basis = torch.cat((metric_basis, metric_block), dim=1)
         return None
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """n^2 Omega Omega^T on coefficients a of the vectors lift(a), in the inner product a^T metric(b).
+
+    Attributes:
+        apply: metric(a) -> coefficients of n^2 Omega Omega^T lift(a).
+        metric: a -> the matrix of the inner product times a.
+        lift: a -> vectors, (d, width).
+        metric_norm: norm of that matrix, which sets the rounding of an inner product.
+    """
+
+    apply: Callable[[torch.Tensor], torch.Tensor]
+    metric: Callable[[torch.Tensor], torch.Tensor]
+    lift: Callable[[torch.Tensor], torch.Tensor]
+    metric_norm: float
+
+
+def _verified(
+    values: torch.Tensor, pairs: torch.Tensor, metric_pairs: torch.Tensor, operator: _Operator
+) -> torch.Tensor | None:
+    """The first k of k + 1 eigenvectors, orthonormal, (d, k); None unless they are the leading ones to the tolerance.
+
+    The coupling of the last block misses what rounding hid from it, so the residuals are taken afresh: each over the
+    distance to the other side of the cut, which bounds the error of the projector. What residuals cannot see is more
+    copies of one singular value than a block has columns: it finds as many of them as its width.
+    """
+    k = len(values) - 1
+    gap = values[k - 1] - values[k]
+    later = values[BLOCK_WIDTH - 1 : k]
+    if (values[: len(later)] - later < COPY_SHARE * gap).any():
+        return None
+    residual = operator.lift(operator.apply(metric_pairs) - pairs * values)
+    error = (residual.norm(dim=0) / (values - values[k]).clamp_min(gap)).norm()
+    q, r = torch.linalg.qr(operator.lift(pairs[:, :k]))
+    skewness = (r.abs() - torch.eye(k, dtype=r.dtype, device=r.device)).norm()
+    return q if max(float(error), float(skewness)) < PROJECTOR_TOLERANCE else None
 
 
 def _gram(x: torch.Tensor) -> torch.Tensor:
@@ -165,18 +194,25 @@ def _gram(x: torch.Tensor) -> torch.Tensor:
     return gram
 
 
-def _orthonormalise(block: torch.Tensor, metric_block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Basis Q of the block's span with Q^T metric(Q) = I, metric(Q), and C such that Q C is the block.
+def _orthonormalise(
+    block: torch.Tensor, basis: torch.Tensor, metric_basis: torch.Tensor, operator: _Operator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Q with Q^T metric(Q) = I and basis^T metric(Q) = 0, metric(Q), and C such that Q C is the block less its part in
+    the basis's span.
 
     By the eigenvectors of the small Gram matrix, because threaded Householder QR of a tall block is slower than all
     else here.
     """
     whole = torch.eye(block.shape[1], dtype=block.dtype, device=block.device)
-    for _ in range(2):  # the second pass removes the rounding of the first
+    # Of directions that are all but in the span the first pass leaves rounding; two more make it orthogonal, too.
+    for _ in range(3):
+        block = block - basis @ (metric_basis.T @ block)
+        metric_block = operator.metric(block)
         gram = block.T @ metric_block
         values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-        kept = values > DEPENDENCE**2 * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
-        values, vectors = values[kept], vectors[:, kept]
-        down = vectors / values.sqrt()
-        block, metric_block, whole = block @ down, metric_block @ down, (vectors * values.sqrt()).T @ whole
+        block, metric_block = block @ vectors, metric_block @ vectors
+        kept = values > RESOLUTION * operator.metric_norm * block.square().sum(dim=0)
+        lengths = values[kept].sqrt()
+        block, metric_block = block[:, kept] / lengths, metric_block[:, kept] / lengths
+        whole = (vectors[:, kept] * lengths).T @ whole
     return block, metric_block, whole

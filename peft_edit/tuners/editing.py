@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -46,11 +47,6 @@ class EditLayer(BaseTunerLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        if len(output) % len(names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {len(output)} respectively."
-            )
         # Some models (OPT) flatten batch and sequence before the site, and beam search repeats rows: both keep the rows
         # of one input together.
         rows = output.reshape(len(names), -1, output.shape[-1]).clone()
@@ -63,9 +59,10 @@ class EditLayer(BaseTunerLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
         """Device for the adapter's tensors. The dtype stays that of the adapter: rounding the factors of an edit to the
         model's half precision would change what is saved and merged."""
-        hook = getattr(base_layer, "_hf_hook", None)
-        if getattr(hook, "offload", False):  # the weights are on meta between two forward passes
-            return torch.device(hook.execution_device), None
+        for module in base_layer.modules():
+            hook = getattr(module, "_hf_hook", None)
+            if getattr(hook, "offload", False):  # the weights are on meta between two forward passes
+                return torch.device(hook.execution_device), None
         parameter = next(base_layer.parameters(), None)
         return (None if parameter is None else parameter.device), None
 
@@ -91,13 +88,16 @@ def edit_strength(model: nn.Module, strength: float) -> Iterator[None]:
         strength: 0 is the base model, 1 the edit as configured, more is allowed.
 
     Raises:
-        ValueError: strength below 0, not finite, or a model without edits. Merging inside the block is refused.
+        ValueError: strength below 0, not finite, or a model without edits or with merged ones. Merging inside the
+            block is refused.
     """
     if not 0 <= strength < float("inf"):
         raise ValueError(f"strength must be 0 or more and finite, got {strength}")
     layers = edit_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no SEA or HPR adapter whose strength could be set")
+    if any(layer.merged for layer in layers):
+        raise ValueError("cannot change the strength of merged adapters: call unmerge_adapter first")
     before = [layer.strength_factor for layer in layers]
     try:
         for layer, factor in zip(layers, before, strict=True):
@@ -117,6 +117,16 @@ class EditModel(BaseTuner):
         # Default sites depend on the structure of the model, which only `_prepare_model` is given.
         return peft_config
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        was_active = adapter_name in self.active_adapters
+        active = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        if was_active:
+            # PEFT lets each layer choose among the adapters that it holds: layers that hold others would disagree.
+            self.active_adapter = active or sorted(self.peft_config)[:1]
+            for layer in edit_layers(self.model):
+                layer.set_adapter(self.active_adapter)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
         adapter_names = kwargs.pop("adapter_names", None)
@@ -129,10 +139,30 @@ class EditModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         layers = edit_layers(self.model)
+        check = partial(_check_rows, adapter_names, _repeats(kwargs))
+        handle = self.model.register_forward_pre_hook(check, with_kwargs=True)
         try:
             for layer in layers:
                 layer.row_adapters = list(adapter_names)
             yield
         finally:
+            handle.remove()
             for layer in layers:
                 layer.row_adapters = None
+
+
+def _repeats(options: dict[str, Any]) -> int:
+    """How often generation with these options repeats each input: for its beams or for its several answers."""
+    config = options.get("generation_config")
+    return max(options.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
+
+
+def _check_rows(adapter_names: list[str], repeats: int, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a model: one adapter name for each input. The layers cannot tell, see `_edit_rows`."""
+    inputs = (*args, *(kwargs.get(n) for n in ("input_ids", "inputs_embeds", "decoder_input_ids")))
+    rows = next((len(tensor) for tensor in inputs if isinstance(tensor, Tensor)), None)
+    if rows is not None and rows != len(adapter_names) * repeats:
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(adapter_names)} and {rows // repeats} respectively."
+        )

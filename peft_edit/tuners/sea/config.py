@@ -112,6 +112,16 @@ class SEAConfig(PeftConfig):
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))
         self.layers_to_transform = normalise_layers(self.layers_to_transform)
+        for name, allowed in (
+            ("positive_energy", "in (0, 1]"),
+            ("negative_energy", "in (0, 1]"),
+            ("input_scale", "above 0, or None"),
+            ("strength", "of 0 or more"),
+        ):
+            value = getattr(self, name)
+            optional = name == "input_scale" and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
         check_energy("positive_energy", self.positive_energy)
         check_energy("negative_energy", self.negative_energy)
         for name, choices in (
@@ -128,8 +138,10 @@ class SEAConfig(PeftConfig):
                 f"rescale='average' needs two projections to average, got projections={self.projections!r}: "
                 "pass projections='both' or another rescale"
             )
-        if self.input_scale is not None and not self.input_scale > 0:
-            raise ValueError(f"input_scale must be above 0, got {self.input_scale}: pass for example 3.0, or None")
+        if self.input_scale is not None and not 0 < self.input_scale < float("inf"):
+            raise ValueError(
+                f"input_scale must be above 0 and finite, got {self.input_scale}: pass for example 3.0, or None"
+            )
         if self.input_scale is not None and self.feature_map is None:
             raise ValueError(
                 "input_scale is used by a feature map only: pass feature_map too, or leave input_scale out"

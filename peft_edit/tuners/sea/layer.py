@@ -30,14 +30,21 @@ class SEAProjection(nn.Module):
         self.checked = checked
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.checked and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
+            self.check()
+        return project(x, self.weight)
+
+    def check(self) -> None:
+        """Raise ValueError, naming the site, for a weight that is missing or damaged. Looks once."""
+        offloaded = self.weight.is_meta and hasattr(self, "_hf_hook")  # as it is between two uses
+        if not self.checked and not offloaded:
             if problem := self._problem(self.weight):
                 raise ValueError(problem)
             self.checked = True
-        return project(x, self.weight)
 
     def _problem(self, weight: Tensor) -> str | None:
-        if weight.isnan().all() and weight.numel():
+        # Still on meta where the model was loaded with low_cpu_mem_usage, else still NaN.
+        if weight.is_meta or (weight.numel() and weight.isnan().all()):
             return f"the {self.label} was not loaded: the adapter file lacks it; load the complete adapter or fit again"
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if not wide.isfinite().all():
@@ -55,11 +62,19 @@ class SEAProjection(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         weight = state_dict.get(f"{prefix}weight")
-        if weight is not None and weight.device.type != "meta":
-            if weight.shape == self.weight.shape and (problem := self._problem(weight)):
-                errors.append(problem)
-            self.checked = True
+        if weight is not None and weight.shape != self.weight.shape:
+            errors.append(
+                f"size mismatch for the {self.label}: {tuple(weight.shape)} in the file, {tuple(self.weight.shape)} by "
+                "rank_pattern and the model; load the adapter's own configuration and model, or fit again"
+            )
+            return
+        present = weight is not None and not weight.is_meta
+        if present and (problem := self._problem(weight)):
+            errors.append(problem)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if present:
+            # Copying into a weight on meta does nothing, so that one is still to be looked at.
+            self.checked = not self.weight.is_meta
 
     def extra_repr(self) -> str:
         return f"rank={self.weight.shape[0]}, features={self.weight.shape[1]}"
@@ -100,10 +115,11 @@ class SEALayer(EditLayer):
             factors = [nn.functional.normalize(torch.randn(1, self.features), dim=1) for _ in range(2)]
         else:
             ranks = config.rank_pattern.get(self.site, (0, 0))
-            if len(ranks) != 2 or not all(0 <= rank <= self.features for rank in ranks):
+            allowed = range(self.features + 1)
+            if not isinstance(ranks, (list, tuple)) or len(ranks) != 2 or any(rank not in allowed for rank in ranks):
                 raise ValueError(
                     f"rank_pattern[{self.site!r}] must be two ranks from 0 to {self.features} (the width of the site), "
-                    f"got {list(ranks)}: the adapter is of another model or its configuration is damaged"
+                    f"got {ranks}: the adapter is of another model or its configuration is damaged"
                 )
             # NaN until loaded, so that a factor missing in the file cannot pass for an edit.
             factors = [torch.full((rank, self.features), float("nan")) for rank in ranks]
@@ -125,14 +141,18 @@ class SEALayer(EditLayer):
     def has_adapter(self, adapter_name: str) -> bool:
         return adapter_name in self.sea_positive
 
+    def is_fitted(self, adapter_name: str) -> bool:
+        """Whether this layer holds the adapter and the fit made an edit for this site."""
+        return self.has_adapter(adapter_name) and self.site in self.sea_config[adapter_name].rank_pattern
+
     def edit(self, h: Tensor, adapter_name: str) -> Tensor:
         config = self.sea_config[adapter_name]
         strength = config.strength * self.strength_factor
-        if strength == 0 or self.site not in config.rank_pattern:
+        if strength == 0 or not self.is_fitted(adapter_name):
             return h
         scale = 1.0
         if config.input_scale is not None:
-            scale = config.input_scale * self._statistic(config, "rms")
+            scale = config.input_scale * self.statistic(config, "rms")
         return edit(
             h,
             self.sea_positive[adapter_name],
@@ -146,20 +166,38 @@ class SEALayer(EditLayer):
             strength=strength,
         )
 
-    def _statistic(self, config: SEAConfig, name: str) -> float:
+    def check_mergeable(self, adapter_name: str) -> None:
+        """Raise ValueError, with the reason, for a fitted adapter that cannot be merged at this site."""
+        config = self.sea_config[adapter_name]
+        if not config.is_linear:
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot be merged: its feature map {config.feature_map!r} is not linear; "
+                "keep it as an adapter or fit with feature_map=None"
+            )
+        if self.strength_factor != 1:
+            raise ValueError(
+                "cannot merge inside edit_strength: set the strength in the configuration and merge outside"
+            )
+        if config.rescale in ("token", "mean"):
+            self._mean_rescale(config)
+        self.sea_positive[adapter_name].check()
+        self.sea_negative[adapter_name].check()
+
+    def statistic(self, config: SEAConfig, name: str) -> float:
+        """What the fit recorded of this site."""
         try:
             return config.fit_statistics[self.site][name]
         except KeyError:
             raise ValueError(f"fit_statistics[{self.site!r}] has no {name!r}: fit this adapter again") from None
 
     def _mean_rescale(self, config: SEAConfig) -> float:
-        taken = self._statistic(config, "strength")
+        taken = self.statistic(config, "strength")
         if taken != config.statistics_strength:
             raise ValueError(
                 f"the mean rescale at {self.site} was taken at strength {taken:g}, rescale={config.rescale!r} with "
                 f"strength={config.strength:g} needs it at {config.statistics_strength:g}: fit this adapter again"
             )
-        return self._statistic(config, "mean_rescale")
+        return self.statistic(config, "mean_rescale")
 
 
 class SEALinear(nn.Module, SEALayer):
@@ -192,9 +230,9 @@ class SEALinear(nn.Module, SEALayer):
         """
         base = self.get_base_layer()
         for name in check_adapters_to_merge(self, adapter_names):
-            if not self.has_adapter(name) or self.site not in self.sea_config[name].rank_pattern:
+            if not self.is_fitted(name):
                 continue
-            self._check_mergeable(name)
+            self.check_mergeable(name)
             tensors = {"weight": base.weight.data}
             if base.bias is not None:
                 tensors["bias"] = base.bias.data
@@ -211,27 +249,21 @@ class SEALinear(nn.Module, SEALayer):
     def unmerge(self) -> None:
         """Restore the base weights."""
         for key, value in self._unmerged.items():
-            getattr(self.get_base_layer(), key).data = value
+            parameter = getattr(self.get_base_layer(), key)
+            # The model may have been moved or cast since.
+            parameter.data = value.to(parameter.device, parameter.dtype)
         self._unmerged = {}
         self.merged_adapters = []
 
-    def _check_mergeable(self, name: str) -> None:
-        if not self.sea_config[name].is_linear:
-            raise ValueError(
-                f"adapter {name!r} cannot be merged: its feature map {self.sea_config[name].feature_map!r} is not "
-                "linear; keep it as an adapter or fit with feature_map=None"
-            )
-        if self.strength_factor != 1:
-            raise ValueError(
-                "cannot merge inside edit_strength: set the strength in the configuration and merge outside"
-            )
+    def check_mergeable(self, adapter_name: str) -> None:
+        super().check_mergeable(adapter_name)
         if isinstance(self.base_layer, BaseTunerLayer):
             raise ValueError(
-                f"cannot merge adapter {name!r} at {self.site}: another adapter, {type(self.base_layer).__name__}, "
-                "lies between it and the weights; merge that one into the model first"
+                f"cannot merge adapter {adapter_name!r} at {self.site}: another adapter, "
+                f"{type(self.base_layer).__name__}, lies between it and the weights; merge that one first"
             )
         if not self.weight.is_floating_point():
-            raise ValueError(f"cannot merge adapter {name!r} into the quantised weights of {self.site}")
+            raise ValueError(f"cannot merge adapter {adapter_name!r} into the quantised weights of {self.site}")
 
     def _merged(self, tensor: Tensor, name: str) -> Tensor:
         config = self.sea_config[name]
@@ -269,16 +301,15 @@ class SEABlock(nn.Module, SEALayer):
         return self._block[0]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        fitted = [
-            name
-            for name in check_adapters_to_merge(self, adapter_names)
-            if self.has_adapter(name) and self.site in self.sea_config[name].rank_pattern
-        ]
-        if fitted:
-            raise ValueError(
-                f"adapter {fitted[0]!r} cannot be merged: it edits the output of {self.site}, which is no linear "
-                "layer; keep it as an adapter or fit with site='mlp'"
-            )
+        for name in check_adapters_to_merge(self, adapter_names):
+            if self.is_fitted(name):
+                self.check_mergeable(name)
+
+    def check_mergeable(self, adapter_name: str) -> None:
+        raise ValueError(
+            f"adapter {adapter_name!r} cannot be merged: it edits the output of {self.site}, which is no linear layer; "
+            "keep it as an adapter or fit with site='mlp'"
+        )
 
     def unmerge(self) -> None:
         """Nothing to restore: blocks never merge."""

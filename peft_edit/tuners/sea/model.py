@@ -96,8 +96,8 @@ class SEAModel(EditModel):
         if isinstance(existing, SEALayer):
             existing.update_layer(adapter_name, sea_config)
         elif is_linear(target):
-            new_module = SEALinear(target, adapter_name, sea_config, site=current_key)
-            self._replace_module(parent, target_name, new_module, target)
+            # Not by `_replace_module`, which moves the factors to the weights, for offloaded ones to meta.
+            setattr(parent, target_name, SEALinear(target, adapter_name, sea_config, site=current_key))
         else:
             if any(hasattr(m, "_hf_hook") and _on_disk(m) for m in target.modules()):
                 raise ValueError(
@@ -108,7 +108,7 @@ class SEAModel(EditModel):
             target.add_module("sea", SEABlock(target, adapter_name, sea_config, site=current_key, features=features))
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._warn_of_inexact_merge(adapter_names)
+        self._prepare_merge(adapter_names, stacklevel=3)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -118,29 +118,38 @@ class SEAModel(EditModel):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        blocks = {n: m for n, m in self.model.named_modules() if isinstance(m, SEABlock)}
         if merge:
-            for block in blocks.values():
-                block.merge(adapter_names=adapter_names)
-            self._warn_of_inexact_merge(adapter_names)
+            self._prepare_merge(adapter_names, stacklevel=4)
+        blocks = {n: m for n, m in self.model.named_modules() if isinstance(m, SEABlock)}
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for name, block in blocks.items():
             block.detach()
             delattr(model.get_submodule(name.rpartition(".")[0]), "sea")
         return model
 
-    def _warn_of_inexact_merge(self, adapter_names: list[str] | None) -> None:
+    def _prepare_merge(self, adapter_names: list[str] | None, stacklevel: int) -> None:
+        """Refuse what cannot be merged before any layer is changed, and warn of what merges inexactly."""
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name not in self.peft_config:
+                names = ", ".join(map(repr, self.peft_config))
+                raise ValueError(f"cannot merge adapter {name!r}: this model has {names}")
             config = self.peft_config[name]
-            errors = {site: config.fit_statistics[site]["relative_error"] for site in config.rank_pattern}
-            if config.rescale == "token" and config.is_linear and errors:
+            errors = {}
+            for layer in self.model.modules():
+                if isinstance(layer, SEALayer) and layer.is_fitted(name) and name not in layer.merged_adapters:
+                    layer.check_mergeable(name)
+                    if config.rescale == "token":
+                        errors[layer.site] = layer.statistic(config, "relative_error")
+            if errors:
                 worst = max(errors, key=errors.get)
                 mean = sum(errors.values()) / len(errors)
                 warnings.warn(
                     f"Merging adapter {name!r} replaces its rescale='token' by the mean rescale of each site: relative "
                     f"error {mean:.3f} on average, {errors[worst]:.3f} at {worst}, measured on the fit's neutral "
                     "demonstrations. rescale='none' and 'mean' merge exactly.",
-                    stacklevel=3,
+                    stacklevel=stacklevel,
                 )
 
 
