@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ class EditLayer(BaseTunerLayer):
 
     # Factor on the strength of every adapter, see `edit_strength`.
     strength_factor: float = 1.0
+    # Whether that is going on, also at a factor of 1: what is temporary must not be merged.
+    in_edit_strength: bool = False
     # Adapter of each row of the batch while `adapter_names` is given to the model, else None.
     row_adapters: list[str] | None = None
 
@@ -98,14 +101,14 @@ def edit_strength(model: nn.Module, strength: float) -> Iterator[None]:
         raise ValueError(f"{type(model).__name__} has no SEA or HPR adapter whose strength could be set")
     if any(layer.merged for layer in layers):
         raise ValueError("cannot change the strength of merged adapters: call unmerge_adapter first")
-    before = [layer.strength_factor for layer in layers]
+    before = [(layer.strength_factor, layer.in_edit_strength) for layer in layers]
     try:
-        for layer, factor in zip(layers, before, strict=True):
-            layer.strength_factor = factor * strength
+        for layer in layers:
+            layer.strength_factor, layer.in_edit_strength = layer.strength_factor * strength, True
         yield
     finally:
-        for layer, factor in zip(layers, before, strict=True):
-            layer.strength_factor = factor
+        for layer, state in zip(layers, before, strict=True):
+            layer.strength_factor, layer.in_edit_strength = state
 
 
 class EditModel(BaseTuner):
@@ -116,6 +119,11 @@ class EditModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config, model_config: dict):
         # Default sites depend on the structure of the model, which only `_prepare_model` is given.
         return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        # What a fit or a selection writes belongs to this adapter, not to the object that the user may pass again.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         was_active = adapter_name in self.active_adapters
@@ -139,7 +147,7 @@ class EditModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         layers = edit_layers(self.model)
-        check = partial(_check_rows, adapter_names, _repeats(kwargs))
+        check = partial(_check_rows, adapter_names, _repeats(kwargs, getattr(self.model, "generation_config", None)))
         handle = self.model.register_forward_pre_hook(check, with_kwargs=True)
         try:
             for layer in layers:
@@ -151,9 +159,9 @@ class EditModel(BaseTuner):
                 layer.row_adapters = None
 
 
-def _repeats(options: dict[str, Any]) -> int:
+def _repeats(options: dict[str, Any], default: Any) -> int:
     """How often generation with these options repeats each input: for its beams or for its several answers."""
-    config = options.get("generation_config")
+    config = options.get("generation_config") or default
     return max(options.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
 
 
@@ -161,7 +169,7 @@ def _check_rows(adapter_names: list[str], repeats: int, model: nn.Module, args: 
     """Forward pre-hook of a model: one adapter name for each input. The layers cannot tell, see `_edit_rows`."""
     inputs = (*args, *(kwargs.get(n) for n in ("input_ids", "inputs_embeds", "decoder_input_ids")))
     rows = next((len(tensor) for tensor in inputs if isinstance(tensor, Tensor)), None)
-    if rows is not None and rows != len(adapter_names) * repeats:
+    if rows is not None and rows not in (len(adapter_names), len(adapter_names) * repeats):
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(adapter_names)} and {rows // repeats} respectively."

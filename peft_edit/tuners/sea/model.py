@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import nn
 
-from ...sites import describe_sites, find_sites, is_linear, matches, text_config
+from ...sites import describe_sites, find_sites, is_linear, layer_index, matches, text_config
 from ..editing import EditModel
 from .config import SEAConfig
 from .layer import SEABlock, SEALayer, SEALinear
@@ -53,6 +53,15 @@ class SEAModel(EditModel):
         if peft_config.target_modules is None:
             names = find_sites(model, peft_config.site, layers=layers).values()
             peft_config.target_modules = self._target_modules(model, peft_config, list(names))
+        elif layers is not None:
+            named = (name for name, _ in model.named_modules())
+            found = {layer_index(name) for name in named if matches(name, peft_config.target_modules)}
+            # Where nothing matches at all, PEFT says so.
+            if (missing := sorted(set(layers) - found)) and found & set(layers):
+                raise ValueError(
+                    f"target_modules={peft_config.target_modules!r} match nothing in layers {missing} of "
+                    f"layers_to_transform={layers}: pass layers of {sorted(found - {None})}"
+                )
 
     @staticmethod
     def _target_modules(model: nn.Module, config: SEAConfig, names: list[str]) -> set[str] | str:
@@ -99,7 +108,7 @@ class SEAModel(EditModel):
             # Not by `_replace_module`, which moves the factors to the weights, for offloaded ones to meta.
             setattr(parent, target_name, SEALinear(target, adapter_name, sea_config, site=current_key))
         else:
-            if any(hasattr(m, "_hf_hook") and _on_disk(m) for m in target.modules()):
+            if _on_disk(self.model, target, current_key):
                 raise ValueError(
                     f"{current_key} is offloaded to disk, where the output of a whole block cannot be edited: "
                     "use site='mlp', or a device_map without disk"
@@ -153,6 +162,12 @@ class SEAModel(EditModel):
                 )
 
 
-def _on_disk(module: nn.Module) -> bool:
-    hook = module._hf_hook
-    return torch.device("meta") in (getattr(hook, "original_devices", None) or {}).values()
+def _on_disk(model: nn.Module, block: nn.Module, name: str) -> bool:
+    """Whether weights of the block are offloaded to disk, by the device map or, where PEFT has kept them, by hooks."""
+    device_map = getattr(model, "hf_device_map", None) or {}
+    for key, device in device_map.items():
+        overlap = not key or f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.")
+        if device == "disk" and overlap:
+            return True
+    hooks = [module._hf_hook for module in block.modules() if hasattr(module, "_hf_hook")]
+    return any(torch.device("meta") in (getattr(hook, "original_devices", None) or {}).values() for hook in hooks)
