@@ -147,7 +147,9 @@ class EditModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         layers = edit_layers(self.model)
-        check = partial(_check_rows, adapter_names, _repeats(kwargs, getattr(self.model, "generation_config", None)))
+        # The model's own generation configuration counts in `generate` only, which looks the same from here.
+        default = getattr(self.model, "generation_config", None)
+        check = partial(_check_rows, adapter_names, (_repeats(kwargs), _repeats(kwargs, default)))
         handle = self.model.register_forward_pre_hook(check, with_kwargs=True)
         try:
             for layer in layers:
@@ -159,18 +161,20 @@ class EditModel(BaseTuner):
                 layer.row_adapters = None
 
 
-def _repeats(options: dict[str, Any], default: Any) -> int:
+def _repeats(options: dict[str, Any], default: Any = None) -> int:
     """How often generation with these options repeats each input: for its beams or for its several answers."""
     config = options.get("generation_config") or default
     return max(options.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
 
 
-def _check_rows(adapter_names: list[str], repeats: int, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _check_rows(
+    adapter_names: list[str], repeats: tuple[int, ...], model: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> None:
     """Forward pre-hook of a model: one adapter name for each input. The layers cannot tell, see `_edit_rows`."""
     inputs = (*args, *(kwargs.get(n) for n in ("input_ids", "inputs_embeds", "decoder_input_ids")))
     rows = next((len(tensor) for tensor in inputs if isinstance(tensor, Tensor)), None)
-    if rows is not None and rows not in (len(adapter_names), len(adapter_names) * repeats):
+    if rows is not None and rows not in [len(adapter_names) * n for n in repeats]:
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(adapter_names)} and {rows // repeats} respectively."
+            f"{len(adapter_names)} and {rows // repeats[0]} respectively."
         )
