@@ -678,15 +678,21 @@ def test_mixed_generation_of_several_answers(site):
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 @every_site
-def test_wrong_number_of_names(family, site):
-    model = two_adapters(family, site)
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_wrong_number_of_names(family, site, task_type):
+    model = get_peft_model(base_model(family), SEAConfig(site=site, init_weights=False, task_type=task_type)).eval()
     ids = token_ids(4, 6)
     mask = torch.ones_like(ids)
+    model.generation_config.num_beams = 2
+    names = ["default", "__base__", "__base__", "default"]
+    expected = model.generate(input_ids=ids, attention_mask=mask, adapter_names=names, max_new_tokens=2)
+    assert torch.equal(model.generate(ids, attention_mask=mask, adapter_names=names, max_new_tokens=2), expected)
     for length in (1, 2, 3, 5, 8):
         names = ["default"] * length
         for call in (
             lambda names=names: logits(model, ids, adapter_names=names),
-            lambda names=names: model.generate(input_ids=ids, attention_mask=mask, adapter_names=names, num_beams=2),
+            lambda names=names: model.generate(input_ids=ids, attention_mask=mask, adapter_names=names),
+            lambda names=names: model.generate(ids, attention_mask=mask, adapter_names=names, num_return_sequences=2),
         ):
             with pytest.raises(ValueError) as error:
                 call()

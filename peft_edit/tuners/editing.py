@@ -147,34 +147,38 @@ class EditModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         layers = edit_layers(self.model)
-        # The model's own generation configuration counts in `generate` only, which looks the same from here.
-        default = getattr(self.model, "generation_config", None)
-        check = partial(_check_rows, adapter_names, (_repeats(kwargs), _repeats(kwargs, default)))
-        handle = self.model.register_forward_pre_hook(check, with_kwargs=True)
+        # `generate` gives its inputs here, and repeats them for its beams later; a forward pass of a causal language
+        # model does not.
+        handle = None
+        if not _check_rows(adapter_names, args, kwargs):
+            handle = self.model.register_forward_pre_hook(partial(_check_forward, adapter_names), with_kwargs=True)
         try:
             for layer in layers:
                 layer.row_adapters = list(adapter_names)
             yield
         finally:
-            handle.remove()
+            if handle:
+                handle.remove()
             for layer in layers:
                 layer.row_adapters = None
 
 
-def _repeats(options: dict[str, Any], default: Any = None) -> int:
-    """How often generation with these options repeats each input: for its beams or for its several answers."""
-    config = options.get("generation_config") or default
-    return max(options.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
+def _check_rows(adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Raise ValueError unless there is one adapter name for each input. The layers cannot tell, see `_edit_rows`.
 
-
-def _check_rows(
-    adapter_names: list[str], repeats: tuple[int, ...], model: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> None:
-    """Forward pre-hook of a model: one adapter name for each input. The layers cannot tell, see `_edit_rows`."""
-    inputs = (*args, *(kwargs.get(n) for n in ("input_ids", "inputs_embeds", "decoder_input_ids")))
-    rows = next((len(tensor) for tensor in inputs if isinstance(tensor, Tensor)), None)
-    if rows is not None and rows not in [len(adapter_names) * n for n in repeats]:
+    Returns:
+        Whether the arguments hold inputs at all.
+    """
+    names = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids")
+    rows = next((len(tensor) for tensor in (*args, *map(kwargs.get, names)) if isinstance(tensor, Tensor)), None)
+    if rows not in (None, len(adapter_names)):
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(adapter_names)} and {rows // repeats[0]} respectively."
+            f"{len(adapter_names)} and {rows} respectively."
         )
+    return rows is not None
+
+
+def _check_forward(adapter_names: list[str], model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a model."""
+    _check_rows(adapter_names, args, kwargs)
