@@ -120,9 +120,11 @@ def fit_sea(
 def _fit_site(
     store: ActivationStore, index: int, layer: SEALayer, config: SEAConfig
 ) -> tuple[SiteFit, tuple[torch.Tensor, torch.Tensor]]:
-    device = layer.sea_positive[next(iter(layer.sea_positive))].weight.device
+    device = _device(layer)
+    # MPS has no float64.
+    fit_device = torch.device("cpu") if device.type in ("meta", "mps") else device
     neutral, positive, negative = (
-        tensor.to(device, torch.float64)
+        tensor.to(fit_device, torch.float64)
         for tensor in (store.neutral(index), store.positive(index), store.negative(index))
     )
     rms = float(neutral.square().mean().sqrt())
@@ -165,7 +167,13 @@ def _fit_site(
         relative_error=ratio.relative_error,
         strength=config.statistics_strength,
     )
-    return site_fit, (fitted.positive.basis.float(), fitted.negative.basis.float())
+    return site_fit, tuple(spectrum.basis.float().to(device) for spectrum in (fitted.positive, fitted.negative))
+
+
+def _device(layer: SEALayer) -> torch.device:
+    """Where the site's output is, whatever has been done with earlier adapters."""
+    device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+    return torch.device("cpu") if device is None else device
 
 
 def _adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, SEAConfig, dict[int, SEALayer]]:

@@ -5,9 +5,11 @@ PEFT's table of MLP output projections covers some architectures only; the struc
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable
 from types import SimpleNamespace
+from typing import SupportsIndex
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -27,9 +29,9 @@ def normalise_layers(layers: LayerIndices) -> list[int] | None:
     if layers is None:
         return None
     indices = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
-    if not indices or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
+    if not indices or any(isinstance(i, bool) or not isinstance(i, SupportsIndex) or i < 0 for i in indices):
         raise ValueError(f"layers must be block indices of 0 or more, got {layers!r}: pass an int, a list or a range")
-    return sorted(set(indices))
+    return sorted({operator.index(i) for i in indices})
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -138,6 +140,8 @@ def find_sites(
                     other = f" and {sites[index]}" if index is not None else " outside the blocks"
                     raise ValueError(f"target_modules must match one module in each block, got {name}{other}")
                 sites[index] = name
+        if sites and (missing := sorted(set(wanted or ()) - set(sites))):
+            raise ValueError(f"target_modules={target_modules!r} match in layers {sorted(sites)}, not in {missing}")
         if not sites:
             raise ValueError(f"no module of {type(model).__name__} matches target_modules={target_modules!r}")
         return sites

@@ -176,6 +176,8 @@ class ActivationStore:
         shape, dtype = positive[layers[0]].shape, positive[layers[0]].dtype
         for name, tensors in (("positive", positive), ("negative", negative), ("neutral", neutral)):
             for layer, tensor in tensors.items():
+                if not isinstance(tensor, Tensor):
+                    raise ValueError(f"every value must be a tensor, got {name}[{layer}] of {type(tensor).__name__}")
                 if tensor.dim() != 2 or tensor.shape != shape:
                     raise ValueError(
                         f"every tensor must be (demonstrations, hidden size) = {tuple(shape)}, "

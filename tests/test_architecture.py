@@ -27,13 +27,14 @@ ALLOWED = {
     "prompts": set(),
     "contrast": {"prompts"},
     "plan": {"prompts"},
+    "saving": set(),
     "fingerprint": {"sites"},
     "tuners": {"functional", "registration", "sites", "tuners"},
     "inference": {"sites"},
     "activations": {"fingerprint", "inference", "plan", "prompts", "sites", "store", "tuners"},
     "fitting": {"fingerprint", "functional", "sites", "store", "tuners"},
     "evaluation": {"inference", "prompts", "sites"},
-    "demo": {"activations", "contrast", "evaluation", "fitting", "tuners"},
+    "demo": {"activations", "contrast", "evaluation", "fitting", "saving", "tuners"},
 }
 
 

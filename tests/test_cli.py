@@ -118,7 +118,7 @@ def test_real_questions_run_through_all_commands(run, tmp_path):
         (["--positive-energy", "99.8"], "positive_energy must be in (0, 1], got 99.8: pass 0.998"),
         (["--rescale", "norm"], "rescale must be one of 'token', 'none', 'mean', 'average', got 'norm'"),
         (["--feature-map", "relu"], "feature_map must be one of"),
-        (["--layers", "x"], "--layers must be numbers and ranges such as 0-3,7, got 'x'"),
+        (["--layers", "x"], "--layers must be numbers and rising ranges such as 0-3,7, got 'x'"),
         (["--layers", "9"], "layers 0 to 4, got 9"),
         (["--target-modules", "no_such_proj"], "no_such_proj"),
     ],

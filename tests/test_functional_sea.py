@@ -589,3 +589,22 @@ def test_rescale_statistics_leave_out_rows_without_a_ratio():
 def test_rescale_statistics_of_nothing_are_an_error():
     with pytest.raises(ValueError, match="lower negative_energy"):
         rescale_statistics(normal(4, 8), torch.zeros(4, 8))
+
+
+def test_a_token_that_is_removed_altogether_stays_zero_and_has_gradients():
+    """What rounding leaves of it has no direction: "token" must not blow it up to full norm."""
+    everything = torch.linalg.qr(normal(16, 16)).Q
+    nothing = everything[:0]
+    for dtype in (torch.float64, torch.float32):
+        h = normal(5, 16).to(dtype).requires_grad_()
+        out = edit_with(h, nothing, everything.to(dtype), projections="negative")
+        assert not out.any()
+    zero = torch.zeros(1, 16, dtype=torch.float64, requires_grad=True)
+    edit_with(zero, everything[:2], everything[2:4]).sum().backward()
+    assert zero.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("option", ["projections", "feature_map", "feature_space", "rescale"])
+def test_unknown_options_are_refused(option):
+    with pytest.raises(ValueError, match=f"{option} must be one of .*, got 'unknown'"):
+        edit_with(normal(2, 16), *bases(16), **{option: "unknown"})

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,
@@ -253,6 +254,54 @@ def test_any_adapter_name_can_be_saved(folder_of, tmp_path, site, name):
     native = base_of(path)
     native.load_adapter(tmp_path / name, adapter_name=name)
     assert torch.equal(logits(native), expected)
+
+
+@every_site
+def test_modules_to_save_come_along(folder_of, tmp_path, site):
+    path, _ = folder_of("llama", site)
+    model = write_edit(get_peft_model(base_of(path), SEAConfig(site=site, modules_to_save=["lm_head"])).eval())
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trainable == ["base_model.model.lm_head.modules_to_save.default.weight"]
+    model.get_parameter(trainable[0]).mul_(2)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base_of(path), tmp_path)), logits(model))
+
+
+@every_site
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_base_model_offloaded_by_accelerate(folder_of, tmp_path, site, where):
+    """Its weights are on meta between two forward passes; the factors must not follow them there."""
+    path, expected = folder_of("llama", site)
+    device = torch.device("cpu")
+
+    def offload(model):
+        if where == "cpu":
+            return cpu_offload(model, execution_device=device)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))  # of its own: accelerate keeps an index there
+        return disk_offload(model, folder, execution_device=device)
+
+    loaded_onto = PeftModel.from_pretrained(offload(base_of(path)), path / "adapter")
+    assert torch.equal(logits(loaded_onto), expected)
+    loaded_before = offload(PeftModel.from_pretrained(base_of(path), path / "adapter"))
+    assert torch.equal(logits(loaded_before), expected)
+    fresh = write_edit(get_peft_model(offload(base_of(path)), SEAConfig(site=site)).eval())
+    fresh.add_adapter("other", SEAConfig(site=site, init_weights=False))
+    assert torch.equal(logits(fresh), expected)
+    fresh.set_adapter("other")
+    assert logits(fresh).isfinite().all()
+
+
+def test_blocks_on_disk_are_refused(folder_of, tmp_path):
+    path, _ = folder_of("llama", "block")
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(3)}
+    for native in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(path / "base", device_map=device_map, offload_folder=tmp_path)
+        with pytest.raises(ValueError, match=r"^model\.layers\.1 is offloaded to disk, .*: use site='mlp', or"):
+            if native:
+                model.load_adapter(path / "adapter")
+            else:
+                PeftModel.from_pretrained(model, path / "adapter", offload_folder=tmp_path)
 
 
 @every_site

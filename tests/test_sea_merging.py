@@ -109,6 +109,7 @@ def test_linear_edits_merge_exactly(family, rescale, strength):
         merged = model.merge_and_unload()
     assert type(merged) is type(base_model(family))
     assert not any(isinstance(module, SEALayer) for module in merged.modules())
+    assert all(parameter.is_contiguous() for parameter in merged.parameters())
     assert relative(logits(merged), expected) < 1e-10
 
 

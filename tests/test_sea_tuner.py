@@ -362,6 +362,18 @@ def test_hidden_states_show_the_edit_of_a_block(family):
 
 
 @every_family
+def test_earlier_hooks_of_a_block_see_the_edit(family):
+    model = base_model(family)
+    seen = []
+    model.get_submodule(find_sites(model, "block")[1]).register_forward_hook(
+        lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
+    model = write_edit(get_peft_model(model, SEAConfig(site="block", layers_to_transform=1)).eval())
+    after = site_output(model, 1, "block")
+    assert torch.equal(seen[0], after) and relative(after, site_output(base_model(family), 1, "block")) > 0.1
+
+
+@every_family
 @every_site
 def test_later_tokens_do_not_matter(family, site):
     model = edited_model(family, site)
@@ -728,6 +740,25 @@ def test_lora_below_and_edit_above(llama):
     assert torch.equal(logits(llama), lora)
 
 
+def test_edit_below_and_lora_above(llama):
+    """Where LoRA comes second it adds to what is edited, and merging the edit is still exact."""
+    llama.add_adapter(SEAConfig(rescale="none", init_weights=False, layers_to_transform=2), "sea")
+    edited = site_output(llama, 2, "mlp")
+    h = []
+    (layer,) = sea_layers(llama)
+    layer.register_forward_hook(lambda module, args, out: h.append(args[0]))
+    llama.add_adapter(
+        LoraConfig(target_modules=["down_proj"], init_lora_weights=False, layers_to_transform=[2]), "lora"
+    )
+    llama.set_adapter(["sea", "lora"])
+    actual = site_output(llama, 2, "mlp")
+    lora = llama.model.layers[2].mlp.down_proj
+    added = h[0] @ lora.lora_A["lora"].weight.T @ lora.lora_B["lora"].weight.T * lora.scaling["lora"]
+    torch.testing.assert_close(actual, edited + added)
+    layer.merge(adapter_names=["sea"])
+    torch.testing.assert_close(site_output(llama, 2, "mlp"), actual)
+
+
 def test_native_adapters(llama):
     """Transformers' own `add_adapter` and its companions, without a `PeftModel`."""
     base = logits(llama)
@@ -820,3 +851,14 @@ def test_strength_and_merging_exclude_each_other():
         model.unmerge_adapter()
     with edit_strength(model, 0):
         assert torch.equal(logits(model), base_logits())
+
+
+def test_one_config_serves_several_adapters(llama):
+    """What a fit writes belongs to the adapter: a config that is passed again makes an adapter that is not fitted."""
+    config = SEAConfig(projections="positive")
+    model = get_peft_model(llama, config)
+    model.add_adapter("other", config)
+    model.peft_config["default"].rank_pattern["model.layers.0.mlp.down_proj"] = [1, 1]
+    assert config.rank_pattern == model.peft_config["other"].rank_pattern == {}
+    again = get_peft_model(tiny_model("llama"), config)
+    assert torch.equal(again(token_ids()).logits, tiny_model("llama")(token_ids()).logits)

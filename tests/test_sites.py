@@ -1,5 +1,6 @@
 """Where models are edited, found by structure; the fingerprint of a model."""
 
+import copy
 import re
 import time
 
@@ -394,3 +395,23 @@ def test_fingerprint_takes_under_a_second():
     start = time.perf_counter()
     fingerprint(model)
     assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("name", ["self_attn.o_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight"])
+def test_fingerprint_notices_any_weight_of_a_block(llama, name):
+    before = fingerprint(llama)
+    with torch.no_grad():
+        llama.get_parameter(f"model.layers.1.{name}").mul_(1.5)
+    assert fingerprint(llama) != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fingerprint_of_a_half_precision_checkpoint_is_that_of_any_load(llama, dtype):
+    """Also for elements that are not normal numbers in float16."""
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            parameter.mul_(10 ** torch.empty_like(parameter).uniform_(-8, 0))
+    checkpoint = llama.to(dtype)
+    assert (
+        len({fingerprint(copy.deepcopy(checkpoint).to(d)) for d in (torch.float32, torch.float16, torch.bfloat16)}) == 1
+    )

@@ -6,6 +6,7 @@ import sys
 import warnings
 
 import typer
+from safetensors import SafetensorError
 
 from . import activations, demo, evaluate, sea
 
@@ -30,6 +31,6 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"peft-edit: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -38,6 +38,7 @@ def collect(
     revision: common.Revision = None,
     dtype: common.Dtype = "auto",
     device_map: common.DeviceMap = "auto",
+    json_file: common.Json = None,
 ) -> None:
     """Collect activations of a contrast set into a store.
 
@@ -69,6 +70,7 @@ def collect(
         resume=resume,
     )
     size = sum(file.stat().st_size for file in out.iterdir())
+    common.write_json(json_file, {"store": str(out), "bytes": size, "demonstrations": len(store), **store.metadata})
     what = "token pairs" if tokens == "answer" else "demonstrations"
     print(f"{len(store)} {what} of {len(contrast)} questions, {len(store.layers)} layers, {size / 1e6:.1f} MB")
     print(f"Store: {out}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from safetensors import SafetensorError
 
 
 Model = Annotated[str, typer.Argument(help="Base model: id on the Hub or local folder.", show_default=False)]
@@ -39,12 +41,15 @@ def load_model(name: str, *, revision: str | None = None, dtype: str = "auto", d
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    model = AutoModelForCausalLM.from_pretrained(
-        name,
-        revision=revision,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        device_map=device_map,
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            device_map=device_map,
+        )
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {name} are damaged ({error}): download or save them again") from error
     return model.eval(), AutoTokenizer.from_pretrained(name, revision=revision)
 
 
@@ -65,7 +70,10 @@ def load_adapter(model, adapter: str, allow_fingerprint_mismatch: bool = False):
             f"{adapter} was fitted on another model (fingerprint {of_adapter}, this model has {fingerprint(model)}): "
             "load its base model, or pass --allow-fingerprint-mismatch"
         )
-    saved = set(load_peft_weights(adapter, device="cpu"))
+    try:
+        saved = set(load_peft_weights(adapter, device="cpu"))
+    except SafetensorError as error:
+        raise ValueError(f"the tensors of {adapter} are damaged ({error}): save the adapter again") from error
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
     except RuntimeError as error:  # torch's collected errors of load_state_dict
@@ -92,11 +100,13 @@ def parse_layers(text: str | None) -> list[int] | None:
     """ "0-3,7" -> [0, 1, 2, 3, 7]."""
     if text is None:
         return None
-    try:
-        bounds = [[int(number) for number in part.split("-")] for part in text.split(",")]
-        return sorted({i for low, *high in bounds for i in range(low, (high or [low])[0] + 1)})
-    except ValueError:
-        raise ValueError(f"--layers must be numbers and ranges such as 0-3,7, got {text!r}") from None
+    layers: set[int] = set()
+    for part in text.split(","):
+        bounds = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if bounds is None or int(bounds[2] or bounds[1]) < int(bounds[1]):
+            raise ValueError(f"--layers must be numbers and rising ranges such as 0-3,7, got {text!r}")
+        layers.update(range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1))
+    return sorted(layers)
 
 
 def write_json(path: Path | None, results: dict[str, Any]) -> None:
@@ -107,23 +117,6 @@ def write_json(path: Path | None, results: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-def save_adapter(model, path: Path, extra: dict[str, str] | None = None) -> None:
-    """Save an adapter so that the folder changes only when all of it is written; `extra` maps file names to texts."""
-    import tempfile
-
-    if path.exists() and any(path.iterdir()) and not (path / "adapter_config.json").exists():
-        raise ValueError(f"{path} holds something else than an adapter: choose another folder")
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-        model.save_pretrained(temporary)
-        for name, text in (extra or {}).items():
-            (Path(temporary) / name).write_text(text, encoding="utf-8")
-        for file in Path(temporary).iterdir():
-            if file.name == "README.md" and (path / file.name).exists():
-                continue  # the user may have written it
-            os.replace(file, path / file.name)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

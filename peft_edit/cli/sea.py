@@ -39,9 +39,11 @@ def fit_sea(
     from peft import TaskType, get_peft_model
 
     from .. import fitting
+    from ..saving import check_adapter_folder, save_adapter
     from ..store import ActivationStore
     from ..tuners.sea import SEAConfig
 
+    check_adapter_folder(out)
     opened = ActivationStore(store)
     config = SEAConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -62,7 +64,7 @@ def fit_sea(
     adapted = get_peft_model(base, config)
     fit = fitting.fit_sea(adapted, opened, allow_fingerprint_mismatch=allow_fingerprint_mismatch)
     results = fit.to_dict()
-    common.save_adapter(adapted, out, {"sea_fit.json": json.dumps(results, indent=2) + "\n"})
+    save_adapter(adapted, out, {"sea_fit.json": json.dumps(results, indent=2) + "\n"})
     common.write_json(json_file, results)
 
     header = ["layer", "rank +", "rank -", "energy +", "energy -", "signature", "rescale", "deviation"]

@@ -32,6 +32,7 @@ def run(out: Path) -> dict[str, Any]:
     from ..contrast import load_contrast_set
     from ..evaluation import evaluate_multiple_choice, perplexity
     from ..fitting import fit_sea
+    from ..saving import check_adapter_folder, save_adapter
     from ..tuners.sea import SEAConfig
 
     def base_model():
@@ -59,6 +60,7 @@ def run(out: Path) -> dict[str, Any]:
             return model(ids).logits
 
     adapter = Path(out) / "sea"
+    check_adapter_folder(adapter)
     with tqdm(total=6, desc="demonstration", unit="model") as progress:
         evaluate("base", base_model())
         progress.update()
@@ -69,7 +71,7 @@ def run(out: Path) -> dict[str, Any]:
         model = get_peft_model(model, SEAConfig(**options))
         fit_sea(model, store)
         edited = evaluate("SEA", model)
-        model.save_pretrained(adapter)
+        save_adapter(model, adapter)
         progress.update()
 
         exchanged = get_peft_model(base_model(), SEAConfig(**options, projections="exchanged"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -91,6 +91,9 @@ def fit(
     Departs from the published code: phi is applied (there it is thrown away), and an energy of 1 keeps the numerical
     rank (there it can keep nothing).
     """
+    check_choice("feature_map", feature_map, (None, *FEATURE_MAPS))
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be above 0 and finite, got {scale}: are all neutral activations zero?")
     shape = tuple(neutral.shape)
     if not len(shape) == 2 or not shape == tuple(positive.shape) == tuple(negative.shape):
         raise ValueError(
@@ -108,19 +111,26 @@ def fit(
         if feature_map is not None:
             activations = FEATURE_MAPS[feature_map].forward(activations / scale)
         sets.append(activations - activations.mean(dim=0) if centered else activations)
-    left = LeftFactor(sets[0])
-    return Fit(
-        positive=left.decompose(sets[1], positive_energy),
-        negative=left.decompose(sets[2], negative_energy),
-        signature=signature(positive, negative),
-    )
+    left, spectra = LeftFactor(sets[0]), []
+    for name, answers, energy in (("positive", sets[1], positive_energy), ("negative", sets[2], negative_energy)):
+        try:
+            spectra.append(left.decompose(answers, energy))
+        except ValueError as error:
+            raise ValueError(f"{name} activations: {error}") from error
+    return Fit(*spectra, signature=signature(positive, negative))
 
 
 def check_energy(name: str, energy: float) -> None:
     """Raise ValueError unless energy is a share in (0, 1]."""
     if not 0 < energy <= 1:
-        remedy = f": pass {energy / 100:g}" if 1 < energy <= 100 else ""
+        remedy = f": pass {energy / 100:g}" if 50 <= energy <= 100 else ""
         raise ValueError(f"{name} must be in (0, 1], got {energy}{remedy}")
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    """Raise ValueError unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_finite(name: str, activations: Tensor) -> None:
@@ -178,12 +188,20 @@ def edit(
     Departs from the published code: it takes the norm per feature over all tokens of all sequences of a batch, so
     that a token's output depends on later tokens and on its neighbours. That variant is not offered.
     """
+    for name, value, choices in (
+        ("projections", projections, get_args(Projections)),
+        ("feature_map", feature_map, (None, *FEATURE_MAPS)),
+        ("feature_space", feature_space, get_args(FeatureSpace)),
+        ("rescale", rescale, get_args(Rescale)),
+    ):
+        check_choice(name, value, choices)
     wide = torch.promote_types(h.dtype, torch.float32)
     x = h.to(wide)
     if projections == "exchanged":
         positive, negative = negative, positive
     if feature_map is None:
-        y = _combine(h, positive, negative, projections, wide)
+        # P- alone can remove nearly all of h, and would leave the rounding of half precision products.
+        y = _combine(x if projections == "negative" else h, positive, negative, projections, wide)
     else:
         phi = FEATURE_MAPS[feature_map]
         x_scaled = x / scale
@@ -200,10 +218,17 @@ def edit(
     if strength != 1:
         y = x + strength * (y - x)
     if rescale == "token":
-        norm = y.norm(dim=-1, keepdim=True)
-        # A zero y has no direction to rescale: it stays zero.
-        y = y * torch.where(norm > 0, x.norm(dim=-1, keepdim=True) / norm, 0)
+        norm, x_norm = y.norm(dim=-1, keepdim=True), x.norm(dim=-1, keepdim=True)
+        defined = norm > _rounding(h.dtype) * x_norm
+        y = y * torch.where(defined, x_norm / norm.masked_fill(~defined, 1), 0)
     return y.to(h.dtype)
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Share of ||h|| below which y is zero or rounding, as for a token that is removed altogether: it has no direction
+    to rescale. Products are rounded to h's dtype; sums over d, in float32 or wider, lose some bits more."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return max(torch.finfo(dtype).eps, 64 * torch.finfo(wide).eps)
 
 
 def _combine(x: Tensor, positive: Projection, negative: Projection, projections: str, wide: torch.dtype) -> Tensor:
@@ -262,7 +287,7 @@ class RescaleStatistics:
 def rescale_statistics(neutral: Tensor, edited: Tensor) -> RescaleStatistics:
     """Statistics of ||h|| / ||y||; neutral h and unrescaled edit y are (n, d). Rows where one is zero have none."""
     h_norm, y_norm = neutral.double().norm(dim=1), edited.double().norm(dim=1)
-    defined = (h_norm > 0) & (y_norm > 0)
+    defined = (h_norm > 0) & (y_norm > _rounding(torch.float64) * h_norm)
     if not defined.any():
         raise ValueError("the edit maps every neutral demonstration to zero: lower negative_energy")
     ratio = h_norm[defined] / y_norm[defined]

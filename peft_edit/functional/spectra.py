@@ -88,7 +88,10 @@ class LeftFactor:
             u, s, _ = torch.linalg.svd(core)
             u = q @ u
         if s[0] == 0:
-            raise ValueError("the cross-covariance of neutral and demonstration activations is zero: nothing to fit")
+            raise ValueError(
+                "their cross-covariance with the neutral ones is zero, so no direction stands out: "
+                "check the data, or fit with centered=False"
+            )
         cumulated = s.square().cumsum(dim=0)
         numerical_rank = int((s > s[0] * max(n, d) * torch.finfo(s.dtype).eps).sum())
         k = numerical_rank

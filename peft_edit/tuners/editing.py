@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ class EditLayer(BaseTunerLayer):
 
     # Factor on the strength of every adapter, see `edit_strength`.
     strength_factor: float = 1.0
+    # Whether that is going on, also at a factor of 1: what is temporary must not be merged.
+    in_edit_strength: bool = False
     # Adapter of each row of the batch while `adapter_names` is given to the model, else None.
     row_adapters: list[str] | None = None
 
@@ -97,13 +100,18 @@ class BlockEditLayer(EditLayer):
         """Nothing to restore: a block never merges."""
 
 
-def check_not_on_disk(block: nn.Module, name: str) -> None:
-    """Raise ValueError for a block whose weights accelerate offloads to disk: its edit could not be a child of it."""
+def check_not_on_disk(model: nn.Module, block: nn.Module, name: str) -> None:
+    """Raise ValueError for a block with weights offloaded to disk: its edit could not be a child of it."""
+    device_map = getattr(model, "hf_device_map", None) or {}
+    parts = [key for key, device in device_map.items() if device == "disk"]
+    by_map = any(not key or f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for key in parts)
     hooks = (getattr(module, "_hf_hook", None) for module in block.modules())
-    if any(torch.device("meta") in (getattr(hook, "original_devices", None) or {}).values() for hook in hooks):
+    # PEFT drops the device map of some models, but not the hooks.
+    by_hook = any(torch.device("meta") in (getattr(hook, "original_devices", None) or {}).values() for hook in hooks)
+    if by_map or by_hook:
         raise ValueError(
             f"{name} is offloaded to disk, where the output of a whole block cannot be edited: "
-            "use a device_map without disk, or SEA with site='mlp'"
+            "use site='mlp', or a device_map without disk"
         )
 
 
@@ -143,14 +151,14 @@ def edit_strength(model: nn.Module, strength: float) -> Iterator[None]:
         raise ValueError(f"{type(model).__name__} has no SEA or HPR adapter whose strength could be set")
     if any(layer.merged for layer in layers):
         raise ValueError("cannot change the strength of merged adapters: call unmerge_adapter first")
-    before = [layer.strength_factor for layer in layers]
+    before = [(layer.strength_factor, layer.in_edit_strength) for layer in layers]
     try:
-        for layer, factor in zip(layers, before, strict=True):
-            layer.strength_factor = factor * strength
+        for layer in layers:
+            layer.strength_factor, layer.in_edit_strength = layer.strength_factor * strength, True
         yield
     finally:
-        for layer, factor in zip(layers, before, strict=True):
-            layer.strength_factor = factor
+        for layer, state in zip(layers, before, strict=True):
+            layer.strength_factor, layer.in_edit_strength = state
 
 
 class EditModel(BaseTuner):
@@ -163,10 +171,13 @@ class EditModel(BaseTuner):
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, state_dict=None, **kwargs) -> None:
+        # What a fit or a selection writes belongs to this adapter, not to the object that the user may pass again.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         if state_dict is not None:
             # PEFT takes what precedes ".sea_" for the target; the edit of a block is a child `sea` of its target.
             child = f".{self.prefix.removesuffix('_')}"
-            state_dict = {key.replace(f"{child}.{self.prefix}", f".{self.prefix}"): v for key, v in state_dict.items()}
+            old, new = f"{child}.{self.prefix}", f".{self.prefix}"
+            state_dict = {key.replace(old, new): value for key, value in state_dict.items()}
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
 
     def _unload_and_optionally_merge(
@@ -209,7 +220,9 @@ class EditModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         layers = edit_layers(self.model)
-        check = partial(_check_rows, adapter_names, _repeats(kwargs))
+        # The model's own generation configuration counts in `generate` only, which looks the same from here.
+        default = getattr(self.model, "generation_config", None)
+        check = partial(_check_rows, adapter_names, (_repeats(kwargs), _repeats(kwargs, default)))
         handle = self.model.register_forward_pre_hook(check, with_kwargs=True)
         try:
             for layer in layers:
@@ -221,18 +234,20 @@ class EditModel(BaseTuner):
                 layer.row_adapters = None
 
 
-def _repeats(options: dict[str, Any]) -> int:
+def _repeats(options: dict[str, Any], default: Any = None) -> int:
     """How often generation with these options repeats each input: for its beams or for its several answers."""
-    config = options.get("generation_config")
+    config = options.get("generation_config") or default
     return max(options.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
 
 
-def _check_rows(adapter_names: list[str], repeats: int, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _check_rows(
+    adapter_names: list[str], repeats: tuple[int, ...], model: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> None:
     """Forward pre-hook of a model: one adapter name for each input. The layers cannot tell, see `_edit_rows`."""
     inputs = (*args, *(kwargs.get(n) for n in ("input_ids", "inputs_embeds", "decoder_input_ids")))
     rows = next((len(tensor) for tensor in inputs if isinstance(tensor, Tensor)), None)
-    if rows is not None and rows != len(adapter_names) * repeats:
+    if rows is not None and rows not in [len(adapter_names) * n for n in repeats]:
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(adapter_names)} and {rows // repeats} respectively."
+            f"{len(adapter_names)} and {rows // repeats[0]} respectively."
         )

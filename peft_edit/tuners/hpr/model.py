@@ -65,6 +65,7 @@ class HPRModel(EditModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             config.target_modules = target_modules
+        self.peft_config[adapter_name].target_modules = target_modules  # the adapter has a copy of the config
 
     def _create_and_replace(
         self,
@@ -81,7 +82,7 @@ class HPRModel(EditModel):
         if isinstance(existing, HPRLayer):
             existing.update_layer(adapter_name, hpr_config)
             return
-        check_not_on_disk(target, current_key)
+        check_not_on_disk(self.model, target, current_key)
         features = text_config(self.model).hidden_size
         target.add_module("hpr", HPRLayer(target, adapter_name, hpr_config, site=current_key, features=features))
 

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from peft.config import PeftConfig
 
-from ...functional.sea import FEATURE_MAPS, FeatureSpace, Projections, Rescale, check_energy
+from ...functional.sea import FEATURE_MAPS, FeatureSpace, Projections, Rescale, check_choice, check_energy
 from ...registration import peft_type
 from ...sites import normalise_layers
 
@@ -122,6 +122,9 @@ class SEAConfig(PeftConfig):
             optional = name == "input_scale" and value is None
             if not optional and (isinstance(value, bool) or not isinstance(value, (int, float))):
                 raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
+        for name in ("rank_pattern", "fit_statistics"):
+            if not isinstance(value := getattr(self, name), dict):
+                raise ValueError(f"{name} must be a dict, written by the fit, got {value!r}: fit this adapter again")
         check_energy("positive_energy", self.positive_energy)
         check_energy("negative_energy", self.negative_energy)
         for name, choices in (
@@ -131,8 +134,7 @@ class SEAConfig(PeftConfig):
             ("rescale", get_args(Rescale)),
             ("projections", get_args(Projections)),
         ):
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+            check_choice(name, getattr(self, name), choices)
         if self.rescale == "average" and self.projections not in ("both", "exchanged"):
             raise ValueError(
                 f"rescale='average' needs two projections to average, got projections={self.projections!r}: "

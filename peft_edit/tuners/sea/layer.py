@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -174,7 +175,7 @@ class SEALayer(EditLayer):
                 f"adapter {adapter_name!r} cannot be merged: its feature map {config.feature_map!r} is not linear; "
                 "keep it as an adapter or fit with feature_map=None"
             )
-        if self.strength_factor != 1:
+        if self.in_edit_strength:
             raise ValueError(
                 "cannot merge inside edit_strength: set the strength in the configuration and merge outside"
             )
@@ -248,6 +249,9 @@ class SEALinear(nn.Module, SEALayer):
 
     def unmerge(self) -> None:
         """Restore the base weights."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
         for key, value in self._unmerged.items():
             parameter = getattr(self.get_base_layer(), key)
             # The model may have been moved or cast since.

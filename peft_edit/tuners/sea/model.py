@@ -4,7 +4,7 @@ import warnings
 
 from torch import nn
 
-from ...sites import describe_sites, find_sites, is_linear, matches, text_config
+from ...sites import describe_sites, find_sites, is_linear, layer_index, matches, text_config
 from ..editing import EditModel, check_not_on_disk
 from .config import SEAConfig
 from .layer import SEABlock, SEALayer, SEALinear
@@ -52,6 +52,15 @@ class SEAModel(EditModel):
         if peft_config.target_modules is None:
             names = find_sites(model, peft_config.site, layers=layers).values()
             peft_config.target_modules = self._target_modules(model, peft_config, list(names))
+        elif layers is not None:
+            named = (name for name, _ in model.named_modules())
+            found = {layer_index(name) for name in named if matches(name, peft_config.target_modules)}
+            # Where nothing matches at all, PEFT says so.
+            if (missing := sorted(set(layers) - found)) and found & set(layers):
+                raise ValueError(
+                    f"target_modules={peft_config.target_modules!r} match nothing in layers {missing} of "
+                    f"layers_to_transform={layers}: pass layers of {sorted(found - {None})}"
+                )
 
     @staticmethod
     def _target_modules(model: nn.Module, config: SEAConfig, names: list[str]) -> set[str] | str:
@@ -92,7 +101,7 @@ class SEAModel(EditModel):
             # Not by `_replace_module`, which moves the factors to the weights, for offloaded ones to meta.
             setattr(parent, target_name, SEALinear(target, adapter_name, sea_config, site=current_key))
         else:
-            check_not_on_disk(target, current_key)
+            check_not_on_disk(self.model, target, current_key)
             features = text_config(self.model).hidden_size
             target.add_module("sea", SEABlock(target, adapter_name, sea_config, site=current_key, features=features))
 

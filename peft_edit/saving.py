@@ -1,0 +1,36 @@
+"""Save an adapter so that its folder changes only when all of it is written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from peft import PeftModel
+
+
+def check_adapter_folder(path: Path) -> None:
+    """Raise ValueError unless nothing is at `path`, or an empty folder, or an adapter."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: choose a folder for the adapter")
+    if path.exists() and any(path.iterdir()) and not (path / "adapter_config.json").exists():
+        raise ValueError(f"{path} holds something else than an adapter: choose another folder")
+
+
+def save_adapter(model: PeftModel, path: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Save an adapter, with further files of these names and texts. A README.md that is there already is kept.
+
+    Raises:
+        ValueError: the folder holds something else than an adapter.
+    """
+    check_adapter_folder(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        model.save_pretrained(temporary)
+        for name, text in (texts or {}).items():
+            (Path(temporary) / name).write_text(text, encoding="utf-8")
+        for file in Path(temporary).iterdir():
+            if file.name == "README.md" and (path / file.name).exists():
+                continue  # the user may have written it
+            os.replace(file, path / file.name)
