@@ -8,14 +8,18 @@ from .fitting import fit_sea
 from .registration import register
 from .store import ActivationStore
 from .tuners.editing import edit_strength
+from .tuners.hpr import HPRConfig, HPRModel
 from .tuners.sea import SEAConfig, SEAModel
 from .version import __version__
 
 
 register("sea", SEAConfig, SEAModel)
+register("hpr", HPRConfig, HPRModel)
 
 __all__ = [
     "ActivationStore",
+    "HPRConfig",
+    "HPRModel",
     "SEAConfig",
     "SEAModel",
     "__version__",

@@ -7,9 +7,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
 
-def sea_peft_type() -> PeftType:
-    """`PeftType.SEA`, added to the enumeration on first use: PEFT has no plug-in point for new members."""
-    return _member("SEA")
+def peft_type(name: str) -> PeftType:
+    """The member of `PeftType` for a method, "SEA" or "HPR": PEFT has no plug-in point, so it is added on first use."""
+    return _member(name)
 
 
 def register(name: str, config_cls: type, model_cls: type) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 
@@ -51,8 +51,8 @@ class EditLayer(BaseTunerLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         # Some models (OPT) flatten batch and sequence before the site, and beam search repeats rows: both keep the rows
-        # of one input together.
-        rows = output.reshape(len(names), -1, output.shape[-1]).clone()
+        # of one input together. A sequence stays one: an edit may look for its last token.
+        rows = output.reshape(len(names), -1, *output.shape[1:]).clone()
         for name in dict.fromkeys(names):
             if self.has_adapter(name):  # "__base__" is no adapter
                 chosen = torch.tensor([n == name for n in names], device=output.device)
@@ -70,11 +70,61 @@ class EditLayer(BaseTunerLayer):
         return (None if parameter is None else parameter.device), None
 
 
-def edit_block_output(block: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
-    """Forward hook of a module whose edit is a child and not a wrapper, so that its attributes and key names stay."""
-    for child in block.children():
-        if isinstance(child, EditLayer):
-            output = child.edit_output(output)
+class BlockEditLayer(EditLayer):
+    """An edit of the output of any module: a child of that module and a forward hook on it."""
+
+    def attach(self, block: nn.Module) -> None:
+        """Hook the edit to the block whose child this layer becomes."""
+        # In a tuple, so that the block does not become a child of its own child.
+        self._block = (block,)
+        # First of the hooks, so that what records hidden states sees the edit.
+        self._hook = block.register_forward_hook(partial(edit_block_output, type(self)), prepend=True)
+
+    def detach(self) -> None:
+        """Take the hook off the block."""
+        self._hook.remove()
+
+    def get_base_layer(self) -> nn.Module:
+        return self._block[0]
+
+    @abstractmethod
+    def check_mergeable(self, adapter_name: str) -> None:
+        """Raise ValueError with the reason why an adapter that edits here cannot be merged."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        for name in check_adapters_to_merge(self, adapter_names):
+            if self.has_adapter(name):
+                self.check_mergeable(name)
+
+    def unmerge(self) -> None:
+        """Nothing to restore: a block never merges."""
+
+
+def check_not_on_disk(model: nn.Module, block: nn.Module, name: str) -> None:
+    """Raise ValueError for a block with weights offloaded to disk: its edit could not be a child of it."""
+    device_map = getattr(model, "hf_device_map", None) or {}
+    parts = [key for key, device in device_map.items() if device == "disk"]
+    by_map = any(not key or f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for key in parts)
+    hooks = (getattr(module, "_hf_hook", None) for module in block.modules())
+    # PEFT drops the device map of some models, but not the hooks.
+    by_hook = any(torch.device("meta") in (getattr(hook, "original_devices", None) or {}).values() for hook in hooks)
+    if by_map or by_hook:
+        raise ValueError(
+            f"{name} is offloaded to disk, where the output of a whole block cannot be edited: "
+            "use site='mlp', or a device_map without disk"
+        )
+
+
+def edit_block_output(kind: type, block: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+    """Forward hook of a module whose edits are children and not wrappers, so that its attributes and key names stay.
+
+    Each method has a layer of its own kind and a hook here. The hook of the oldest edits for all, in the order in which
+    they were added.
+    """
+    layers = [child for child in block.children() if isinstance(child, BlockEditLayer)]
+    if layers and type(layers[0]) is kind:
+        for layer in layers:
+            output = layer.edit_output(output)
     return output
 
 
@@ -120,10 +170,33 @@ class EditModel(BaseTuner):
         # Default sites depend on the structure of the model, which only `_prepare_model` is given.
         return peft_config
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, state_dict=None, **kwargs) -> None:
         # What a fit or a selection writes belongs to this adapter, not to the object that the user may pass again.
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if state_dict is not None:
+            # PEFT takes what precedes ".sea_" for the target; the edit of a block is a child `sea` of its target.
+            child = f".{self.prefix.removesuffix('_')}"
+            old, new = f"{child}.{self.prefix}", f".{self.prefix}"
+            state_dict = {key.replace(old, new): value for key, value in state_dict.items()}
+        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        children = {n: m for n, m in self.model.named_modules() if isinstance(m, BlockEditLayer)}
+        if merge:
+            for layer in children.values():
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for name, layer in children.items():
+            layer.detach()
+            parent, _, child = name.rpartition(".")
+            delattr(model.get_submodule(parent), child)
+        return model
 
     def delete_adapter(self, adapter_name: str) -> None:
         was_active = adapter_name in self.active_adapters

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from peft.config import PeftConfig
 
 from ...functional.sea import FEATURE_MAPS, FeatureSpace, Projections, Rescale, check_choice, check_energy
-from ...registration import sea_peft_type
+from ...registration import peft_type
 from ...sites import normalise_layers
 
 
@@ -107,7 +107,7 @@ class SEAConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = sea_peft_type()
+        self.peft_type = peft_type("SEA")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...functional.sea import edit, merged_rows, project
 from ...sites import out_features
-from ..editing import EditLayer, edit_block_output
+from ..editing import BlockEditLayer, EditLayer
 from .config import SEAConfig
 
 
@@ -288,39 +288,22 @@ class SEALinear(nn.Module, SEALayer):
         return "sea." + super().__repr__()
 
 
-class SEABlock(nn.Module, SEALayer):
+class SEABlock(nn.Module, SEALayer, BlockEditLayer):
     """SEA on the output of any other module, such as a decoder block: a child `sea` of it and a forward hook."""
 
     def __init__(self, block: nn.Module, adapter_name: str, config: SEAConfig, site: str, features: int) -> None:
         super().__init__()
         SEALayer.__init__(self, site, features)
         self._active_adapter = adapter_name
-        # In a tuple, so that the block does not become a child of its own child.
-        self._block = (block,)
-        # First of the hooks, so that what records hidden states sees the edit.
-        self._hook = block.register_forward_hook(edit_block_output, prepend=True)
+        self.attach(block)
         self.update_layer(adapter_name, config)
 
-    def get_base_layer(self) -> nn.Module:
-        return self._block[0]
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        for name in check_adapters_to_merge(self, adapter_names):
-            if self.is_fitted(name):
-                self.check_mergeable(name)
-
     def check_mergeable(self, adapter_name: str) -> None:
-        raise ValueError(
-            f"adapter {adapter_name!r} cannot be merged: it edits the output of {self.site}, which is no linear layer; "
-            "keep it as an adapter or fit with site='mlp'"
-        )
-
-    def unmerge(self) -> None:
-        """Nothing to restore: blocks never merge."""
-
-    def detach(self) -> None:
-        """Take the hook off the block."""
-        self._hook.remove()
+        if self.is_fitted(adapter_name):
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot be merged: it edits the output of {self.site}, which is no linear "
+                "layer; keep it as an adapter or fit with site='mlp'"
+            )
 
     def __repr__(self) -> str:
         return "sea." + super().__repr__()

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import nn
 
 from ...sites import describe_sites, find_sites, is_linear, layer_index, matches, text_config
-from ..editing import EditModel
+from ..editing import EditModel, check_not_on_disk
 from .config import SEAConfig
 from .layer import SEABlock, SEALayer, SEALinear
 
@@ -84,12 +83,6 @@ class SEAModel(EditModel):
             peft_config.modules_to_save,
         )
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, state_dict=None, **kwargs) -> None:
-        if state_dict is not None:
-            # PEFT takes what precedes ".sea_" for the target; the edit of a block is a child `sea` of its target.
-            state_dict = {key.replace(".sea.sea_", ".sea_"): value for key, value in state_dict.items()}
-        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
-
     def _create_and_replace(
         self,
         sea_config: SEAConfig,
@@ -108,11 +101,7 @@ class SEAModel(EditModel):
             # Not by `_replace_module`, which moves the factors to the weights, for offloaded ones to meta.
             setattr(parent, target_name, SEALinear(target, adapter_name, sea_config, site=current_key))
         else:
-            if _on_disk(self.model, target, current_key):
-                raise ValueError(
-                    f"{current_key} is offloaded to disk, where the output of a whole block cannot be edited: "
-                    "use site='mlp', or a device_map without disk"
-                )
+            check_not_on_disk(self.model, target, current_key)
             features = text_config(self.model).hidden_size
             target.add_module("sea", SEABlock(target, adapter_name, sea_config, site=current_key, features=features))
 
@@ -129,12 +118,7 @@ class SEAModel(EditModel):
     ) -> nn.Module:
         if merge:
             self._prepare_merge(adapter_names, stacklevel=4)
-        blocks = {n: m for n, m in self.model.named_modules() if isinstance(m, SEABlock)}
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        for name, block in blocks.items():
-            block.detach()
-            delattr(model.get_submodule(name.rpartition(".")[0]), "sea")
-        return model
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _prepare_merge(self, adapter_names: list[str] | None, stacklevel: int) -> None:
         """Refuse what cannot be merged before any layer is changed, and warn of what merges inexactly."""
@@ -160,14 +144,3 @@ class SEAModel(EditModel):
                     "demonstrations. rescale='none' and 'mean' merge exactly.",
                     stacklevel=stacklevel,
                 )
-
-
-def _on_disk(model: nn.Module, block: nn.Module, name: str) -> bool:
-    """Whether weights of the block are offloaded to disk, by the device map or, where PEFT has kept them, by hooks."""
-    device_map = getattr(model, "hf_device_map", None) or {}
-    for key, device in device_map.items():
-        overlap = not key or f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.")
-        if device == "disk" and overlap:
-            return True
-    hooks = [module._hf_hook for module in block.modules() if hasattr(module, "_hf_hook")]
-    return any(torch.device("meta") in (getattr(hook, "original_devices", None) or {}).values() for hook in hooks)

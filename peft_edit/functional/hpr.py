@@ -1,0 +1,178 @@
+"""Householder Pseudo-Rotation: the rotation in closed form, the edit, the reflection ablation and the loss.
+
+Source: "Householder Pseudo-Rotation: A Novel Approach to Activation Editing in LLMs with Direction-Magnitude
+Perspective" (HPR), EMNLP 2024, 2024.emnlp-main.761. d is the hidden size; w, (d,), is the normal of the probe's
+hyperplane; an activation a is positive where w . a is large. Angles are in radians.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+# Below this sine of the angle between an activation and the normal there is no plane to rotate in.
+NO_DIRECTION = 1e-6
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in their own dtype: autocast would round the cosines and the probe's decisions to half precision."""
+    device = a.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        return a @ b
+
+
+def _split(a: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """|a|, a^ = a / |a|, c = n . a^ and n - c a^, the part of n = w / |w| across a; (..., 1) or (..., d)."""
+    tiny = torch.finfo(a.dtype).tiny
+    norm = a.norm(dim=-1, keepdim=True)
+    unit = a / norm.clamp_min(tiny)
+    n = functional.normalize(w.to(a.dtype), dim=-1, eps=tiny)
+    cosine = _dot(unit, n).unsqueeze(-1)
+    return norm, unit, cosine, n - cosine * unit
+
+
+def angle_between(a: Tensor, b: Tensor) -> Tensor:
+    """Angle between vectors along the last dimension, in [0, pi]; 0 where one of them is zero.
+
+    By Kahan's formula 2 atan2(|a^ - b^|, |a^ + b^|), which is accurate at 0 and at pi, where the arc cosine is not.
+
+    Args:
+        a, b: (..., d), any floating dtype.
+
+    Returns:
+        (...), float32 or wider.
+    """
+    wide = _wide(a.dtype)
+    a, b = (functional.normalize(x.to(wide), dim=-1, eps=torch.finfo(wide).tiny) for x in (a, b))
+    angle = 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1))
+    return torch.where(a.any(dim=-1) & b.any(dim=-1), angle, 0)
+
+
+def rotate(a: Tensor, w: Tensor, angle_rad: Tensor) -> Tensor:
+    """Rotate a towards the normal n = w / |w| by an angle, in the plane of the two.
+
+    out = cos(g) a + sin(g) |a| t,  t = (n - c a^) / |n - c a^|,  c = n . a^. Equal to equation 12 of the paper
+    (reflect by the Householder matrix I - 2 n n^T and combine with ratios of sines), in O(d) and without its division
+    by a vanishing sine.
+
+    Args:
+        a: (..., d), any floating dtype; not changed.
+        w: (d,).
+        angle_rad: (...) or broadcast to it.
+
+    Returns:
+        (..., d), a's dtype. Norms are kept. Where a is parallel to n, or a or w is zero, there is no direction to
+        rotate in, and a comes back unchanged.
+    """
+    x = a.to(_wide(a.dtype))
+    tiny = torch.finfo(x.dtype).tiny
+    angle_rad = angle_rad.to(x.dtype).unsqueeze(-1)
+    norm, unit, _, t = _split(x, w)
+    sine = t.norm(dim=-1, keepdim=True)
+    t = t / sine.clamp_min(tiny)
+    # Once more: near a parallel to n the difference has lost its leading digits.
+    t = functional.normalize(t - (t * unit).sum(dim=-1, keepdim=True) * unit, dim=-1, eps=tiny)
+    rotated = torch.cos(angle_rad) * x + torch.sin(angle_rad) * norm * t
+    # The square of a norm outside these bounds has no place in the dtype.
+    possible = (sine >= NO_DIRECTION) & (norm > math.sqrt(tiny)) & norm.isfinite()
+    return torch.where(possible, rotated, x).to(a.dtype)
+
+
+def reflection_angle(a: Tensor, w: Tensor) -> Tensor:
+    """Angle between a and its reflection a - 2 (n . a) n, in [0, pi]. a is (..., d), the result (...).
+
+    By 2 atan2(|c|, |n - c a^|), which unlike 2 asin |c| is accurate where a is nearly parallel to n.
+    """
+    _, _, cosine, across = _split(a.to(_wide(a.dtype)), w)
+    return 2 * torch.atan2(cosine.squeeze(-1).abs(), across.norm(dim=-1))
+
+
+def is_negative(a: Tensor, w: Tensor, gate: float = 0.5) -> Tensor:
+    """Whether the probe's probability sigmoid(w . a) of a positive activation is at most the gate; (..., d) -> (...)
+    bool.
+
+    Args:
+        gate: in [0, 1]; 0 is below every probability, 1 above, the paper's is 1/2.
+    """
+    if gate == 0:
+        return torch.zeros(a.shape[:-1], dtype=torch.bool, device=a.device)
+    threshold = math.inf if gate == 1 else math.log(gate) - math.log1p(-gate)
+    wide = _wide(a.dtype)
+    return _dot(a.to(wide), w.to(wide)) <= threshold
+
+
+def edit(
+    a: Tensor,
+    w: Tensor,
+    angle: Callable[[Tensor], Tensor],
+    *,
+    gate: float = 0.5,
+    alpha: float = 1.0,
+) -> Tensor:
+    """Rotate the negative activations towards the positive side and leave the others as they are, bit for bit.
+
+    Args:
+        a: (..., d), any floating dtype; not changed.
+        w: (d,).
+        angle: maps negative activations, (m, d), to angles in [0, pi], (m,). It sees no others.
+        gate: see `is_negative`.
+        alpha: factor on the angle, which is then cut off at pi.
+
+    Returns:
+        (..., d), a's dtype; norms are kept. Computed in float32 or wider.
+    """
+    if gate == 0 or alpha == 0:
+        return a
+    negative = is_negative(a, w, gate)
+    if torch.compiler.is_compiling():
+        # Shapes must not depend on the data inside a compiled graph.
+        flat = a.reshape(-1, a.shape[-1])
+        rotated = rotate(flat, w, (alpha * angle(flat)).clamp_max(math.pi)).reshape(a.shape)
+        return torch.where(negative.unsqueeze(-1), rotated, a)
+    chosen = a[negative]  # (m, d)
+    out = a.clone()
+    out[negative] = rotate(chosen, w, (alpha * angle(chosen)).clamp_max(math.pi))
+    return out
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Terms of the loss, each of the leading shape of the pairs' batch."""
+
+    probe: Tensor
+    angle: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.probe + self.angle
+
+
+def loss(probe_logits: Tensor, angles_rad: Tensor, target_rad: Tensor) -> Loss:
+    """Loss of probe and angle network over pairs of a positive and a negative activation (equations 8 to 10 of the
+    paper).
+
+    mean BCE(sigmoid(w . x), y) + mean (g(x) - theta(x))^2 over the 2 B rows x = [a+; a-], with y = [1; 0],
+    theta(a+) = 0 and theta(a-) the angle between a- and a+. On logits: on probabilities the gradient vanishes as soon
+    as float32 saturates.
+
+    Args:
+        probe_logits: (..., 2, B), of the positive and of the negative activations.
+        angles_rad: (..., 2, B), predicted.
+        target_rad: (..., B), angle between the two activations of a pair.
+    """
+    labels = torch.zeros_like(probe_logits)
+    labels[..., 0, :] = 1
+    targets = torch.stack((torch.zeros_like(target_rad), target_rad), dim=-2)
+    bce = functional.binary_cross_entropy_with_logits(probe_logits, labels, reduction="none")
+    return Loss(probe=bce.mean(dim=(-2, -1)), angle=(angles_rad - targets).square().mean(dim=(-2, -1)))

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from ...functional.hpr import edit, reflection_angle
+from ...sites import layer_index
+from ..editing import BlockEditLayer
+from .config import HPRConfig
+
+
+def angle_network(features: int, num_layers: int = 4, hidden_size: int | None = None) -> nn.Sequential:
+    """Network f of g(a) = pi sigmoid(f(a)): linear layers with GELU between, (..., d) -> (..., 1).
+
+    Args:
+        features: d.
+        num_layers: number of linear layers.
+        hidden_size: width of the hidden ones; None halves: d, d/2, d/4, ..., 1.
+    """
+    hidden = [max(1, features >> i) if hidden_size is None else hidden_size for i in range(1, num_layers)]
+    widths = [features, *hidden, 1]
+    layers = []
+    for wide, narrow in pairwise(widths):
+        layers += [nn.Linear(wide, narrow), nn.GELU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class HPRLayer(nn.Module, BlockEditLayer):
+    """
+    HPR layer: a probe and an angle network for each adapter, which edit the output of a decoder block.
+
+    Negative tokens, those that the probe gives at most the gate's probability, are rotated towards the positive side
+    by the predicted angle. Norms are kept.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("hpr_probe", "hpr_angle")
+    other_param_names: tuple[str, ...] = ("hpr_config",)
+
+    def __init__(self, block: nn.Module, adapter_name: str, config: HPRConfig, site: str, features: int) -> None:
+        super().__init__()
+        self.site = site
+        self.features = features
+        self.hpr_probe = nn.ModuleDict()
+        self.hpr_angle = nn.ModuleDict()
+        self.hpr_config: dict[str, HPRConfig] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._active_adapter = adapter_name
+        self.attach(block)
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: HPRConfig) -> None:
+        """Add or replace an adapter."""
+        self.hpr_probe[adapter_name] = nn.Linear(self.features, 1, bias=False)
+        self.hpr_angle[adapter_name] = angle_network(self.features, config.num_angle_layers, config.angle_hidden_size)
+        if config.init_weights:
+            nn.init.zeros_(self.hpr_probe[adapter_name].weight)
+        self.hpr_config[adapter_name] = config
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        return adapter_name in self.hpr_probe
+
+    def probe_logits(self, a: Tensor, adapter_name: str) -> Tensor:
+        """w . a of activations (..., d): the logit of being positive, (...)."""
+        probe = self.hpr_probe[adapter_name]
+        return probe(a.to(probe.weight.dtype)).squeeze(-1)
+
+    def angles(self, a: Tensor, adapter_name: str) -> Tensor:
+        """Predicted angles of activations (..., d), in radians in (0, pi), (...)."""
+        network = self.hpr_angle[adapter_name]
+        return math.pi * torch.sigmoid(network(a.to(network[0].weight.dtype)).squeeze(-1))
+
+    def edit(self, h: Tensor, adapter_name: str) -> Tensor:
+        config = self.hpr_config[adapter_name]
+        alpha = config.alpha * self.strength_factor
+        if alpha == 0 or not config.edits(layer_index(self.site)):
+            return h
+        if config.token_scope == "last" and h.dim() > 2:
+            return torch.cat((h[..., :-1, :], self._rotate(h[..., -1:, :], adapter_name, config, alpha)), dim=-2)
+        return self._rotate(h, adapter_name, config, alpha)
+
+    def _rotate(self, h: Tensor, adapter_name: str, config: HPRConfig, alpha: float) -> Tensor:
+        w = self.hpr_probe[adapter_name].weight[0]
+
+        def angle(a: Tensor) -> Tensor:
+            return reflection_angle(a, w) if config.rotation == "reflection" else self.angles(a, adapter_name)
+
+        return edit(h, w, angle, gate=config.gate, alpha=alpha)
+
+    def check_mergeable(self, adapter_name: str) -> None:
+        raise ValueError(
+            f"adapter {adapter_name!r} cannot be merged: HPR rotates each token by an angle of its own, which no "
+            "weight of the model can do; keep it as an adapter"
+        )
+
+    def __repr__(self) -> str:
+        return "hpr." + super().__repr__()

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import re
+
+import torch
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+
+from ...sites import describe_sites, find_sites, layer_index, matches, text_config
+from ..editing import EditModel, check_not_on_disk
+from .config import HPRConfig
+from .layer import HPRLayer
+
+
+class HPRModel(EditModel):
+    """
+    Creates a HPR (Householder Pseudo-Rotation) model from a pretrained transformer model.
+
+    The method is described in detail in https://aclanthology.org/2024.emnlp-main.761. A new adapter is the identity.
+
+    Args:
+        model (`torch.nn.Module`): The model to be adapted.
+        config ([`HPRConfig`]): The configuration of the HPR model.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, `optional`, defaults to `False`):
+            Create empty adapter weights on meta device. Useful to speed up the loading process.
+
+    Returns:
+        `torch.nn.Module`: The HPR model.
+
+    **Attributes**:
+        - **model** ([`~transformers.PreTrainedModel`]) -- The model to be adapted.
+        - **peft_config** ([`HPRConfig`]): The configuration of the HPR model.
+    """
+
+    prefix: str = "hpr_"
+    tuner_layer_cls = HPRLayer
+
+    def _prepare_model(self, peft_config: HPRConfig, model: nn.Module) -> None:
+        if peft_config.target_modules is None:
+            sites = find_sites(model, "block", layers=peft_config.layers_to_transform)
+            outside = set(peft_config.selected_layers or ()) - set(sites)
+            if outside:
+                raise ValueError(
+                    f"selected_layers {sorted(outside)} are not among the blocks {sorted(sites)} of the model"
+                )
+            peft_config.target_modules = describe_sites(sites.values())
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: HPRConfig, key: str):
+        layers = peft_config.layers_to_transform if peft_config.selected_layers is None else peft_config.selected_layers
+        return matches(
+            key, peft_config.target_modules, peft_config.exclude_modules, layers, peft_config.modules_to_save
+        )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        config = self.peft_config[adapter_name]
+        if config.selected_layers != []:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            return
+        # An adapter of no layers is PEFT's "dummy": it would take it for a mistake otherwise.
+        self._prepare_model(config, model)
+        target_modules, config.target_modules = config.target_modules, DUMMY_TARGET_MODULES
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            config.target_modules = target_modules
+        self.peft_config[adapter_name].target_modules = target_modules  # the adapter has a copy of the config
+
+    def _create_and_replace(
+        self,
+        hpr_config: HPRConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        if current_key is None:
+            raise ValueError("Current Key shouldn't be `None`")
+        existing = getattr(target, "hpr", None)
+        if isinstance(existing, HPRLayer):
+            existing.update_layer(adapter_name, hpr_config)
+            return
+        check_not_on_disk(self.model, target, current_key)
+        features = text_config(self.model).hidden_size
+        target.add_module("hpr", HPRLayer(target, adapter_name, hpr_config, site=current_key, features=features))
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT finds the name only next to the end of a key; an angle network has the layer's number behind it.
+        return re.sub(rf"(\.hpr_(?:probe|angle))\.{re.escape(adapter_name)}\.", r"\1.", key)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: HPRConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        *args,
+        **kwargs,
+    ) -> dict[str, torch.Tensor]:
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        return {key: value for key, value in tensors.items() if config.edits(layer_index(key))}
