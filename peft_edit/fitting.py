@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,6 +17,9 @@ from .functional.sea import edit, fit, project, rescale_statistics
 from .sites import layer_index
 from .store import ActivationStore
 from .tuners.sea import SEAConfig, SEALayer
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -237,6 +241,12 @@ def _check_store(
                 f"{store.path} has hidden size {store.hidden_size}, {layer.site} has {layer.features}: "
                 "it is of another model"
             )
+    if active := store.metadata["active_adapters"]:
+        logger.warning(
+            "%s was collected while adapters were active (%s): the fit suits a model that has them active too",
+            store.path,
+            ", ".join(active),
+        )
     of_store = store.metadata["fingerprint"]
     if of_store is not None and not allow_fingerprint_mismatch and of_store != fingerprint(model):
         raise ValueError(

@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 META, INDEX = "meta.json", "index.safetensors"
 ROW_TOKENS = ("last", "mean", "random")
 # What reading needs of meta.json.
-REQUIRED = ("complete", "site", "tokens", "hidden_size", "modules", "shards")
+REQUIRED = ("complete", "site", "tokens", "hidden_size", "modules", "shards", "model", "fingerprint", "active_adapters")
 # A file of a store, or a hidden one that was being written when a run was killed.
 STORE_FILE = re.compile(r"(\.)?(meta\.json|(index|shard-\d+)\.safetensors)(?(1)\.tmp)")
 
@@ -67,6 +67,21 @@ class ActivationStore:
         self.hidden_size: int = self.metadata["hidden_size"]
         self.layers: list[int] = sorted(int(layer) for layer in self.metadata["modules"])
         self._index = read_index(self.path)
+        self._check()
+
+    def _check(self) -> None:
+        """Raise ValueError unless the index and the manifest agree, so that no row is read from nowhere."""
+        needed = {"pairs", "question"} if self.tokens == "answer" else {"positive", "negative", "question"}
+        if missing := sorted(needed - set(self._index)):
+            raise ValueError(f"{self.path / INDEX} is damaged (no {missing[0]}): collect again with resume=False")
+        rows = sum(shard["rows"] for shard in self.metadata["shards"])
+        for name in ("positive", "negative", "neutral", "pairs"):
+            numbers = self._index.get(name)
+            if numbers is not None and numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < rows:
+                raise ValueError(
+                    f"{self.path / INDEX} is damaged ({name} names rows from {int(numbers.min())} to "
+                    f"{int(numbers.max())}, the store has {rows}): collect again with resume=False"
+                )
 
     def __len__(self) -> int:
         return len(self._index["pairs" if self.tokens == "answer" else "positive"])
@@ -134,9 +149,15 @@ class ActivationStore:
             file = self.path / shard["file"]
             try:
                 with safe_open(file, framework="pt") as tensors:
-                    yield shard["first_row"], tensors.get_tensor(f"{self.site}.{layer}")
+                    tensor = tensors.get_tensor(f"{self.site}.{layer}")
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{file} cannot be read ({error}): collect again with resume=False") from error
+            if tensor.shape != (shard["rows"], self.hidden_size):
+                raise ValueError(
+                    f"{file} is damaged: layer {layer} is {tuple(tensor.shape)} there, by the manifest "
+                    f"{(shard['rows'], self.hidden_size)}; collect again with resume=False"
+                )
+            yield shard["first_row"], tensor
 
     @classmethod
     def from_tensors(
@@ -278,6 +299,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}: collect again")
     if missing := [name for name in REQUIRED if name not in metadata]:
         raise ValueError(f"{path / META} is damaged (no {missing[0]}): collect again into another folder")
+    modules = metadata["modules"]
+    if not isinstance(modules, dict) or not modules or not all(layer.isdigit() for layer in modules):
+        raise ValueError(f"{path / META} is damaged (modules are {modules!r}): collect again into another folder")
     return metadata
 
 

@@ -1,6 +1,7 @@
 """The command line, in this process: results, files, and one line for bad input."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def test_missing_things_are_named(run, tmp_path):
     assert "is no activation store" in refused(run, "fit-sea", MODEL, tmp_path, tmp_path / "out")
     assert str(tmp_path / "model") in refused(run, "evaluate", tmp_path / "model", TEST)
     assert "no such file" in refused(run, "evaluate", MODEL, tmp_path / "data.jsonl").lower()
-    assert "is no adapter" in refused(run, "evaluate", MODEL, TEST, "--adapter", tmp_path)
+    assert "has no adapter_config.json" in refused(run, "evaluate", MODEL, TEST, "--adapter", tmp_path)
     assert "--strength needs --adapter" in refused(run, "evaluate", MODEL, TEST, "--strength", 2)
     assert run("evaluate")[0] == 2 and run("nonsense")[0] == 2
 
@@ -179,3 +180,58 @@ def test_foreign_folders_are_left_alone(fitted, run, tmp_path):
     assert "holds something else" in refused(run, "fit-sea", MODEL, fitted / "store", tmp_path)
     assert "is not empty" in refused(run, "collect", MODEL, TEST, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def edit_json(file: Path, **changes) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            lambda store: rewrite(store / "index.safetensors", "positive", lambda t: t + 10**6),
+            "positive names rows from",
+        ),
+        (lambda store: rewrite(store / "index.safetensors", "negative", None), "no negative"),
+        (lambda store: rewrite(store / "shard-00000.safetensors", "mlp.0", lambda t: t[:, :50]), "manifest"),
+        (lambda store: edit_json(store / "meta.json", modules=[1]), "modules are"),
+        (lambda store: edit_json(store / "meta.json", shards=[]), "the store has 0"),
+    ],
+)
+def test_damaged_stores_are_refused(fitted, run, tmp_path, change, expected):
+    shutil.copytree(fitted / "store", tmp_path / "store")
+    change(tmp_path / "store")
+    assert expected in refused(run, "fit-sea", MODEL, tmp_path / "store", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def rewrite(file: Path, name: str, change) -> None:
+    tensors = load_file(file)
+    tensor = tensors.pop(name)
+    save_file({**tensors, **({} if change is None else {name: change(tensor).contiguous()})}, file)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"peft_type": "FOO"}', "{}"])
+def test_damaged_configurations_are_refused(fitted, run, tmp_path, content):
+    adapter = damaged(fitted / "sea", tmp_path / "adapter", lambda tensors, name: None)
+    (adapter / "adapter_config.json").write_text(content)
+    assert "adapter_config.json" in refused(run, "evaluate", MODEL, TEST, "--adapter", adapter)
+
+
+def test_truncated_files_are_named(fitted, run, tmp_path):
+    adapter = damaged(fitted / "sea", tmp_path / "adapter", lambda tensors, name: None)
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert f"the tensors of {adapter} are damaged" in refused(run, "evaluate", MODEL, TEST, "--adapter", adapter)
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_work(fitted, run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    line = refused(run, "fit-sea", MODEL, fitted / "store", tmp_path / "out", "--json", tmp_path)
+    assert "is a folder" in line and not (tmp_path / "out").exists()
+    assert "lies below a file" in refused(run, "evaluate", MODEL, TEST, "--json", tmp_path / "file" / "x.json")
+    assert "is a file" in refused(run, "demo", "--out", tmp_path / "file")
+    assert "is a file" in refused(run, "fit-sea", MODEL, fitted / "store", tmp_path / "file")
+    assert "no CUDA device" in refused(run, "evaluate", MODEL, TEST, "--device-map", "cuda:7")
+    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1

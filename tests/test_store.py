@@ -24,6 +24,7 @@ def random_sets(layers=(0, 2), n=5, d=4, dtype=torch.float32):
 def write_answer_store(path, shard_rows, d=3):
     """A store of answer tokens, written in shards of these sizes; returns its layers' rows."""
     settings = {"site": "block", "tokens": "answer", "hidden_size": d, "modules": {"1": "h.1", "4": "h.4"}}
+    settings |= {"model": None, "fingerprint": None, "active_adapters": []}
     pairs = torch.tensor([[0, 3], [1, 4], [5, 2], [0, 2]])
     writer = StoreWriter(path, settings, {"pairs": pairs, "question": torch.tensor([7, 7, 9, 9])})
     rows = {layer: torch.randn(sum(shard_rows), d) for layer in (1, 4)}

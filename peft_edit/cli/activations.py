@@ -46,6 +46,7 @@ def collect(
     """
     from ..activations import collect_activations
 
+    common.check_json(json_file)
     contrast = common.load_data(data, data_files, subset, split, limit)
     base, tokenizer = common.load_model(model, revision=revision, dtype=dtype, device_map=device_map)
     if adapter is not None:

@@ -41,6 +41,9 @@ def load_model(name: str, *, revision: str | None = None, dtype: str = "auto", d
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if device_map.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device-map is {device_map!r} and this machine has no CUDA device: pass auto or cpu")
+    check_local(name, "config.json")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name,
@@ -60,10 +63,13 @@ def load_adapter(model, adapter: str, allow_fingerprint_mismatch: bool = False):
 
     from ..fingerprint import fingerprint
 
+    check_local(adapter, "adapter_config.json")
     try:
         config = PeftConfig.from_pretrained(adapter)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{adapter} is no adapter that PEFT or peft_edit can read: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"adapter_config.json of {adapter} is none that PEFT or peft_edit reads: {error}") from error
+    if config.peft_type is None:
+        raise ValueError(f"adapter_config.json of {adapter} has no peft_type: save the adapter again")
     of_adapter = getattr(config, "base_model_fingerprint", None)
     if of_adapter is not None and not allow_fingerprint_mismatch and of_adapter != fingerprint(model):
         raise ValueError(
@@ -86,6 +92,25 @@ def load_adapter(model, adapter: str, allow_fingerprint_mismatch: bool = False):
                 "the file does not belong to its adapter_config.json; save the adapter again"
             )
     return adapted
+
+
+def check_local(name: str, file: str) -> None:
+    """Raise ValueError for what can only be a folder and lacks a file, before the Hub is asked for it."""
+    path = Path(name)
+    if path.is_dir() and not (path / file).exists():
+        raise ValueError(f"the folder {name} has no {file}: pass the folder that was saved")
+    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise ValueError(f"there is no folder {name}")
+
+
+def check_json(path: Path | None) -> None:
+    """Raise ValueError where results could not be written, before the work is done."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"--json must be a file, {path} is a folder")
+    if any(parent.exists() and not parent.is_dir() for parent in path.parents):
+        raise ValueError(f"--json {path} lies below a file: choose another path")
 
 
 def load_data(name: str, data_files: str | None, subset: str | None, split: str | None, limit: int | None):

@@ -20,6 +20,7 @@ def demo(
 
     from .. import demo as demonstration
 
+    common.check_json(json_file)
     logging.disable_progress_bar()  # Transformers' own, of loading a model this small
     results = demonstration.run(out)
     common.write_json(json_file, results)

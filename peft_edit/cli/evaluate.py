@@ -36,9 +36,13 @@ def evaluate(
     from .. import evaluation
     from ..tuners.editing import edit_strength
 
+    common.check_json(json_file)
     if strength != 1 and adapter is None:
         raise ValueError("--strength needs --adapter: without an adapter there is nothing to scale")
-    texts = None if perplexity_file is None else perplexity_file.read_text(encoding="utf-8").splitlines()
+    try:
+        texts = None if perplexity_file is None else perplexity_file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{perplexity_file} is no UTF-8 text ({error})") from error
     contrast = common.load_data(data, data_files, subset, split, limit)
     base, tokenizer = common.load_model(model, revision=revision, dtype=dtype, device_map=device_map)
     if adapter is not None:

@@ -43,6 +43,7 @@ def fit_sea(
     from ..store import ActivationStore
     from ..tuners.sea import SEAConfig
 
+    common.check_json(json_file)
     check_adapter_folder(out)
     opened = ActivationStore(store)
     config = SEAConfig(

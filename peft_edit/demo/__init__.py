@@ -61,6 +61,8 @@ def run(out: Path) -> dict[str, Any]:
 
     adapter = Path(out) / "sea"
     check_adapter_folder(adapter)
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"{out} is a file: choose a folder for the demonstration")
     with tqdm(total=6, desc="demonstration", unit="model") as progress:
         evaluate("base", base_model())
         progress.update()

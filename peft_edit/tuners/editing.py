@@ -144,8 +144,8 @@ def edit_strength(model: nn.Module, strength: float) -> Iterator[None]:
         ValueError: strength below 0, not finite, or a model without edits or with merged ones. Merging inside the
             block is refused.
     """
-    if not 0 <= strength < float("inf"):
-        raise ValueError(f"strength must be 0 or more and finite, got {strength}")
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < float("inf"):
+        raise ValueError(f"strength must be a number of 0 or more and finite, got {strength!r}")
     layers = edit_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no SEA or HPR adapter whose strength could be set")
@@ -214,6 +214,8 @@ class EditModel(BaseTuner):
         if adapter_names is None:
             yield
             return
+        if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+            raise ValueError(f"adapter_names must be a list of strings, one for each input, got {adapter_names!r}")
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
