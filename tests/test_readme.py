@@ -25,7 +25,7 @@ def test_python_snippets_print_what_the_readme_shows(tmp_path, monkeypatch):
             exec(code, namespace)
         assert printed.getvalue() == shown
     size = (tmp_path / "sea-truthful" / "adapter_model.safetensors").stat().st_size
-    assert f"of {round(size / 1000)} KB" in README
+    assert f"tensors of {round(size / 1000)} KB" in README
 
 
 def test_command_line_snippet_runs(tmp_path):
@@ -47,3 +47,7 @@ def test_table_of_the_demonstration_is_what_it_prints(tmp_path, capsys):
     demo(out=tmp_path / "demo")
     shown = next(text for kind, text in BLOCKS if kind == "text")
     assert capsys.readouterr().out.startswith(shown)
+
+
+def test_nothing_is_left_to_be_filled_in():
+    assert not re.search(r"\b(FIGURES|TODO|TBD|XXX)\b", README)

@@ -135,6 +135,8 @@ def check_choice(name: str, value: object, choices: tuple) -> None:
 
 def check_finite(name: str, activations: Tensor) -> None:
     """Raise ValueError naming the first row of activations, (n, d), that holds a NaN or an infinity."""
+    if activations.sum().isfinite():  # the cheap look: a sum hides no NaN or infinity
+        return
     bad = ~torch.isfinite(activations).all(dim=1)
     if bad.any():
         raise ValueError(
@@ -219,8 +221,8 @@ def edit(
         y = x + strength * (y - x)
     if rescale == "token":
         norm, x_norm = y.norm(dim=-1, keepdim=True), x.norm(dim=-1, keepdim=True)
-        defined = norm > _rounding(h.dtype) * x_norm
-        y = y * torch.where(defined, x_norm / norm.masked_fill(~defined, 1), 0)
+        # Divided by infinity, what has no direction becomes zero, and its gradient too.
+        y = y * (x_norm / norm.masked_fill(norm <= _rounding(h.dtype) * x_norm, float("inf")))
     return y.to(h.dtype)
 
 

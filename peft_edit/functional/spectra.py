@@ -28,6 +28,8 @@ PROJECTOR_TOLERANCE = 1e-9
 RESOLUTION = 1e-12
 # Singular values that lie closer together than this share of the gap at the cut may be copies of one.
 COPY_SHARE = 1e-6
+# The Krylov space grows by this factor from one look at its eigenvalues to the next.
+LOOK_GROWTH = 1.2
 # The Gram matrix is built in this many strips, so that its symmetric half costs little more than half.
 GRAM_STRIPS = 16
 
@@ -121,27 +123,30 @@ class LeftFactor:
         block, metric_block, _ = _orthonormalise(start, start[:, :0], start[:, :0], operator)
         basis, metric_basis = block, metric_block
         projected = start.new_empty(0, 0)  # (m, m), the operator in the Krylov basis
+        next_look = 0.0
         while basis.shape[1] + BLOCK_WIDTH <= WIDEST_SHARE * size:
             image = operator.apply(metric_block)
             columns = metric_basis.T @ image  # (m, width)
             above, below = columns[: len(projected)], columns[len(projected) :]
             projected = torch.cat((torch.cat((projected, above), dim=1), torch.cat((above.T, below), dim=1)))
-            values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
-            values, vectors = values.flip(0), vectors.flip(1)
             block, metric_block, coupling = _orthonormalise(image, basis, metric_basis, operator)
-
-            k = int((values.cumsum(dim=0) < ratio * total).sum()) + 1
-            if k < len(values):
-                tolerance = PROJECTOR_TOLERANCE * float(values[k - 1] - values[k])
-                if torch.finfo(values.dtype).eps * float(values[0]) > tolerance:
-                    return None  # squared Gram matrices cannot resolve so small a gap
-                if float((coupling @ vectors[-coupling.shape[1] :, : k + 1]).norm()) < tolerance:
-                    pairs = vectors[:, : k + 1]
-                    q = _verified(values[: k + 1], basis @ pairs, metric_basis @ pairs, operator)
-                    if q is None:
-                        return None
-                    return Spectrum(q.T.contiguous(), values[:k].sqrt() / n, float(values[:k].sum() / total))
-            if block.shape[1] == 0:
+            exhausted = block.shape[1] == 0
+            if exhausted or len(projected) >= next_look:
+                next_look = LOOK_GROWTH * len(projected)
+                values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
+                values, vectors = values.flip(0), vectors.flip(1)
+                k = int((values.cumsum(dim=0) < ratio * total).sum()) + 1
+                if k < len(values):
+                    tolerance = PROJECTOR_TOLERANCE * float(values[k - 1] - values[k])
+                    if torch.finfo(values.dtype).eps * float(values[0]) > tolerance:
+                        return None  # squared Gram matrices cannot resolve so small a gap
+                    if float((coupling @ vectors[-coupling.shape[1] :, : k + 1]).norm()) < tolerance:
+                        pairs = vectors[:, : k + 1]
+                        q = _verified(values[: k + 1], basis @ pairs, metric_basis @ pairs, operator)
+                        if q is None:
+                            return None
+                        return Spectrum(q.T.contiguous(), values[:k].sqrt() / n, float(values[:k].sum() / total))
+            if exhausted:
                 return None
             basis = torch.cat((basis, block), dim=1)
             metric_basis = torch.cat((metric_basis, metric_block), dim=1)
@@ -181,9 +186,12 @@ def _verified(
         return None
     residual = operator.lift(operator.apply(metric_pairs) - pairs * values)
     error = (residual.norm(dim=0) / (values - values[k]).clamp_min(gap)).norm()
-    q, r = torch.linalg.qr(operator.lift(pairs[:, :k]))
-    skewness = (r.abs() - torch.eye(k, dtype=r.dtype, device=r.device)).norm()
-    return q if max(float(error), float(skewness)) < PROJECTOR_TOLERANCE else None
+    left = operator.lift(pairs[:, :k])
+    gram, identity = left.T @ left, torch.eye(k, dtype=left.dtype, device=left.device)
+    if max(float(error), float((gram - identity).norm())) > PROJECTOR_TOLERANCE:
+        return None
+    # One Newton step squares what is missing to orthonormality, and keeps the vectors in their places.
+    return left @ (1.5 * identity - 0.5 * gram)
 
 
 def _gram(x: torch.Tensor) -> torch.Tensor:
