@@ -235,3 +235,10 @@ def test_results_that_cannot_be_written_are_refused_before_the_work(fitted, run,
     assert "is a file" in refused(run, "fit-sea", MODEL, fitted / "store", tmp_path / "file")
     assert "no CUDA device" in refused(run, "evaluate", MODEL, TEST, "--device-map", "cuda:7")
     assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_messages_speak_of_options(fitted, run, tmp_path):
+    line = refused(run, "collect", MODEL, ASSETS / "demonstrations.jsonl", fitted / "store", "--seed", 5)
+    assert "--no-resume" in line and "resume=False" not in line
+    line = refused(run, "fit-sea", MODEL, fitted / "store", tmp_path / "out", "--layers", "9")
+    assert "lower --layers" in line

@@ -25,6 +25,19 @@ app.command("fit-sea")(sea.fit_sea)
 app.command("evaluate")(evaluate.evaluate)
 
 
+# What the messages of the Python functions advise, in the words of the command line.
+OPTIONS = {
+    "allow_fingerprint_mismatch=True": "--allow-fingerprint-mismatch",
+    "resume=False": "--no-resume",
+    "centered=False": "--no-centered",
+    "layers_to_transform": "--layers",
+    "target_modules": "--target-modules",
+    "data_files=": "--data-files ",
+    "prompt_format=": "--prompt-format ",
+    "max_new_tokens": "--max-new-tokens",
+}
+
+
 def main() -> None:
     """Run the command line: exit status 0, or 2 with what to change."""
     # PEFT reads an attribute that Transformers 5 deprecates; users cannot do anything about it.
@@ -32,5 +45,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, SafetensorError) as error:
-        print(f"peft-edit: {' '.join(str(error).split())}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        for argument, option in OPTIONS.items():
+            message = message.replace(argument, option)
+        print(f"peft-edit: {message}", file=sys.stderr)
         sys.exit(2)

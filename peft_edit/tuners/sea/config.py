@@ -122,6 +122,8 @@ class SEAConfig(PeftConfig):
             optional = name == "input_scale" and value is None
             if not optional and (isinstance(value, bool) or not isinstance(value, (int, float))):
                 raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
+        if not isinstance(self.centered, bool):
+            raise ValueError(f"centered must be True or False, got {self.centered!r}")
         for name in ("rank_pattern", "fit_statistics"):
             if not isinstance(value := getattr(self, name), dict):
                 raise ValueError(f"{name} must be a dict, written by the fit, got {value!r}: fit this adapter again")
