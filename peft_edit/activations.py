@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .contrast import check_contrast_set
 from .fingerprint import fingerprint
 from .inference import batches, check_length, greedy_answers, inference, input_device, pad
 from .plan import Plan, Sequence, make_plan
@@ -109,8 +110,7 @@ def collect_activations(
     }.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if len(data) == 0:
-        raise ValueError("the contrast set is empty: nothing to collect")
+    check_contrast_set(data)
     if tokens == "answer":
         neutral, answers = None, "all"
     path = Path(path)
@@ -157,7 +157,7 @@ def collect_activations(
             writer = StoreWriter(path, settings, plan.index)
         else:
             writer, plan = earlier
-        _run(bare, sites, plan.sequences, writer)
+        _run(bare, sites, plan, writer)
     return writer.finish()
 
 
@@ -184,8 +184,9 @@ def _earlier_store(path: Path, settings: dict, resume: bool):
     return StoreWriter.resume(path), Plan.from_index(read_index(path))
 
 
-def _run(model: nn.Module, sites: dict[int, str], sequences: list[Sequence], writer: StoreWriter) -> None:
+def _run(model: nn.Module, sites: dict[int, str], plan: Plan, writer: StoreWriter) -> None:
     """Run the sequences that are not on disk yet and write their rows shard by shard."""
+    sequences = plan.sequences
     settings = writer.metadata
     dtype = getattr(torch, settings["dtype"])
     row_bytes = len(sites) * settings["hidden_size"] * dtype.itemsize
@@ -214,7 +215,7 @@ def _run(model: nn.Module, sites: dict[int, str], sequences: list[Sequence], wri
             rows = _batch_rows(model, sites, chunk, mean=settings["tokens"] == "mean")
             for layer, tensor in rows.items():
                 tensor = tensor.to(dtype)
-                _check_finite(tensor, layer, settings["site"], first_row=writer.rows + pending_rows)
+                _check_finite(tensor, layer, plan, first_row=writer.rows + pending_rows)
                 pending[layer].append(tensor.cpu())
             pending_rows += sum(rows_per_sequence[done + i] for i in batch)
             progress.update(len(chunk))
@@ -269,12 +270,13 @@ def _before_edit(module: nn.Module) -> nn.Module:
     return module
 
 
-def _check_finite(rows: Tensor, layer: int, site: str, first_row: int) -> None:
+def _check_finite(rows: Tensor, layer: int, plan: Plan, first_row: int) -> None:
     bad = ~torch.isfinite(rows).all(dim=1)
     if bad.any():
+        row = first_row + int(bad.nonzero()[0])
         raise ValueError(
-            f"layer {layer}: the {site} activations of row {first_row + int(bad.nonzero()[0])} of the store are not "
-            "finite: load the model and store in a wider dtype (bfloat16 or float32)"
+            f"layer {layer}: the activations of row {row} of the store ({plan.describe_row(row)}) are not finite: "
+            "load the model and store in a wider dtype (bfloat16 or float32)"
         )
 
 

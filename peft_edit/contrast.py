@@ -98,6 +98,17 @@ def load_contrast_set(
 # Known data sets: (subset, data_files, split) -> rows
 
 
+def check_contrast_set(data: Dataset) -> None:
+    """Raise ValueError unless a data set has rows and the columns of a contrast set."""
+    missing = [name for name in CONTRAST_FEATURES if name not in getattr(data, "column_names", ())]
+    if missing:
+        raise ValueError(
+            f"a contrast set needs the columns {', '.join(missing)} too: load it with load_contrast_set(data)"
+        )
+    if len(data) == 0:
+        raise ValueError("the contrast set is empty: nothing to do")
+
+
 def _load_truthful_qa(*, subset, data_files, split) -> list[dict]:
     _refuse("'truthful_qa', which reads the configurations it needs", subset=subset)
     split_ids = None

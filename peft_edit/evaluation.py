@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
+from .contrast import check_contrast_set
 from .inference import check_length, inference, input_device, pad
 from .prompts import EncodedAnswer, encode_answers
 from .sites import unwrap
@@ -75,8 +76,7 @@ def evaluate_multiple_choice(
     Raises:
         ValueError: the data are empty, a sequence is longer than the model takes, or the model gives NaN.
     """
-    if len(data) == 0:
-        raise ValueError("the contrast set is empty: nothing to evaluate")
+    check_contrast_set(data)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     choices = [list(dict.fromkeys((*row["positives"], *row["negatives"], *(row["mc1_choices"] or ())))) for row in data]

@@ -35,7 +35,9 @@ def greedy_answers(
     max_tokens: int,
 ) -> list[list[int]]:
     """The model's own greedy answers, without end of sequence."""
-    check_length(model, max(map(len, prompts)) + max_new_tokens, "prompt and generated answer", "lower max_new_tokens")
+    longest = max(map(len, prompts))
+    check_length(model, longest, "prompt")
+    check_length(model, longest + max_new_tokens, "prompt and generated answer", "lower max_new_tokens")
     own = model.generation_config
     stop = own.eos_token_id if own is not None else tokenizer.eos_token_id
     stop = [stop] if isinstance(stop, int) else list(stop or [])

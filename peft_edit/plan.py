@@ -45,6 +45,15 @@ class Plan:
         spans = index["spans"].tolist()
         return cls([Sequence(tuple(i.tolist()), *span) for i, span in zip(ids, spans, strict=True)], index)
 
+    def describe_row(self, row: int) -> str:
+        """Which answer of which question a row of the store belongs to, the first of them."""
+        pairs = self.index.get("pairs")
+        rows = {"negative": pairs[:, 0], "positive": pairs[:, 1]} if pairs is not None else self.index
+        for sign in ("positive", "negative", "neutral"):
+            if sign in rows and len(places := (rows[sign] == row).nonzero()):
+                return f"{sign}, question {int(self.index['question'][places[0, 0]])}"
+        return "in no demonstration"
+
 
 @dataclass
 class _Sequences:

@@ -34,6 +34,19 @@ def normalise_layers(layers: LayerIndices) -> list[int] | None:
     return sorted({operator.index(i) for i in indices})
 
 
+def check_names(field: str, names: object) -> None:
+    """Raise ValueError unless names are None, a regular expression or strings, as PEFT matches module names."""
+    if isinstance(names, str):
+        try:
+            re.compile(names)
+        except re.error as error:
+            raise ValueError(
+                f"{field} must be a list of names or a regular expression, got {names!r}: {error}"
+            ) from error
+    elif names is not None and not (isinstance(names, (list, tuple, set)) and all(isinstance(n, str) for n in names)):
+        raise ValueError(f"{field} must be a list of names or a regular expression, got {names!r}")
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model itself, without the `PeftModel` around it. Its module names are the adapter's site names."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

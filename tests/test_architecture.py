@@ -31,9 +31,9 @@ ALLOWED = {
     "fingerprint": {"sites"},
     "tuners": {"functional", "registration", "sites", "tuners"},
     "inference": {"sites"},
-    "activations": {"fingerprint", "inference", "plan", "prompts", "sites", "store", "tuners"},
+    "activations": {"contrast", "fingerprint", "inference", "plan", "prompts", "sites", "store", "tuners"},
     "fitting": {"fingerprint", "functional", "sites", "store", "tuners"},
-    "evaluation": {"inference", "prompts", "sites"},
+    "evaluation": {"contrast", "inference", "prompts", "sites"},
     "demo": {"activations", "contrast", "evaluation", "fitting", "saving", "tuners"},
 }
 

@@ -854,7 +854,9 @@ def test_a_sequence_longer_than_the_model_takes_is_refused(tmp_path, family):
 def test_activations_that_are_not_finite_name_their_layer(tmp_path, llama):
     with torch.no_grad():
         llama.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="layer 1: the mlp activations of row 0 of the store are not finite"):
+    with pytest.raises(
+        ValueError, match=r"layer 1: the activations of row 0 of the store \(neutral, question 7\) are not finite"
+    ):
         collect_activations(llama, TOKENIZER, contrast(), tmp_path, neutral="text")
 
 
@@ -864,3 +866,10 @@ def test_activations_too_large_for_the_store_name_their_layer(tmp_path, llama):
     collect_activations(llama, TOKENIZER, contrast(), tmp_path / "a", neutral="text")
     with pytest.raises(ValueError, match=r"layer 2: .*not finite: .*store in a wider dtype"):
         collect_activations(llama, TOKENIZER, contrast(), tmp_path / "b", neutral="text", dtype="float16")
+
+
+def test_data_that_are_no_contrast_set_are_refused(llama, tmp_path):
+    raw = Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
+    with pytest.raises(ValueError, match=r"needs the columns id, positives, .* too: load it with load_contrast_set"):
+        collect_activations(llama, TOKENIZER, raw, tmp_path / "store")
+    assert not (tmp_path / "store").exists()

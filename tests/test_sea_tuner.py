@@ -868,3 +868,10 @@ def test_one_config_serves_several_adapters(llama):
     assert config.rank_pattern == model.peft_config["other"].rank_pattern == {}
     again = get_peft_model(tiny_model("llama"), config)
     assert torch.equal(again(token_ids()).logits, tiny_model("llama")(token_ids()).logits)
+
+
+@pytest.mark.parametrize("names", [5, "(", [1], {"down_proj": 1}])
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_names_that_cannot_match(field, names):
+    with pytest.raises(ValueError, match=f"{field} must be a list of names or a regular expression, got"):
+        SEAConfig(**{field: names})

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from peft.config import PeftConfig
 
 from ...registration import peft_type
-from ...sites import normalise_layers
+from ...sites import check_names, normalise_layers
 
 
 Rotation = Literal["angle", "reflection"]
@@ -91,6 +91,8 @@ class HPRConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))
+        check_names("target_modules", self.target_modules)
+        check_names("exclude_modules", self.exclude_modules)
         self.layers_to_transform = normalise_layers(self.layers_to_transform)
         if self.selected_layers is not None:
             empty = isinstance(self.selected_layers, Sized) and len(self.selected_layers) == 0

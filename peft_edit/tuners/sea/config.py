@@ -7,7 +7,7 @@ from peft.config import PeftConfig
 
 from ...functional.sea import FEATURE_MAPS, FeatureSpace, Projections, Rescale, check_choice, check_energy
 from ...registration import peft_type
-from ...sites import normalise_layers
+from ...sites import check_names, normalise_layers
 
 
 Site = Literal["mlp", "block"]
@@ -122,6 +122,8 @@ class SEAConfig(PeftConfig):
             optional = name == "input_scale" and value is None
             if not optional and (isinstance(value, bool) or not isinstance(value, (int, float))):
                 raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
+        check_names("target_modules", self.target_modules)
+        check_names("exclude_modules", self.exclude_modules)
         if not isinstance(self.centered, bool):
             raise ValueError(f"centered must be True or False, got {self.centered!r}")
         for name in ("rank_pattern", "fit_statistics"):
