@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +25,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in their own dtype: autocast would round the cosines and the probe's decisions to half precision."""
-    device = a.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-        return a @ b
+    """a @ b, elementwise: of a matrix product autocast would round the cosines and the probe's decisions to half
+    precision."""
+    return (a * b).sum(dim=-1)
 
 
 def _split(a: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
