@@ -19,7 +19,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
-from tiny import FAMILIES, tiny_model, token_ids
+from tiny import FAMILIES, token_ids, vivid_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
@@ -43,18 +43,8 @@ def no_grad():
         yield
 
 
-@functools.cache
-def built(family):
-    """With weights so large that every edit shows in the logits."""
-    return tiny_model(family, initializer_range=0.2, init_std=0.2)
-
-
-def base_model(family="llama"):
-    return copy.deepcopy(built(family))
-
-
 def edited_model(family="llama", seed=0, dtype=torch.float32, **fields):
-    base = base_model(family).to(dtype)
+    base = vivid_model(family).to(dtype)
     torch.manual_seed(seed)
     return get_peft_model(base, HPRConfig(**{**VISIBLE, **fields})).eval()
 
@@ -69,7 +59,7 @@ def two_adapters(family="llama"):
 
 @pytest.fixture
 def llama():
-    return base_model()
+    return vivid_model()
 
 
 def hpr_layers(model):
@@ -82,7 +72,7 @@ def logits(model, ids=None, **kwargs):
 
 @functools.cache
 def base_logits(family="llama"):
-    return logits(base_model(family))
+    return logits(vivid_model(family))
 
 
 def relative(actual, expected):
@@ -110,7 +100,7 @@ def parameter_names(model, **wanted):
 
 def expected_names(family, blocks, adapter="default"):
     """Names of all that an adapter holds, in a `PeftModel`."""
-    sites = find_sites(built(family), "block")
+    sites = find_sites(vivid_model(family), "block")
     adapter = f".{adapter}" if adapter else ""
     return {
         f"base_model.model.{sites[i]}.hpr.{name}"
@@ -209,7 +199,7 @@ def test_layers_that_the_model_lacks_are_named(llama, fields):
 
 @every_family
 def test_new_adapter_is_the_identity(family):
-    model = get_peft_model(base_model(family), HPRConfig(gate=1.0))
+    model = get_peft_model(vivid_model(family), HPRConfig(gate=1.0))
     assert torch.equal(logits(model), base_logits(family))
     assert all(not layer.hpr_probe["default"].weight.any() for layer in hpr_layers(model))
 
@@ -222,10 +212,10 @@ def test_trainable_are_the_probes_and_angle_networks_of_the_chosen_blocks(family
     assert parameter_names(model, requires_grad=True) == expected_names(family, blocks)
     sites = find_sites(model, "block")
     assert [layer.site for layer in hpr_layers(model)] == [sites[i] for i in blocks]
-    before, after = outputs(base_model(family)), outputs(model)
+    before, after = outputs(vivid_model(family)), outputs(model)
     assert [i for i in BLOCKS if not torch.equal(after[i], before[i])] == list(range(min(blocks), 3))
     config = model.peft_config["default"]  # the regular expression that is saved names these blocks alone
-    assert get_peft_model(base_model(family), config).base_model.targeted_module_names == [sites[i] for i in blocks]
+    assert get_peft_model(vivid_model(family), config).base_model.targeted_module_names == [sites[i] for i in blocks]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +241,7 @@ def test_angle_network(fields, widths):
 
 @every_family
 def test_base_key_names_and_attributes_stay(family):
-    base = base_model(family)
+    base = vivid_model(family)
     names = set(base.state_dict())
     attributes = [sorted(vars(base.get_submodule(name))) for name in find_sites(base, "block").values()]
     model = edited_model(family)
@@ -279,7 +269,7 @@ def test_status_shows_the_adapters():
 
 @every_family
 def test_edit_turns_each_token_and_keeps_its_norm(family):
-    before, after = outputs(base_model(family))[1], outputs(edited_model(family, layers_to_transform=1))[1]
+    before, after = outputs(vivid_model(family))[1], outputs(edited_model(family, layers_to_transform=1))[1]
     layer = hpr_layers(edited_model(family, layers_to_transform=1))[0]
     torch.testing.assert_close(after.norm(dim=-1), before.norm(dim=-1))
     cosine = torch.cosine_similarity(before, after, dim=-1)
@@ -288,7 +278,7 @@ def test_edit_turns_each_token_and_keeps_its_norm(family):
 
 @every_family
 def test_reflection(family):
-    before = outputs(base_model(family))[1]
+    before = outputs(vivid_model(family))[1]
     model = edited_model(family, layers_to_transform=1, rotation="reflection", gate=0.5)
     after = outputs(model)[1]
     w = hpr_layers(model)[0].hpr_probe["default"].weight[0]
@@ -312,7 +302,7 @@ def test_layer_reads_the_configuration_of_the_model():
     assert torch.equal(logits(model), base_logits())
     model.peft_config["default"].alpha = 1.0
     model.peft_config["default"].selected_layers = [2]
-    assert torch.equal(outputs(model)[1], outputs(base_model())[1])
+    assert torch.equal(outputs(model)[1], outputs(vivid_model())[1])
     torch.testing.assert_close(logits(model), logits(reference(model, [2])))
     model.peft_config["default"].selected_layers = []
     assert torch.equal(logits(model), base_logits())
@@ -327,7 +317,7 @@ def reference(model, blocks):
 
 @every_family
 def test_hidden_states_show_the_edit(family):
-    base = base_model(family)
+    base = vivid_model(family)
     before = base(token_ids(), output_hidden_states=True).hidden_states  # Transformers' hooks stay from here on
     model = get_peft_model(base, HPRConfig(**VISIBLE, layers_to_transform=1))
     after = model(input_ids=token_ids(), output_hidden_states=True).hidden_states
@@ -385,7 +375,7 @@ def test_padding_changes_nothing(family, side):
 
 @every_family
 def test_scope_last_edits_the_last_token_only(family):
-    before = outputs(base_model(family))[1]
+    before = outputs(vivid_model(family))[1]
     every = outputs(edited_model(family, layers_to_transform=1))[1]
     model = edited_model(family, layers_to_transform=1, token_scope="last")
     last = outputs(model)[1]
@@ -406,9 +396,9 @@ def test_scope_last_edits_every_new_token_of_a_generation():
 
 
 @every_family
-def test_bfloat16_base_model(family):
+def test_bfloat16_vivid_model(family):
     model = edited_model(family, dtype=torch.bfloat16)
-    base = base_model(family).to(torch.bfloat16)
+    base = vivid_model(family).to(torch.bfloat16)
     before, after = outputs(base), outputs(model)
     assert logits(model).dtype == torch.bfloat16 and logits(model).isfinite().all()
     assert {p.dtype for n, p in model.named_parameters() if "hpr_" in n} == {torch.float32}
@@ -419,7 +409,7 @@ def test_bfloat16_base_model(family):
     assert relative(after[0], before[0]) > 0.1
     rounded = model.to(torch.bfloat16)  # the adapter too
     assert relative(outputs(rounded)[0], after[0]) < 0.03
-    assert torch.equal(logits(get_peft_model(base_model(family).bfloat16(), HPRConfig())), logits(base))
+    assert torch.equal(logits(get_peft_model(vivid_model(family).bfloat16(), HPRConfig())), logits(base))
 
 
 class LargestNew(TorchDispatchMode):
@@ -505,7 +495,7 @@ def test_gradient_checkpointing(reentrant, gate):
 
 def test_gradients_of_a_new_adapter_are_finite():
     """A probe of zeros has no direction, and so no gradient through the model: its loss trains it."""
-    model = get_peft_model(base_model(), HPRConfig()).train()
+    model = get_peft_model(vivid_model(), HPRConfig()).train()
     with torch.enable_grad():
         model(input_ids=token_ids(), labels=token_ids()).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -524,7 +514,7 @@ def folder_of(tmp_path_factory):
     @functools.cache
     def folder(family="llama", kind="block 1", dtype=torch.float32):
         path = tmp_path_factory.mktemp("saved")
-        base_model(family).to(dtype).save_pretrained(path / "base")
+        vivid_model(family).to(dtype).save_pretrained(path / "base")
         torch.manual_seed(0)
         model = get_peft_model(loaded(path / "base", dtype=dtype), HPRConfig(**VISIBLE)).eval()
         # As the selection does it: every block has modules, and these edit.
@@ -706,7 +696,7 @@ def test_only_the_chosen_adapter_is_saved(folder_of, tmp_path):
 def alone(family, name, rows=2):
     """Logits with one adapter alone, or of the base model."""
     if name == "__base__":
-        return logits(base_model(family), token_ids(rows))
+        return logits(vivid_model(family), token_ids(rows))
     model = two_adapters(family)
     model.set_adapter(name)
     return logits(model, token_ids(rows))
@@ -728,7 +718,7 @@ def test_switching_and_disabling(family):
 
 @every_family
 def test_two_active_adapters_edit_in_their_order(family):
-    h = outputs(base_model(family))[1]
+    h = outputs(vivid_model(family))[1]
     results = []
     for names in (["default", "other"], ["other", "default"]):
         model = two_adapters(family)
@@ -797,7 +787,7 @@ def test_scope_last_in_a_mixed_batch():
     model = edited_model(token_scope="last", layers_to_transform=1)
     expected = outputs(model)[1]
     torch.testing.assert_close(outputs(model, adapter_names=["default"] * 2)[1], expected)
-    base = outputs(base_model())[1]
+    base = outputs(vivid_model())[1]
     rows = outputs(model, adapter_names=["default", "__base__"])[1]
     torch.testing.assert_close(rows, torch.stack((expected[0], base[1])))
 
@@ -869,7 +859,7 @@ def test_saved_beside_lora(folder_of, first):
 @pytest.mark.parametrize("names", [["sea", "hpr"], ["hpr", "sea"]], ids="-".join)
 def test_beside_sea_at_the_same_block(family, names):
     """Each edits once, in the order in which they were added."""
-    model = base_model(family)
+    model = vivid_model(family)
     h = outputs(model)[1]
     configs = {
         "hpr": HPRConfig(**VISIBLE, layers_to_transform=1),
@@ -894,7 +884,7 @@ def test_beside_sea_at_the_same_block(family, names):
 @every_family
 def test_above_sea_at_the_mlp(family):
     """In OPT that is a child of the block, as HPR is."""
-    model = base_model(family)
+    model = vivid_model(family)
     model.add_adapter(SEAConfig(layers_to_transform=1, init_weights=False), "sea")
     h = outputs(model)[1]
     model.add_adapter(HPRConfig(**VISIBLE, layers_to_transform=1), "hpr")
@@ -923,7 +913,7 @@ def test_strength_from_the_base_model_to_more_than_the_edit(family):
 @pytest.mark.parametrize("rotation", ["angle", "reflection"])
 @pytest.mark.parametrize("strength", [0.3, 1.0, 2.0, 1e6])
 def test_norms_are_kept_at_every_strength(rotation, strength):
-    before = outputs(base_model())[1]
+    before = outputs(vivid_model())[1]
     model = edited_model(rotation=rotation, layers_to_transform=1)
     with edit_strength(model, strength):
         after = outputs(model)[1]
@@ -970,8 +960,8 @@ def test_merging_is_refused_with_the_reason_and_changes_nothing(family, merge):
 
 
 @every_family
-def test_unloading_restores_the_base_model(family):
-    base = base_model(family)
+def test_unloading_restores_the_vivid_model(family):
+    base = vivid_model(family)
     hooks = {name: len(module._forward_hooks) for name, module in base.named_modules()}
     model = get_peft_model(base, HPRConfig(**VISIBLE))
     model.add_adapter("other", HPRConfig(layers_to_transform=[1]))

@@ -1,13 +1,12 @@
 """Merging SEA into the weights: W' = c M W, bias' = c M bias; unmerging; unloading."""
 
-import copy
 import functools
 import warnings
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import FAMILIES, tiny_model, token_ids
+from tiny import FAMILIES, token_ids, vivid_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_edit import SEAConfig, edit_strength
@@ -27,14 +26,8 @@ def no_grad():
         yield
 
 
-@functools.cache
-def built(family):
-    """In float64, with weights so large that every edit shows in the logits."""
-    return tiny_model(family, initializer_range=0.2, init_std=0.2).double()
-
-
 def base_model(family="llama"):
-    return copy.deepcopy(built(family))
+    return vivid_model(family, torch.float64)
 
 
 def logits(model):

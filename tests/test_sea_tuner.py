@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
-from tiny import FAMILIES, tiny_model, token_ids
+from tiny import FAMILIES, tiny_model, token_ids, vivid_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_edit
@@ -34,16 +34,6 @@ every_site = pytest.mark.parametrize("site", SITES)
 def no_grad():
     with torch.no_grad():
         yield
-
-
-@functools.cache
-def built(family):
-    """With weights so large that every edit shows in the logits."""
-    return tiny_model(family, initializer_range=0.2, init_std=0.2)
-
-
-def base_model(family="llama"):
-    return copy.deepcopy(built(family))
 
 
 def write_edit(model, adapter="default", seed=0, ranks=(3, 5)):
@@ -66,13 +56,13 @@ def write_edit(model, adapter="default", seed=0, ranks=(3, 5)):
 
 
 def edited_model(family="llama", site="mlp", seed=0, **fields):
-    model = get_peft_model(base_model(family), SEAConfig(site=site, **fields)).eval()
+    model = get_peft_model(vivid_model(family), SEAConfig(site=site, **fields)).eval()
     return write_edit(model, seed=seed)
 
 
 @pytest.fixture
 def llama():
-    return base_model()
+    return vivid_model()
 
 
 def two_adapters(family="llama", site="mlp"):
@@ -92,7 +82,7 @@ def logits(model, ids=None, **kwargs):
 
 @functools.cache
 def base_logits(family="llama"):
-    return logits(base_model(family))
+    return logits(vivid_model(family))
 
 
 def trainable(model):
@@ -262,7 +252,7 @@ def test_bad_values_raise_one_clear_line(fields, parts):
 def test_bad_ranks_raise_when_the_layer_is_made(ranks):
     config = SEAConfig(rank_pattern={"model.layers.1.mlp.down_proj": ranks})
     with pytest.raises(ValueError, match=r"rank_pattern\['model.layers.1.mlp.down_proj'\] must be two ranks.*32"):
-        get_peft_model(base_model(), config)
+        get_peft_model(vivid_model(), config)
 
 
 # The identity until it is fitted
@@ -272,7 +262,7 @@ def test_bad_ranks_raise_when_the_layer_is_made(ranks):
 @every_site
 def test_unfitted_adapter_is_the_identity(family, site):
     expected = base_logits(family)
-    model = get_peft_model(base_model(family), SEAConfig(site=site))
+    model = get_peft_model(vivid_model(family), SEAConfig(site=site))
     assert torch.equal(logits(model), expected)
     assert len(sea_layers(model)) == 3
     model.train()
@@ -281,7 +271,7 @@ def test_unfitted_adapter_is_the_identity(family, site):
 
 @every_site
 def test_unfitted_adapter_is_the_identity_in_bfloat16_with_autocast(site):
-    base = base_model().to(torch.bfloat16)
+    base = vivid_model().to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         expected = logits(base)
         model = get_peft_model(base, SEAConfig(site=site))
@@ -307,7 +297,7 @@ def test_nothing_is_ever_trainable(site, capsys):
     for step in steps:
         step()
         assert trainable(model) == 0
-    half = get_peft_model(base_model().to(torch.bfloat16), SEAConfig(site=site, init_weights=False))
+    half = get_peft_model(vivid_model().to(torch.bfloat16), SEAConfig(site=site, init_weights=False))
     assert trainable(half) == 0
     assert all(p.dtype == torch.float32 for n, p in half.named_parameters() if "sea_" in n)
 
@@ -336,7 +326,7 @@ def site_names(model):
 @every_family
 @every_site
 def test_edit_changes_the_site_and_keeps_its_norms(family, site):
-    base = base_model(family)
+    base = vivid_model(family)
     before = site_output(base, 1, site)
     base_logits = logits(base)
     model = edited_model(family, site, layers_to_transform=1)
@@ -353,7 +343,7 @@ def test_edit_changes_the_site_and_keeps_its_norms(family, site):
 
 @every_family
 def test_hidden_states_show_the_edit_of_a_block(family):
-    before = base_model(family)(token_ids(), output_hidden_states=True).hidden_states
+    before = vivid_model(family)(token_ids(), output_hidden_states=True).hidden_states
     model = edited_model(family, "block", layers_to_transform=1)
     after = model(input_ids=token_ids(), output_hidden_states=True).hidden_states
     assert torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
@@ -363,14 +353,14 @@ def test_hidden_states_show_the_edit_of_a_block(family):
 
 @every_family
 def test_earlier_hooks_of_a_block_see_the_edit(family):
-    model = base_model(family)
+    model = vivid_model(family)
     seen = []
     model.get_submodule(find_sites(model, "block")[1]).register_forward_hook(
         lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
     )
     model = write_edit(get_peft_model(model, SEAConfig(site="block", layers_to_transform=1)).eval())
     after = site_output(model, 1, "block")
-    assert torch.equal(seen[0], after) and relative(after, site_output(base_model(family), 1, "block")) > 0.1
+    assert torch.equal(seen[0], after) and relative(after, site_output(vivid_model(family), 1, "block")) > 0.1
 
 
 @every_family
@@ -431,10 +421,10 @@ def test_padding_changes_nothing(family, site, side):
 def test_half_precision_is_near_float32(family, site, dtype):
     expected = logits(edited_model(family, site))
     model = edited_model(family, site)
-    half = write_edit(get_peft_model(base_model(family).to(dtype), SEAConfig(site=site)))
+    half = write_edit(get_peft_model(vivid_model(family).to(dtype), SEAConfig(site=site)))
     actual = logits(half)
     assert actual.dtype == dtype and actual.isfinite().all()
-    allowed = relative(logits(base_model(family).to(dtype)), base_logits(family))  # the rounding of the model
+    allowed = relative(logits(vivid_model(family).to(dtype)), base_logits(family))  # the rounding of the model
     assert relative(actual, expected) < 3 * allowed + 0.01
     whole = logits(model.to(dtype))  # the factors rounded too
     assert whole.dtype == dtype and relative(whole, expected) < 3 * allowed + 0.02
@@ -552,7 +542,7 @@ def test_mean_rescale_without_statistics_is_refused():
 def alone(family, site, name, rows=2):
     """Logits with one adapter alone, or of the base model."""
     if name == "__base__":
-        return logits(base_model(family), token_ids(rows))
+        return logits(vivid_model(family), token_ids(rows))
     model = two_adapters(family, site)
     model.set_adapter(name)
     return logits(model, token_ids(rows))
@@ -575,10 +565,10 @@ def test_switching_adapters(family, site):
 @every_family
 @every_site
 def test_two_active_adapters_edit_in_their_order(family, site):
-    h = site_output(base_model(family), 2, site)
+    h = site_output(vivid_model(family), 2, site)
     results = []
     for names in (["default", "other"], ["other", "default"]):
-        model = get_peft_model(base_model(family), SEAConfig(site=site, layers_to_transform=2))
+        model = get_peft_model(vivid_model(family), SEAConfig(site=site, layers_to_transform=2))
         model.add_adapter("other", SEAConfig(site=site, layers_to_transform=2))
         write_edit(write_edit(model), "other", seed=1)
         model.base_model.set_adapter(names)
@@ -617,7 +607,7 @@ def test_deleting_the_active_adapter(family, site):
     assert torch.equal(logits(model), base_logits(family))
 
 
-def test_deleting_every_adapter_leaves_the_base_model(llama):
+def test_deleting_every_adapter_leaves_the_vivid_model(llama):
     expected = logits(llama)
     model = edited_model()
     model.delete_adapter("default")
@@ -680,7 +670,7 @@ def test_mixed_generation_of_several_answers(site):
 @every_site
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
 def test_wrong_number_of_names(family, site, task_type):
-    model = get_peft_model(base_model(family), SEAConfig(site=site, init_weights=False, task_type=task_type)).eval()
+    model = get_peft_model(vivid_model(family), SEAConfig(site=site, init_weights=False, task_type=task_type)).eval()
     ids = token_ids(4, 6)
     mask = torch.ones_like(ids)
     model.generation_config.num_beams = 2
@@ -814,7 +804,7 @@ def test_strengths_multiply_and_are_restored(site):
         nested = logits(model)
         norms = site_output(model, 0, site).norm(dim=-1)
     torch.testing.assert_close(nested, logits(edited_model(site=site, strength=0.1)))
-    torch.testing.assert_close(norms, site_output(base_model(), 0, site).norm(dim=-1))
+    torch.testing.assert_close(norms, site_output(vivid_model(), 0, site).norm(dim=-1))
     with pytest.raises(RuntimeError, match="inside"), edit_strength(model, 0.5):
         raise RuntimeError("inside")
     assert torch.equal(logits(model), edited)

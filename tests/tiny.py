@@ -1,5 +1,8 @@
 """Tiny random models of several architectures, made from configurations."""
 
+import copy
+import functools
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -40,6 +43,16 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes):
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
     return model
+
+
+@functools.cache
+def _vivid(family: str):
+    return tiny_model(family, initializer_range=0.2, init_std=0.2)
+
+
+def vivid_model(family: str = "llama", dtype: torch.dtype = torch.float32):
+    """A fresh copy of a tiny model with weights so large that every edit shows in the logits."""
+    return copy.deepcopy(_vivid(family)).to(dtype)
 
 
 def token_ids(batch: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .checks import check_choice
 from .spectra import LeftFactor, Spectrum
 
 
@@ -125,12 +126,6 @@ def check_energy(name: str, energy: float) -> None:
     if not 0 < energy <= 1:
         remedy = f": pass {energy / 100:g}" if 50 <= energy <= 100 else ""
         raise ValueError(f"{name} must be in (0, 1], got {energy}{remedy}")
-
-
-def check_choice(name: str, value: object, choices: tuple) -> None:
-    """Raise ValueError unless value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_finite(name: str, activations: Tensor) -> None:

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from peft.config import PeftConfig
 
+from ...functional.checks import check_choice
 from ...registration import peft_type
 from ...sites import check_names, normalise_layers
 
@@ -103,8 +104,7 @@ class HPRConfig(PeftConfig):
                     f"selected_layers must be in layers_to_transform {self.layers_to_transform}, got {sorted(outside)}"
                 )
         for name, choices in (("rotation", get_args(Rotation)), ("token_scope", get_args(TokenScope))):
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+            check_choice(name, getattr(self, name), choices)
         for name in ("alpha", "gate"):
             if isinstance(value := getattr(self, name), bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name} must be a number, got {value!r}")

@@ -5,7 +5,8 @@ from typing import Literal, get_args
 
 from peft.config import PeftConfig
 
-from ...functional.sea import FEATURE_MAPS, FeatureSpace, Projections, Rescale, check_choice, check_energy
+from ...functional.checks import check_choice
+from ...functional.sea import FEATURE_MAPS, FeatureSpace, Projections, Rescale, check_energy
 from ...registration import peft_type
 from ...sites import check_names, normalise_layers
 
