@@ -6,7 +6,9 @@ from .evaluation import evaluate_multiple_choice, perplexity
 from .fingerprint import fingerprint
 from .fitting import fit_sea
 from .registration import register
+from .selection import select_layers
 from .store import ActivationStore
+from .training import HPRTrainer, HPRTrainingArguments
 from .tuners.editing import edit_strength
 from .tuners.hpr import HPRConfig, HPRModel
 from .tuners.sea import SEAConfig, SEAModel
@@ -20,6 +22,8 @@ __all__ = [
     "ActivationStore",
     "HPRConfig",
     "HPRModel",
+    "HPRTrainer",
+    "HPRTrainingArguments",
     "SEAConfig",
     "SEAModel",
     "__version__",
@@ -30,4 +34,5 @@ __all__ = [
     "fit_sea",
     "load_contrast_set",
     "perplexity",
+    "select_layers",
 ]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from accelerate.utils import align_module_device
+from huggingface_hub import try_to_load_from_cache
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .sites import decoder_blocks, text_config, unwrap
 
@@ -22,46 +27,98 @@ SAMPLE_STEP = 2_654_435_761
 SMALLEST = 2.0**-14
 CONFIG_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
+# Maps the name of a parameter to its values in the checkpoint, or None.
+Reader = Callable[[str], Tensor | None]
 
-def fingerprint(model: nn.Module) -> str:
+
+def fingerprint(model: nn.Module) -> str | None:
     """Hash of a Transformers model's architecture, and of fixed elements of its embeddings and decoder blocks.
 
     Elements are rounded to bfloat16 first, so that the dtype in which the model was loaded does not matter, with one
     exception: a float32 checkpoint loaded in float16 is rounded twice. Adapters that are injected do not matter either;
-    merged ones do.
+    merged ones do. Weights on the meta device are looked up in the files that the model's configuration comes from, its
+    folder or the Hub's cache; nothing is downloaded.
 
     Returns:
-        16 hexadecimal digits. Takes well under a second for weights in memory: 16 elements of each tensor are read.
+        16 hexadecimal digits; None for a model on the meta device whose files are not at hand, or have other tensors.
+        Takes well under a second for weights in memory: 16 elements of each tensor are read.
     """
     model = unwrap(model)
     config = text_config(model)
     digest = hashlib.sha256(json.dumps([getattr(config, name, None) for name in CONFIG_FIELDS]).encode())
-    blocks = [model.get_submodule(name) for name in decoder_blocks(model).values()]
-    for module in (model.get_input_embeddings(), *blocks):
-        for name, sample in sorted(_samples(module)):
+    read = _checkpoint_reader(model)
+    embeddings = model.get_input_embeddings()
+    names = [next(name for name, module in model.named_modules() if module is embeddings)]
+    for module_name in (*names, *decoder_blocks(model).values()):
+        module = model.get_submodule(module_name)
+        for name, sample in sorted(_samples(module, lambda name, start=f"{module_name}.": read(start + name))):
+            if sample is None:
+                return None
             digest.update(name.encode())
             digest.update(sample)
     return digest.hexdigest()[:16]
 
 
-def _samples(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, bytes]]:
+def _samples(module: nn.Module, read: Reader, prefix: str = "") -> Iterator[tuple[str, bytes | None]]:
     """Name in the base model and sampled elements of each parameter, those of adapters left out."""
     if isinstance(module, AuxiliaryTrainingWrapper):
-        yield from _samples(module.original_module, prefix)
+        yield from _samples(module.original_module, read, prefix)
     elif isinstance(module, BaseTunerLayer):
         if hasattr(module, "base_layer"):  # else it is an edit beside the model's own modules
-            yield from _samples(module.base_layer, prefix)
+            yield from _samples(module.base_layer, read, prefix)
     else:
         with align_module_device(module):  # loads what is offloaded
             for name, parameter in module.named_parameters(recurse=False):
-                yield prefix + name, _sample(parameter)
+                values = read(prefix + name) if parameter.is_meta else parameter
+                known = values is not None and values.shape == parameter.shape
+                yield prefix + name, _sample(values) if known else None
         for name, child in module.named_children():
-            yield from _samples(child, f"{prefix}{name}.")
+            yield from _samples(child, read, f"{prefix}{name}.")
 
 
-def _sample(parameter: torch.Tensor) -> bytes:
+def _sample(parameter: Tensor) -> bytes:
     """Shape and fixed elements, rounded to bfloat16."""
     indices = (torch.arange(1, SAMPLES_PER_TENSOR + 1) * SAMPLE_STEP) % parameter.numel()
     values = parameter.detach().reshape(-1)[indices.to(parameter.device)].to(torch.bfloat16).cpu()
     values = torch.where(values.abs() < SMALLEST, 0, values)
     return f"{tuple(parameter.shape)}".encode() + values.view(torch.int16).numpy().tobytes()
+
+
+def _checkpoint_reader(model: nn.Module) -> Reader:
+    """Reads parameters from the checkpoint's files, memory-mapped. Files are looked for when the first is asked for."""
+    files: dict[str, Path] | None = None
+    base = f"{model.base_model_prefix}."
+
+    def read(name: str) -> Tensor | None:
+        nonlocal files
+        if files is None:
+            files = _checkpoint_files(model.config)
+        # Checkpoints of a model without its head lack the prefix.
+        key = next((key for key in (name, name.removeprefix(base), base + name) if key in files), None)
+        if key is None:
+            return None
+        with safe_open(files[key], framework="pt") as tensors:
+            return tensors.get_tensor(key)
+
+    return read
+
+
+def _checkpoint_files(config) -> dict[str, Path]:
+    """Name of each tensor of a checkpoint to the file that holds it; empty where the files are not on this machine."""
+    name, revision = config._name_or_path, getattr(config, "_commit_hash", None)
+
+    def find(file: str) -> Path | None:
+        if os.path.isdir(name):
+            path = Path(name) / file
+            return path if path.exists() else None
+        path = try_to_load_from_cache(name, file, revision=revision) if name else None
+        return Path(path) if isinstance(path, str) else None
+
+    if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        found = {file: find(file) for file in set(weight_map.values())}
+        return {key: found[file] for key, file in weight_map.items() if found[file] is not None}
+    if (file := find(SAFE_WEIGHTS_NAME)) is None:
+        return {}
+    with safe_open(file, framework="pt") as tensors:
+        return dict.fromkeys(tensors.keys(), file)

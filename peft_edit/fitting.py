@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,14 +11,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .fingerprint import fingerprint
+from .adapters import check_store, find_adapter
 from .functional.sea import edit, fit, project, rescale_statistics
-from .sites import layer_index
 from .store import ActivationStore
 from .tuners.sea import SEAConfig, SEALayer
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,8 +97,14 @@ def fit_sea(
     """
     if not isinstance(store, ActivationStore):
         store = ActivationStore(store)
-    adapter_name, config, layers = _adapter(model, adapter_name)
-    _check_store(model, store, config, layers, allow_fingerprint_mismatch)
+    adapter_name, config, layers = find_adapter(model, adapter_name, SEAConfig, SEALayer)
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("cannot fit while adapters are merged: call unmerge_adapter first")
+    if store.tokens == "answer":
+        raise ValueError(
+            f"{store.path} holds every answer token: collect with tokens='last', 'mean' or 'random' for SEA"
+        )
+    check_store(model, store, config.site, layers, allow_fingerprint_mismatch)
 
     fits, factors = [], {}
     for index, layer in tqdm(sorted(layers.items()), desc="fitting", unit="layer", leave=None):
@@ -178,78 +179,3 @@ def _device(layer: SEALayer) -> torch.device:
     """Where the site's output is, whatever has been done with earlier adapters."""
     device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
     return torch.device("cpu") if device is None else device
-
-
-def _adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, SEAConfig, dict[int, SEALayer]]:
-    """Name, configuration and layers, by index of the decoder block, of the adapter to fit."""
-    configs = getattr(model, "peft_config", {})
-    if adapter_name is None:
-        active = getattr(model, "active_adapters", [])
-        active = active() if callable(active) else active  # a method in Transformers, a property in PEFT
-        if len(active) != 1:
-            raise ValueError(f"{len(active)} adapters are active ({', '.join(active) or 'none'}): pass adapter_name")
-        adapter_name = active[0]
-    config = configs.get(adapter_name)
-    if not isinstance(config, SEAConfig):
-        found = ", ".join(f"{name} ({config.peft_type.value})" for name, config in configs.items()) or "none"
-        raise ValueError(
-            f"{adapter_name!r} is no SEA adapter of this model (adapters: {found}): add one with SEAConfig"
-        )
-    layers = {}
-    for layer in model.modules():
-        if isinstance(layer, SEALayer) and layer.has_adapter(adapter_name):
-            if layer.merged:
-                raise ValueError("cannot fit while adapters are merged: call unmerge_adapter first")
-            index = layer_index(layer.site)
-            if index is None or index in layers:
-                raise ValueError(
-                    f"an adapter is fitted with one site in a block, got {layer.site}: change target_modules"
-                )
-            layers[index] = layer
-    return adapter_name, config, layers
-
-
-def _check_store(
-    model: nn.Module,
-    store: ActivationStore,
-    config: SEAConfig,
-    layers: dict[int, SEALayer],
-    allow_fingerprint_mismatch: bool,
-) -> None:
-    if store.tokens == "answer":
-        raise ValueError(
-            f"{store.path} holds every answer token: collect with tokens='last', 'mean' or 'random' for SEA"
-        )
-    if store.site != config.site:
-        raise ValueError(
-            f"{store.path} holds site {store.site!r}, the adapter edits {config.site!r}: collect that site"
-        )
-    if missing := sorted(set(layers) - set(store.layers)):
-        raise ValueError(
-            f"{store.path} has layers {store.layers}, the adapter also edits {missing}: "
-            "collect those layers, or set layers_to_transform"
-        )
-    for index, layer in layers.items():
-        module = store.metadata["modules"][str(index)]
-        if module is not None and module != layer.site:
-            raise ValueError(
-                f"{store.path} holds the output of {module}, the adapter edits {layer.site}: "
-                "pass the same target_modules"
-            )
-        if store.hidden_size != layer.features:
-            raise ValueError(
-                f"{store.path} has hidden size {store.hidden_size}, {layer.site} has {layer.features}: "
-                "it is of another model"
-            )
-    if active := store.metadata["active_adapters"]:
-        logger.warning(
-            "%s was collected while adapters were active (%s): the fit suits a model that has them active too",
-            store.path,
-            ", ".join(active),
-        )
-    of_store = store.metadata["fingerprint"]
-    if of_store is not None and not allow_fingerprint_mismatch and of_store != fingerprint(model):
-        raise ValueError(
-            f"{store.path} was collected from another model ({store.metadata['model']}, fingerprint {of_store}; "
-            f"this model has {fingerprint(model)}): collect again, or pass allow_fingerprint_mismatch=True"
-        )

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,10 @@ FORMAT_VERSION = 1
 META, INDEX = "meta.json", "index.safetensors"
 ROW_TOKENS = ("last", "mean", "random")
 # What reading needs of meta.json.
-REQUIRED = ("complete", "site", "tokens", "hidden_size", "modules", "shards", "model", "fingerprint", "active_adapters")
+REQUIRED = (
+    *("complete", "site", "tokens", "hidden_size", "dtype", "modules", "shards"),
+    *("model", "fingerprint", "active_adapters"),
+)
 # A file of a store, or a hidden one that was being written when a run was killed.
 STORE_FILE = re.compile(r"(\.)?(meta\.json|(index|shard-\d+)\.safetensors)(?(1)\.tmp)")
 
@@ -67,6 +70,10 @@ class ActivationStore:
         self.hidden_size: int = self.metadata["hidden_size"]
         self.layers: list[int] = sorted(int(layer) for layer in self.metadata["modules"])
         self._index = read_index(self.path)
+        self._first_rows = torch.tensor([shard["first_row"] for shard in self.metadata["shards"]], dtype=torch.int64)
+        self._dtype = getattr(torch, self.metadata["dtype"])
+        # Shard and layer to its tensor: each is memory-mapped once and takes no memory of its own.
+        self._tensors: dict[tuple[int, int], Tensor] = {}
         self._check()
 
     def _check(self) -> None:
@@ -113,7 +120,7 @@ class ActivationStore:
     def answer_tokens(self, layer: int) -> Tensor:
         """Activations of every answer token at a layer, (t, d), each unique answer once. Needs `tokens="answer"`."""
         self._require_answer_tokens()
-        tensors = [tensor for _, tensor in self._shards(layer)]
+        tensors = [self._map(number, layer) for number in range(len(self.metadata["shards"]))]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def pairs(self) -> Tensor:
@@ -132,32 +139,55 @@ class ActivationStore:
                 f"{self.path} holds one row an answer (tokens={self.tokens!r}): collect with tokens='answer'"
             )
 
-    def _rows(self, layer: int, rows: Tensor) -> Tensor:
-        gathered = None
-        for first, tensor in self._shards(layer):
-            if gathered is None:
-                gathered = tensor.new_empty(len(rows), tensor.shape[1])
-            here = (rows >= first) & (rows < first + len(tensor))
-            gathered[here] = tensor[rows[here] - first]
+    def gather(self, rows: Tensor, layers: Iterable[int]) -> Tensor:
+        """Activations of single rows, as `pairs` numbers them, at several layers: (number of layers, r, d).
+
+        Of the files only the pages with these rows are read; `rows` is (r,) int64, in any order.
+        """
+        layers, rows = list(layers), torch.as_tensor(rows)
+        shard_of = torch.searchsorted(self._first_rows, rows, right=True) - 1
+        gathered = torch.empty(len(layers), len(rows), self.hidden_size, dtype=self._dtype)
+        for number in shard_of.unique().tolist():
+            here = (shard_of == number).nonzero().squeeze(dim=1)
+            local = rows[here] - self._first_rows[number]
+            for out, layer in zip(gathered, layers, strict=True):
+                tensor = self._tensor(number, layer)
+                if len(here) == len(rows):
+                    torch.index_select(tensor, 0, local, out=out)
+                else:
+                    out[here] = tensor[local]
         return gathered
 
-    def _shards(self, layer: int):
-        """Yield (number of the first row, (rows, d)) for every shard of a layer."""
+    def _rows(self, layer: int, rows: Tensor) -> Tensor:
+        return self.gather(rows, [layer])[0]
+
+    def _tensor(self, number: int, layer: int) -> Tensor:
+        """Rows of a shard at a layer, mapped once. Not for callers of this class, who may write to what they get."""
+        if (number, layer) not in self._tensors:
+            self._tensors[number, layer] = self._map(number, layer)
+        return self._tensors[number, layer]
+
+    def _map(self, number: int, layer: int) -> Tensor:
+        """Rows of a shard at a layer, (rows, d), memory-mapped."""
         if layer not in self.layers:
             raise ValueError(f"{self.path} has layers {self.layers}, got {layer}")
-        for shard in self.metadata["shards"]:
-            file = self.path / shard["file"]
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    tensor = tensors.get_tensor(f"{self.site}.{layer}")
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{file} cannot be read ({error}): collect again with resume=False") from error
-            if tensor.shape != (shard["rows"], self.hidden_size):
-                raise ValueError(
-                    f"{file} is damaged: layer {layer} is {tuple(tensor.shape)} there, by the manifest "
-                    f"{(shard['rows'], self.hidden_size)}; collect again with resume=False"
-                )
-            yield shard["first_row"], tensor
+        shard = self.metadata["shards"][number]
+        file = self.path / shard["file"]
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                tensor = tensors.get_tensor(f"{self.site}.{layer}")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read ({error}): collect again with resume=False") from error
+        if tensor.shape != (shard["rows"], self.hidden_size) or tensor.dtype != self._dtype:
+            raise ValueError(
+                f"{file} is damaged: layer {layer} is {tuple(tensor.shape)} {tensor.dtype} there, by the manifest "
+                f"{(shard['rows'], self.hidden_size)} {self._dtype}; collect again with resume=False"
+            )
+        return tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Worker processes map the files for themselves.
+        return {**self.__dict__, "_tensors": {}}
 
     @classmethod
     def from_tensors(
@@ -228,6 +258,24 @@ class ActivationStore:
         )
         writer.add({f"{site}.{i}": torch.cat((positive[i], negative[i], neutral[i])) for i in layers})
         return writer.finish()
+
+
+# What functions take for a store: it or its folder.
+Store = ActivationStore | str | os.PathLike
+
+
+def open_pairs(store: Store) -> ActivationStore:
+    """The store, opened; raises ValueError unless it holds token pairs."""
+    if not isinstance(store, ActivationStore):
+        store = ActivationStore(store)
+    if store.tokens != "answer":
+        raise ValueError(
+            f"{store.path} holds one row an answer (tokens={store.tokens!r}): collect with site='block' and "
+            "tokens='answer' for HPR"
+        )
+    if len(store) == 0:
+        raise ValueError(f"{store.path} holds no token pair: no two answers differ in a token that both have")
+    return store
 
 
 class StoreWriter:

@@ -32,7 +32,10 @@ ALLOWED = {
     "tuners": {"functional", "registration", "sites", "tuners"},
     "inference": {"sites"},
     "activations": {"contrast", "fingerprint", "inference", "plan", "prompts", "sites", "store", "tuners"},
-    "fitting": {"fingerprint", "functional", "sites", "store", "tuners"},
+    "adapters": {"fingerprint", "sites", "store", "tuners"},
+    "fitting": {"adapters", "functional", "store", "tuners"},
+    "training": {"adapters", "functional", "sites", "store", "tuners"},
+    "selection": {"adapters", "store", "tuners"},
     "evaluation": {"contrast", "inference", "prompts", "sites"},
     "demo": {"activations", "contrast", "evaluation", "fitting", "saving", "tuners"},
 }

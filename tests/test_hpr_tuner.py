@@ -126,6 +126,7 @@ EVERY_FIELD = {
     "token_scope": "last",
     "selected_layers": (2, 1, 2),
     "probe_accuracy": {"1": 0.1 + 0.7, "2": 1.0},
+    "base_model_fingerprint": "0123456789abcdef",
     "init_weights": False,
     "modules_to_save": ["lm_head"],
 }

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 
 import pytest
 import torch
@@ -23,7 +24,13 @@ def random_sets(layers=(0, 2), n=5, d=4, dtype=torch.float32):
 
 def write_answer_store(path, shard_rows, d=3):
     """A store of answer tokens, written in shards of these sizes; returns its layers' rows."""
-    settings = {"site": "block", "tokens": "answer", "hidden_size": d, "modules": {"1": "h.1", "4": "h.4"}}
+    settings = {
+        "site": "block",
+        "tokens": "answer",
+        "dtype": "float32",
+        "hidden_size": d,
+        "modules": {"1": "h.1", "4": "h.4"},
+    }
     settings |= {"model": None, "fingerprint": None, "active_adapters": []}
     pairs = torch.tensor([[0, 3], [1, 4], [5, 2], [0, 2]])
     writer = StoreWriter(path, settings, {"pairs": pairs, "question": torch.tensor([7, 7, 9, 9])})
@@ -117,7 +124,8 @@ def test_rows_are_gathered_over_shards(tmp_path, shard_rows):
 
 def test_reading_maps_the_tensors_of_one_layer_only(tmp_path, monkeypatch):
     write_answer_store(tmp_path, [2, 4])
-    opened = ActivationStore(tmp_path)
+    names = ("positive", "negative", "answer_tokens")
+    stores = {name: ActivationStore(tmp_path) for name in names}
     read = []
 
     class Recorder:
@@ -138,10 +146,26 @@ def test_reading_maps_the_tensors_of_one_layer_only(tmp_path, monkeypatch):
     original = store.safe_open
     monkeypatch.setattr(store, "safe_open", Recorder)
     monkeypatch.setattr(store, "load_file", None)
-    for name in ("positive", "negative", "answer_tokens"):
+    for name, opened in stores.items():
         read.clear()
         getattr(opened, name)(4)
-        assert read == ["block.4"] * 2
+        assert read == ["block.4"] * (1 if name == "positive" else 2)  # all of them lie in the second shard
+    read.clear()
+    stores["negative"].gather(torch.tensor([5, 0]), [4])  # mapped already
+    assert read == []
+
+
+@pytest.mark.parametrize("shard_rows", [[6], [2, 4], [1, 1, 4], [3, 1, 2]])
+def test_gathering_rows_in_any_order(tmp_path, shard_rows):
+    stored, _ = write_answer_store(tmp_path, shard_rows)
+    opened = ActivationStore(tmp_path)
+    for rows in ([5, 0, 2, 2, 1], [4], [], list(range(6))):
+        gathered = opened.gather(torch.tensor(rows, dtype=torch.int64), [4, 1])
+        assert torch.equal(gathered, torch.stack([stored[4][rows], stored[1][rows]]))
+    copy = pickle.loads(pickle.dumps(opened))
+    assert torch.equal(copy.gather(torch.tensor([3]), [1])[0], stored[1][3:4])
+    with pytest.raises(ValueError, match=r"has layers \[1, 4\], got 2"):
+        opened.gather(torch.tensor([0]), [2])
 
 
 def test_changing_what_was_read_does_not_change_the_store(tmp_path):

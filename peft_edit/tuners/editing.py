@@ -67,7 +67,8 @@ class EditLayer(BaseTunerLayer):
             if getattr(hook, "offload", False):  # the weights are on meta between two forward passes
                 return torch.device(hook.execution_device), None
         parameter = next(base_layer.parameters(), None)
-        return (None if parameter is None else parameter.device), None
+        # Adapters of a model on meta have tensors all the same: they are fitted and trained without the model.
+        return (None if parameter is None or parameter.is_meta else parameter.device), None
 
 
 class BlockEditLayer(EditLayer):

@@ -49,6 +49,8 @@ class HPRConfig(PeftConfig):
             are created and saved.
         probe_accuracy (`dict[str, float]`):
             Written by the selection: block index to the accuracy of its probe on held-out activations, in [0, 1].
+        base_model_fingerprint (`str | None`):
+            Written by the training: `fingerprint` of the model whose activations it was trained on.
         init_weights (`bool`):
             Leave this `True`: a probe of zeros, which edits nothing. `False` draws it at random, for tests.
         modules_to_save (`list[str] | None`):
@@ -78,6 +80,9 @@ class HPRConfig(PeftConfig):
     )
     probe_accuracy: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Block index to accuracy of its probe. Written by the selection."}
+    )
+    base_model_fingerprint: str | None = field(
+        default=None, metadata={"help": "Model whose activations it was trained on. Written by the training."}
     )
     init_weights: bool = field(
         default=True, metadata={"help": "Leave this True. False draws the probes at random, for tests."}

@@ -62,6 +62,17 @@ class HPRLayer(nn.Module, BlockEditLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def remove_adapter(self, adapter_name: str) -> None:
+        """Delete the modules of an adapter here, while it goes on to edit other blocks. A layer that is left without
+        any removes itself from its block."""
+        for part in self.adapter_layer_names:
+            del getattr(self, part)[adapter_name]
+        del self.hpr_config[adapter_name]
+        if not self.hpr_probe:
+            self.detach()
+            block = self.get_base_layer()
+            delattr(block, next(name for name, child in block.named_children() if child is self))
+
     def has_adapter(self, adapter_name: str) -> bool:
         return adapter_name in self.hpr_probe
 

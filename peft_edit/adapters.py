@@ -1,0 +1,119 @@
+"""Which adapter of a model is meant, and whether an activation store suits it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TypeVar
+
+from peft import PeftConfig
+from torch import nn
+
+from .fingerprint import fingerprint
+from .sites import layer_index
+from .store import ActivationStore
+from .tuners.editing import EditLayer
+
+
+logger = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=PeftConfig)
+Layer = TypeVar("Layer", bound=EditLayer)
+
+
+def find_adapter(
+    model: nn.Module, adapter_name: str | None, config_cls: type[Config], layer_cls: type[Layer]
+) -> tuple[str, Config, dict[int, Layer]]:
+    """Name, configuration and layers, by index of the decoder block, of an adapter.
+
+    Args:
+        model: from `get_peft_model`, or a Transformers model after `add_adapter`.
+        adapter_name: None for the active one.
+        config_cls, layer_cls: of the method.
+
+    Raises:
+        ValueError: there is no such adapter, it is of another method, or it edits several modules of one block.
+    """
+    method = config_cls.__name__.removesuffix("Config")
+    configs = getattr(model, "peft_config", {})
+    if adapter_name is None:
+        active = getattr(model, "active_adapters", [])
+        active = active() if callable(active) else active  # a method in Transformers, a property in PEFT
+        if len(active) != 1:
+            raise ValueError(f"{len(active)} adapters are active ({', '.join(active) or 'none'}): pass adapter_name")
+        adapter_name = active[0]
+    config = configs.get(adapter_name)
+    if not isinstance(config, config_cls):
+        found = ", ".join(f"{name} ({config.peft_type.value})" for name, config in configs.items()) or "none"
+        raise ValueError(
+            f"{adapter_name!r} is no {method} adapter of this model (adapters: {found}): "
+            f"add one with {config_cls.__name__}"
+        )
+    layers: dict[int, Layer] = {}
+    for layer in model.modules():
+        if isinstance(layer, layer_cls) and layer.has_adapter(adapter_name):
+            index = layer_index(layer.site)
+            if index is None or index in layers:
+                raise ValueError(
+                    f"an adapter is fitted with one site in a block, got {layer.site}: change target_modules"
+                )
+            layers[index] = layer
+    return adapter_name, config, dict(sorted(layers.items()))
+
+
+def check_store(
+    model: nn.Module,
+    store: ActivationStore,
+    site: str,
+    layers: Mapping[int, EditLayer],
+    allow_fingerprint_mismatch: bool = False,
+) -> None:
+    """Raise ValueError unless a store holds activations of this model at the sites of an adapter.
+
+    Args:
+        model: with the adapter.
+        store: the activations.
+        site: "mlp" or "block".
+        layers: block index to the adapter's layers.
+        allow_fingerprint_mismatch: accept a store of a model with other weights.
+    """
+    if store.site != site:
+        raise ValueError(f"{store.path} holds site {store.site!r}, the adapter edits {site!r}: collect that site")
+    if missing := sorted(set(layers) - set(store.layers)):
+        raise ValueError(
+            f"{store.path} has layers {store.layers}, the adapter also edits {missing}: "
+            "collect those layers, or set layers_to_transform"
+        )
+    for index, layer in layers.items():
+        module = store.metadata["modules"][str(index)]
+        if module is not None and module != layer.site:
+            raise ValueError(
+                f"{store.path} holds the output of {module}, the adapter edits {layer.site}: "
+                "pass the same target_modules"
+            )
+        if store.hidden_size != layer.features:
+            raise ValueError(
+                f"{store.path} has hidden size {store.hidden_size}, {layer.site} has {layer.features}: "
+                "it is of another model"
+            )
+    if active := store.metadata["active_adapters"]:
+        logger.warning(
+            "%s was collected while adapters were active (%s): it suits a model that has them active too",
+            store.path,
+            ", ".join(active),
+        )
+    of_store = store.metadata["fingerprint"]
+    if of_store is None or allow_fingerprint_mismatch:
+        return
+    of_model = fingerprint(model)
+    if of_model is None:
+        logger.warning(
+            "%s cannot be compared with the weights of the model, which are not loaded and not on this machine: only "
+            "its layers and its hidden size were checked",
+            store.path,
+        )
+    elif of_store != of_model:
+        raise ValueError(
+            f"{store.path} was collected from another model ({store.metadata['model']}, fingerprint {of_store}; "
+            f"this model has {of_model}): collect again, or pass allow_fingerprint_mismatch=True"
+        )

@@ -1,0 +1,369 @@
+"""Activation stores -> trained HPR adapter: a `transformers.Trainer` whose data are activations and whose model is the
+adapter alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from .adapters import check_store, find_adapter
+from .functional.hpr import Loss, angle_between, loss
+from .sites import layer_index
+from .store import ActivationStore, Store, open_pairs
+from .tuners.hpr import HPRConfig, HPRLayer
+
+
+# Fields of the configuration that decide which tensors an adapter has.
+SHAPE_FIELDS = ("num_angle_layers", "angle_hidden_size")
+
+
+@dataclass
+class HPRTrainingArguments(TrainingArguments):
+    """
+    Arguments of a [`HPRTrainer`]: those of `transformers.TrainingArguments` with the defaults of the HPR paper: 5
+    epochs of batches of 16 token pairs, AdamW, learning rate 5e-4, cosine schedule with 5 % warm-up, and the epoch with
+    the most accurate probes kept.
+
+    `max_grad_norm` is the bound for the gradient of each decoder block by itself: the blocks train together but
+    independently of each other.
+    """
+
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Number of training epochs."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Token pairs in a batch, on each device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Token pairs in a batch of the evaluation."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Highest learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up; below 1 a share of all steps."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Bound for the norm of each block's gradient."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch, best."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep besides the best."})
+    load_best_model_at_end: bool | None = field(
+        default=None, metadata={"help": "Keep the best checkpoint's weights. Default: where there is an evaluation."}
+    )
+    metric_for_best_model: str | None = field(default="probe_accuracy", metadata={"help": "What is best."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether the best is the greatest."})
+    logging_steps: float = field(default=0.05, metadata={"help": "Steps between logs; below 1 a share of all steps."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Page-locked batches. Default: where CUDA is."}
+    )
+    # A loss that is not finite stops the training.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not used: such a loss is an error."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: activations have no columns."})
+
+    def __post_init__(self):
+        if self.load_best_model_at_end is None:
+            self.load_best_model_at_end = self.eval_strategy != "no" and self.save_strategy != "no"
+        super().__post_init__()
+
+
+class TokenPairs(Dataset):
+    """The token pairs of a store, whole batches at a time: slices of memory-mapped tensors.
+
+    Args:
+        store: with `tokens="answer"`.
+        layers: indices of the decoder blocks to read.
+    """
+
+    def __init__(self, store: ActivationStore, layers: Iterable[int]):
+        self.store, self.layers = store, list(layers)
+        self.pairs = store.pairs()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Batch of B pairs: "activations", (B, layers, 2, d), the positive one of each pair first."""
+        pairs = self.pairs[torch.as_tensor(indices)]  # (B, 2): negative, positive
+        activations = self.store.gather(pairs.flip(1).T.flatten(), self.layers)  # (layers, 2 B, d)
+        return {"activations": activations.unflatten(1, (2, len(pairs))).permute(2, 0, 1, 3)}
+
+
+class StackedLinear(nn.Module):
+    """A linear layer for each block, applied at once: (blocks, n, in) -> (blocks, n, out)."""
+
+    def __init__(self, layers: list[nn.Linear]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack([layer.weight.detach().float() for layer in layers]))
+        self.bias = nn.Parameter(torch.stack([layer.bias.detach().float() for layer in layers]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
+
+    @torch.no_grad()
+    def copy_to(self, layers: list[nn.Linear]) -> None:
+        for layer, weight, bias in zip(layers, self.weight, self.bias, strict=True):
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
+
+
+class StackedHPR(nn.Module):
+    """Probes and angle networks of all blocks of an adapter, their weights stacked: what the Trainer trains.
+
+    Args:
+        layers: the adapter's layers, alike in shape.
+        adapter_name: the adapter.
+    """
+
+    def __init__(self, layers: list[HPRLayer], adapter_name: str):
+        super().__init__()
+        self.probe = nn.Parameter(torch.stack([x.hpr_probe[adapter_name].weight.detach()[0].float() for x in layers]))
+        networks = zip(*(layer.hpr_angle[adapter_name] for layer in layers), strict=True)
+        self.angle = nn.ModuleList(StackedLinear(m) for m in networks if isinstance(m[0], nn.Linear))
+
+    def forward(self, activations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Args:
+            activations: (B, blocks, 2, d), of positive and negative tokens.
+
+        Returns:
+            float32: logits of the probes, (B, blocks, 2); predicted angles in radians, (B, blocks, 2); the angle
+            between the two activations of a pair, (B, blocks).
+        """
+        pairs = activations.permute(1, 2, 0, 3)  # (blocks, 2, B, d)
+        target = angle_between(pairs[:, 1], pairs[:, 0])  # (blocks, B)
+        x = pairs.to(self.probe.dtype).flatten(1, 2)  # (blocks, 2 B, d)
+        logits = torch.bmm(x, self.probe.unsqueeze(2)).squeeze(2)
+        for i, linear in enumerate(self.angle):
+            x = linear(functional.gelu(x) if i else x)
+        angles = math.pi * torch.sigmoid(x.squeeze(2).float())
+        logits, angles = (y.float().unflatten(1, (2, -1)).permute(2, 0, 1) for y in (logits, angles))
+        return logits, angles, target.T
+
+    @torch.no_grad()
+    def copy_to(self, layers: list[HPRLayer], adapter_name: str) -> None:
+        for layer, weight in zip(layers, self.probe, strict=True):
+            layer.hpr_probe[adapter_name].weight.copy_(weight.unsqueeze(0))
+        linear = [[m for m in layer.hpr_angle[adapter_name] if isinstance(m, nn.Linear)] for layer in layers]
+        for stacked, modules in zip(self.angle, zip(*linear, strict=True), strict=True):
+            stacked.copy_to(modules)
+
+
+class HPRTrainer(Trainer):
+    """
+    Trains the probes and angle networks of an HPR adapter on stored activations. It is a `transformers.Trainer`:
+    callbacks, checkpoints, schedules, optimizers, mixed precision and several processes work as everywhere.
+
+    The language model takes no part: it may be on the meta device, and only the adapter is moved to `args.device`. All
+    decoder blocks train together in stacked weights, each by its own loss and with its gradient clipped by itself, so
+    that a block's training does not depend on which others are trained. `train` ends with the weights in the adapter.
+
+    Logged besides the loss (HPR, equations 8 to 10), which is the mean over the blocks: `probe_loss`, `angle_loss`,
+    `angle_error` (mean |predicted - true| angle of negative tokens, radians) and `probe_accuracy`, the share in [0, 1]
+    of right decisions over both tokens of all pairs, on average and for each block.
+
+    Args:
+        model: a `PeftModel` with an HPR adapter, or a Transformers model after `add_adapter`.
+        args: [`HPRTrainingArguments`].
+        train_dataset: store of `collect_activations(..., site="block", tokens="answer")`, or its folder.
+        eval_dataset: a store of other questions; also a dictionary of stores.
+        adapter_name: which adapter; None for the active one.
+        allow_fingerprint_mismatch: train although a store says that it was collected from another model.
+        kwargs: further arguments of `transformers.Trainer`: `callbacks`, `optimizers`, ...
+
+    Raises:
+        TypeError: `args` are no `HPRTrainingArguments`.
+        ValueError: a store does not fit the adapter (model, site, layers, hidden size, tokens), the evaluation data are
+            missing, or the adapter is none of HPR.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: HPRTrainingArguments | None = None,
+        *,
+        train_dataset: Store | None = None,
+        eval_dataset: Store | dict[str, Store] | None = None,
+        adapter_name: str | None = None,
+        allow_fingerprint_mismatch: bool = False,
+        **kwargs: Any,
+    ):
+        args = HPRTrainingArguments("hpr_trainer") if args is None else args
+        if not isinstance(args, HPRTrainingArguments):
+            raise TypeError(f"args must be HPRTrainingArguments, got {type(args).__name__}: its defaults do not suit")
+        if eval_dataset is None and args.eval_strategy != "no":
+            raise ValueError(
+                f"eval_strategy is {args.eval_strategy.value!r} and there is no eval_dataset: pass a store of held-out "
+                "questions, or HPRTrainingArguments(eval_strategy='no')"
+            )
+        self.adapted_model = model
+        self.adapter_name, self.adapter_config, layers = find_adapter(model, adapter_name, HPRConfig, HPRLayer)
+        self.layers = {index: layer for index, layer in layers.items() if self.adapter_config.edits(index)}
+        if not self.layers:
+            raise ValueError(f"adapter {self.adapter_name!r} edits no layer (selected_layers=[]): nothing to train")
+        for layer in self.layers.values():
+            # Checkpoints hold the adapter's own weights: rounded to half precision, they could not be resumed from.
+            layer.hpr_probe[self.adapter_name].float()
+            layer.hpr_angle[self.adapter_name].float()
+        self.allow_fingerprint_mismatch = allow_fingerprint_mismatch
+        # Since the last log: sums of loss terms and scores over micro-batches, (4, blocks), and their number.
+        self._sums: Tensor | float = 0.0
+        self._summed = 0
+        super().__init__(
+            model=StackedHPR(list(self.layers.values()), self.adapter_name),
+            args=args,
+            train_dataset=self._dataset(train_dataset),
+            eval_dataset=self._dataset(eval_dataset),
+            data_collator=_unchanged,
+            compute_metrics=self._evaluation_metrics,
+            **kwargs,
+        )
+
+    def _dataset(self, store):
+        """Token pairs of a store or of each of a dictionary of them; the name of one of these is kept."""
+        if isinstance(store, dict):
+            return {name: self._dataset(value) for name, value in store.items()}
+        several = getattr(self, "eval_dataset", None)
+        if store is None or isinstance(store, TokenPairs) or (isinstance(several, dict) and store in several):
+            return store
+        store = open_pairs(store)
+        check_store(self.adapted_model, store, "block", self.layers, self.allow_fingerprint_mismatch)
+        return TokenPairs(store, self.layers)
+
+    def train(self, *args, **kwargs):
+        self._sums, self._summed = 0.0, 0
+        result = super().train(*args, **kwargs)
+        self._copy_to_adapter()
+        return result
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
+        return super().evaluate(self._dataset(eval_dataset), *args, **kwargs)
+
+    def predict(self, test_dataset, *args, **kwargs):
+        return super().predict(self._dataset(test_dataset), *args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        losses = _losses(*outputs)
+        finite = torch.isfinite(losses.total)
+        if not finite.all():
+            bad = list(self.layers)[int((~finite).nonzero()[0])]
+            raise ValueError(
+                f"the loss of layer {bad} ({self.layers[bad].site}) is {float(losses.total[~finite][0])} at step "
+                f"{self.state.global_step}: lower the learning rate, or check the activations of that layer"
+            )
+        if model.training:
+            self._sums = self._sums + torch.stack((losses.probe, losses.angle, *_scores(*outputs))).detach()
+            self._summed += 1
+        # The value is the mean over the blocks, the gradient that of the sum: each block's is that of its own loss.
+        total = losses.total.sum()
+        total = total - (total - losses.total.mean()).detach()
+        return (total, outputs) if return_outputs else total
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad(), self.compute_loss_context_manager():
+            value, (logits, angles, target) = self.compute_loss(model, self._prepare_inputs(inputs), True)
+        return (value, None, None) if prediction_loss_only else (value, (logits, angles), target)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs and self._summed:
+            means = self.accelerator.reduce(self._sums / self._summed, reduction="mean")
+            logs = {**logs, **self._named(*means.cpu())}
+            self._sums, self._summed = 0.0, 0
+        super().log(logs, *args, **kwargs)
+
+    def _evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        logits, angles = (torch.from_numpy(array) for array in prediction.predictions)
+        outputs = (logits, angles, torch.from_numpy(prediction.label_ids))
+        losses = _losses(*outputs)
+        return self._named(losses.probe, losses.angle, *_scores(*outputs))
+
+    def _named(self, probe: Tensor, angle: Tensor, accuracy: Tensor, error: Tensor) -> dict[str, float]:
+        """Names for logging of values of each block, (blocks,)."""
+        means = {"probe_loss": probe, "angle_loss": angle, "probe_accuracy": accuracy, "angle_error": error}
+        of_layers = zip(self.layers, accuracy.tolist(), strict=True)
+        return {
+            **{name: float(values.mean()) for name, values in means.items()},
+            **{f"probe_accuracy_layer_{index}": value for index, value in of_layers},
+        }
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip the gradient of each block by itself; returns the norm of the largest, before."""
+        self.accelerator.unscale_gradients()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)  # (blocks,)
+        factor = (self.args.max_grad_norm / (norms + 1e-6)).clamp_max(1)
+        for gradient in gradients:
+            gradient.mul_(factor.view(-1, *[1] * (gradient.dim() - 1)))
+        return norms.max()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """A checkpoint holds the adapter as `save_pretrained` writes it, which PEFT loads."""
+        if self.args.should_save:
+            output_dir = self.args.output_dir if output_dir is None else output_dir
+            self._copy_to_adapter()
+            own = {"selected_adapters": [self.adapter_name]} if isinstance(self.adapted_model, PeftModel) else {}
+            self.adapted_model.save_pretrained(output_dir, **own)
+            torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_checkpoint(Path(resume_from_checkpoint), self.adapter_name, self.adapter_config, self.layers)
+        stacked = StackedHPR(list(self.layers.values()), self.adapter_name)
+        (self.model if model is None else model).load_state_dict(stacked.state_dict())
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _copy_to_adapter(self) -> None:
+        self.accelerator.unwrap_model(self.model).copy_to(list(self.layers.values()), self.adapter_name)
+        if self.train_dataset is not None:
+            self.adapter_config.base_model_fingerprint = self.train_dataset.store.metadata["fingerprint"]
+
+
+def load_checkpoint(path: Path, adapter_name: str, config: HPRConfig, layers: dict[int, HPRLayer]) -> None:
+    """Load an adapter's weights from a checkpoint of `HPRTrainer`.
+
+    Raises:
+        ValueError: it is none, or of an adapter with other layers or networks.
+    """
+    # PEFT saves an adapter that is not named "default" in a folder of its own.
+    folder = path / adapter_name if (path / adapter_name / SAFETENSORS_WEIGHTS_NAME).exists() else path
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+        raise ValueError(f"{path} is no checkpoint of HPRTrainer: it has no {SAFETENSORS_WEIGHTS_NAME}")
+    saved = PeftConfig.from_pretrained(str(folder))
+    tensors = load_peft_weights(str(folder), device="cpu")
+    of_checkpoint = {"layers": sorted({layer_index(key) for key in tensors})}
+    of_adapter = {"layers": list(layers)}
+    for name in SHAPE_FIELDS:
+        of_checkpoint[name], of_adapter[name] = getattr(saved, name, None), getattr(config, name)
+    for name, expected in of_adapter.items():
+        if of_checkpoint[name] != expected:
+            raise ValueError(
+                f"{path} is a checkpoint of another configuration ({name} is {of_checkpoint[name]} there, {expected} "
+                "here): resume with the configuration that it was made with, or start in another output_dir"
+            )
+    for layer in layers.values():
+        for part in HPRLayer.adapter_layer_names:
+            start = f".{layer.site}.hpr.{part}."
+            state = {key.partition(start)[2]: tensor for key, tensor in tensors.items() if start in key}
+            getattr(layer, part)[adapter_name].load_state_dict(state)
+
+
+def _losses(logits: Tensor, angles: Tensor, target: Tensor) -> Loss:
+    """Loss terms of each block, (blocks,), of what `StackedHPR` returns."""
+    return loss(logits.permute(1, 2, 0), angles.permute(1, 2, 0), target.T)
+
+
+def _scores(logits: Tensor, angles: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Probe accuracy and mean absolute error of the negative tokens' angles, (blocks,) each."""
+    right = torch.stack((logits[..., 0] > 0, logits[..., 1] <= 0))
+    return right.float().mean(dim=(0, 1)), (angles[..., 1] - target).abs().mean(dim=0)
+
+
+def _unchanged(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch
