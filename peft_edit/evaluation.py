@@ -19,6 +19,7 @@ from .contrast import check_contrast_set
 from .inference import check_length, inference, input_device, pad
 from .prompts import EncodedAnswer, encode_answers
 from .sites import unwrap
+from .tuners.editing import check_independent_of_padding
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,11 @@ def evaluate_multiple_choice(
         batch_size: most answers in a forward pass; the answers of one question stay together even if there are more.
 
     Raises:
-        ValueError: the data are empty, a sequence is longer than the model takes, or the model gives NaN.
+        ValueError: the data are empty, a sequence is longer than the model takes, the model gives NaN, or an active
+            edit is of the last token of a forward pass only, whose result depends on padding.
     """
     check_contrast_set(data)
+    check_independent_of_padding(model)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     choices = [list(dict.fromkeys((*row["positives"], *row["negatives"], *(row["mc1_choices"] or ())))) for row in data]
@@ -192,6 +195,7 @@ def perplexity(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, batch_size: int = 16
 ) -> float:
     """Perplexity over all tokens of some texts after each one's first: exp of the mean negative log-likelihood."""
+    check_independent_of_padding(model)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     bare = unwrap(model)

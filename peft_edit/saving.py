@@ -10,11 +10,13 @@ from pathlib import Path
 from peft import PeftModel
 
 
-def check_adapter_folder(path: Path) -> None:
-    """Raise ValueError unless nothing is at `path`, or an empty folder, or an adapter."""
+def check_adapter_folder(path: Path, *others: str) -> None:
+    """Raise ValueError unless nothing is at `path`, or an empty folder, or an adapter, or a folder with one of the
+    files `others`."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: choose a folder for the adapter")
-    if path.exists() and any(path.iterdir()) and not (path / "adapter_config.json").exists():
+    known = ("adapter_config.json", *others)
+    if path.exists() and any(path.iterdir()) and not any((path / name).exists() for name in known):
         raise ValueError(f"{path} holds something else than an adapter: choose another folder")
 
 
@@ -24,7 +26,7 @@ def save_adapter(model: PeftModel, path: Path, texts: Mapping[str, str] | None =
     Raises:
         ValueError: the folder holds something else than an adapter.
     """
-    check_adapter_folder(path)
+    check_adapter_folder(path, *(texts or {}))
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         model.save_pretrained(temporary)

@@ -115,9 +115,8 @@ def probe_accuracy(store: ActivationStore, index: int, layer: HPRLayer, adapter_
 
 def _check_choice(top_k: int | None, threshold: float | None, count: int) -> None:
     if (top_k is None) == (threshold is None):
-        raise ValueError(
-            f"pass either top_k (the paper keeps 5) or threshold, got top_k={top_k!r} and threshold={threshold!r}"
-        )
+        given = "neither" if top_k is None else "both"
+        raise ValueError(f"pass either top_k=5, as the paper does, or threshold=0.9 or the like, got {given}")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= count):
         raise ValueError(
             f"top_k must be an integer from 1 to {count}, the number of layers with modules, got {top_k!r}"

@@ -36,8 +36,8 @@ ALLOWED = {
     "fitting": {"adapters", "functional", "store", "tuners"},
     "training": {"adapters", "functional", "sites", "store", "tuners"},
     "selection": {"adapters", "store", "tuners"},
-    "evaluation": {"contrast", "inference", "prompts", "sites"},
-    "demo": {"activations", "contrast", "evaluation", "fitting", "saving", "tuners"},
+    "evaluation": {"contrast", "inference", "prompts", "sites", "tuners"},
+    "demo": {"activations", "contrast", "evaluation", "fitting", "saving", "selection", "training", "tuners"},
 }
 
 

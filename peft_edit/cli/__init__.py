@@ -8,7 +8,7 @@ import warnings
 import typer
 from safetensors import SafetensorError
 
-from . import activations, demo, evaluate, sea
+from . import activations, demo, evaluate, hpr, sea
 
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("collect")(activations.collect)
 app.command("fit-sea")(sea.fit_sea)
+app.command("train-hpr")(hpr.train_hpr)
+app.command("select")(hpr.select)
 app.command("evaluate")(evaluate.evaluate)
 
 
@@ -35,6 +37,12 @@ OPTIONS = {
     "data_files=": "--data-files ",
     "prompt_format=": "--prompt-format ",
     "max_new_tokens": "--max-new-tokens",
+    "num_angle_layers": "--num-angle-layers",
+    "angle_hidden_size": "--angle-hidden-size",
+    "token_scope": "--token-scope",
+    "top_k=": "--top-k ",
+    "threshold=": "--threshold ",
+    "top_k": "--top-k",
 }
 
 

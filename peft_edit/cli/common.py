@@ -56,6 +56,17 @@ def load_model(name: str, *, revision: str | None = None, dtype: str = "auto", d
     return model.eval(), AutoTokenizer.from_pretrained(name, revision=revision)
 
 
+def load_structure(name: str, revision: str | None = None):
+    """The base model on the meta device: its modules without their weights, for what trains or looks at an adapter."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_local(name, "config.json")
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def load_adapter(model, adapter: str, allow_fingerprint_mismatch: bool = False):
     """The base model with an adapter; stricter than PEFT: an adapter of another model and extra tensors are refused."""
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -71,9 +82,10 @@ def load_adapter(model, adapter: str, allow_fingerprint_mismatch: bool = False):
     if config.peft_type is None:
         raise ValueError(f"adapter_config.json of {adapter} has no peft_type: save the adapter again")
     of_adapter = getattr(config, "base_model_fingerprint", None)
-    if of_adapter is not None and not allow_fingerprint_mismatch and of_adapter != fingerprint(model):
+    of_model = fingerprint(model)
+    if not allow_fingerprint_mismatch and None not in (of_adapter, of_model) and of_adapter != of_model:
         raise ValueError(
-            f"{adapter} was fitted on another model (fingerprint {of_adapter}, this model has {fingerprint(model)}): "
+            f"{adapter} was fitted on another model (fingerprint {of_adapter}, this model has {of_model}): "
             "load its base model, or pass --allow-fingerprint-mismatch"
         )
     try:

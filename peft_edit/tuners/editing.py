@@ -32,6 +32,10 @@ class EditLayer(BaseTunerLayer):
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether this layer holds the adapter."""
 
+    def depends_on_padding(self, adapter_name: str) -> bool:
+        """Whether padding on the right changes what the adapter does to a sequence."""
+        return False
+
     def edit_output(self, output: Tensor | tuple) -> Tensor | tuple:
         """Edit a module's output: a tensor, (..., d), or a tuple that begins with one."""
         if isinstance(output, tuple):
@@ -131,6 +135,17 @@ def edit_block_output(kind: type, block: nn.Module, args: tuple, output: Tensor 
 
 def edit_layers(model: nn.Module) -> list[EditLayer]:
     return [module for module in model.modules() if isinstance(module, EditLayer)]
+
+
+def check_independent_of_padding(model: nn.Module) -> None:
+    """Raise ValueError where an active edit gives other results in a batch than alone."""
+    for layer in edit_layers(model):
+        for name in () if layer.disable_adapters else layer.active_adapters:
+            if layer.has_adapter(name) and layer.depends_on_padding(name):
+                raise ValueError(
+                    f"adapter {name!r} edits the last token of a forward pass only (token_scope='last'), so that its "
+                    "result depends on padding: set token_scope='all' for the evaluation"
+                )
 
 
 @contextmanager

@@ -76,6 +76,9 @@ class HPRLayer(nn.Module, BlockEditLayer):
     def has_adapter(self, adapter_name: str) -> bool:
         return adapter_name in self.hpr_probe
 
+    def depends_on_padding(self, adapter_name: str) -> bool:
+        return self.hpr_config[adapter_name].token_scope == "last"
+
     def probe_logits(self, a: Tensor, adapter_name: str) -> Tensor:
         """w . a of activations (..., d): the logit of being positive, (...)."""
         probe = self.hpr_probe[adapter_name]

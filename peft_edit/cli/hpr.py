@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import common
+
+
+RECORD = "train_hpr.json"
+Store = Annotated[
+    Path, typer.Argument(help="Store that collect --site block --tokens answer wrote.", show_default=False)
+]
+Out = Annotated[Path, typer.Argument(help="Folder of the adapter.", show_default=False)]
+
+
+def train_hpr(
+    model: common.Model,
+    store: Store,
+    out: Out,
+    eval_store: Annotated[Path | None, typer.Option(help="Store of held-out questions.")] = None,
+    layers: common.Layers = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Comma-separated names of other modules, as given to collect.")
+    ] = None,
+    num_angle_layers: Annotated[int, typer.Option(help="Linear layers in an angle network.")] = 4,
+    angle_hidden_size: Annotated[int | None, typer.Option(help="Width of its hidden layers. Default: halved.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the token pairs.", min=0)] = 5.0,
+    max_steps: Annotated[int, typer.Option(help="Steps instead of epochs; -1 for none.")] = -1,
+    batch_size: Annotated[int, typer.Option(help="Token pairs in a batch, on each device.", min=1)] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.", min=0)] = 5e-4,
+    scheduler: Annotated[
+        str, typer.Option(help="cosine, linear, constant, ... as Transformers names them.")
+    ] = "cosine",
+    warmup: Annotated[float, typer.Option(help="Steps of warm-up; below 1 a share of all steps.", min=0)] = 0.05,
+    optimizer: Annotated[
+        str, typer.Option(help="adamw_torch_fused, adafactor, sgd, ...: a name of Transformers.")
+    ] = "adamw_torch_fused",
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.", min=0)] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option(help="Bound for the norm of each block's gradient.", min=0)] = 1.0,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many epochs without better probes.", min=1)
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU even where there is a GPU.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the initial weights and the order of the pairs.")] = 42,
+    resume: Annotated[bool, typer.Option(help="Go on with a training that was interrupted, or begin again.")] = True,
+    allow_fingerprint_mismatch: common.AllowMismatch = False,
+    revision: common.Revision = None,
+    json_file: common.Json = None,
+) -> None:
+    """Train the probes and angle networks of an HPR adapter on a store. The weights of the base model are not loaded.
+
+    Example: peft-edit train-hpr meta-llama/Llama-2-7b-hf train-store hpr-all --eval-store eval-store
+    """
+    from peft import TaskType, get_peft_model
+    from transformers import EarlyStoppingCallback, set_seed
+    from transformers.trainer_callback import ProgressCallback
+
+    from ..saving import check_adapter_folder, save_adapter
+    from ..store import open_pairs
+    from ..training import HPRTrainer, HPRTrainingArguments
+    from ..tuners.hpr import HPRConfig
+
+    settings: dict[str, Any] = {
+        **{"model": model, "revision": revision, "store": str(store), "eval_store": eval_store and str(eval_store)},
+        **{"layers": layers, "target_modules": target_modules, "num_angle_layers": num_angle_layers},
+        **{"angle_hidden_size": angle_hidden_size, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size},
+        **{"learning_rate": learning_rate, "scheduler": scheduler, "warmup": warmup, "optimizer": optimizer},
+        **{"weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "patience": patience, "bf16": bf16},
+        **{"seed": seed},
+    }
+    common.check_json(json_file)
+    check_adapter_folder(out, RECORD)
+    if patience is not None and eval_store is None:
+        raise ValueError("--patience needs --eval-store: without an evaluation nothing can get better")
+    opened = open_pairs(store)
+    opened_eval = None if eval_store is None else open_pairs(eval_store)
+    arguments = HPRTrainingArguments(
+        output_dir=str(out),
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type=scheduler,
+        warmup_steps=warmup,
+        optim=optimizer,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        bf16=bf16,
+        use_cpu=cpu,
+        seed=seed,
+        eval_strategy="no" if opened_eval is None else "epoch",
+    )
+    with arguments.main_process_first():
+        checkpoint = _interrupted_training(out, settings, resume)
+        if arguments.should_save:
+            out.mkdir(parents=True, exist_ok=True)
+            common.write_json(out / RECORD, settings)
+
+    set_seed(seed)
+    config = HPRConfig(
+        task_type=TaskType.CAUSAL_LM,
+        target_modules=None if target_modules is None else target_modules.split(","),
+        layers_to_transform=opened.layers if layers is None else common.parse_layers(layers),
+        num_angle_layers=num_angle_layers,
+        angle_hidden_size=angle_hidden_size,
+    )
+    adapted = get_peft_model(common.load_structure(model, revision), config)
+    trainer = HPRTrainer(
+        adapted,
+        arguments,
+        train_dataset=opened,
+        eval_dataset=opened_eval,
+        allow_fingerprint_mismatch=allow_fingerprint_mismatch,
+        callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_progress_callback())
+    trainer.train(resume_from_checkpoint=checkpoint)
+    results = {**settings, "steps": trainer.state.global_step, "history": trainer.state.log_history}
+    if opened_eval is not None:
+        results |= trainer.evaluate()
+    if not trainer.is_world_process_zero():
+        return
+    save_adapter(adapted, out, {RECORD: json.dumps(results, indent=2) + "\n"})
+    for folder in _checkpoints(out):
+        shutil.rmtree(folder)
+    common.write_json(json_file, results)
+
+    if opened_eval is not None:
+        names = [f"eval_probe_accuracy_layer_{index}" for index in trainer.layers]
+        rows = [[str(i), f"{results[name]:.4f}"] for i, name in zip(trainer.layers, names, strict=True)]
+        print(common.table(["layer", "probe accuracy"], rows))
+        print(f"Angle error of negative tokens: {results['eval_angle_error']:.4f} radians")
+    size = (out / "adapter_model.safetensors").stat().st_size
+    print(
+        f"Adapter, {results['steps']} steps on {len(opened)} token pairs, {len(trainer.layers)} layers, "
+        f"{size / 1e6:.2f} MB: {out}"
+    )
+    print("Every layer edits until you select some: peft-edit select")
+
+
+def select(
+    model: common.Model,
+    adapter: Annotated[
+        str, typer.Argument(help="Trained HPR adapter: id on the Hub or local folder.", show_default=False)
+    ],
+    store: Store,
+    out: Out,
+    top_k: Annotated[int | None, typer.Option(help="Keep so many layers; the paper keeps 5.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Keep layers with at least this accuracy, in [0, 1].")] = None,
+    gate: Annotated[float | None, typer.Option(help="Rotate where the probability is at most this, in [0, 1].")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Factor on the angle.")] = None,
+    rotation: Annotated[str | None, typer.Option(help="angle or reflection.")] = None,
+    token_scope: Annotated[str | None, typer.Option(help="all or last token of a forward pass.")] = None,
+    allow_fingerprint_mismatch: common.AllowMismatch = False,
+    revision: common.Revision = None,
+    json_file: common.Json = None,
+) -> None:
+    """Keep the layers of an HPR adapter with the most accurate probes, and set how they edit.
+
+    The store is of questions that the adapter was not trained on. The weights of the base model are not loaded.
+
+    Example: peft-edit select meta-llama/Llama-2-7b-hf hpr-all eval-store hpr-truthful --top-k 5 --gate 0.1
+    """
+    from .. import selection
+    from ..saving import check_adapter_folder, save_adapter
+    from ..tuners.hpr import HPRConfig
+
+    common.check_json(json_file)
+    check_adapter_folder(out)
+    if Path(adapter).exists() and out.exists() and out.samefile(adapter):
+        raise ValueError(f"{out} is the adapter to select from, and would lose its other layers: choose another folder")
+    adapted = common.load_adapter(common.load_structure(model, revision), adapter, allow_fingerprint_mismatch)
+    result = selection.select_layers(
+        adapted,
+        store,
+        top_k=top_k,
+        threshold=threshold,
+        prune=True,
+        allow_fingerprint_mismatch=allow_fingerprint_mismatch,
+    )
+    changes = {"gate": gate, "alpha": alpha, "rotation": rotation, "token_scope": token_scope}
+    config = adapted.peft_config["default"]
+    for name, value in changes.items():
+        setattr(config, name, getattr(config, name) if value is None else value)
+    HPRConfig(**{name: getattr(config, name) for name in changes})  # checks them
+    save_adapter(adapted, out)
+    common.write_json(json_file, result.to_dict())
+
+    rows = [[str(i), f"{value:.4f}", "yes" if i in result.selected else ""] for i, value in result.accuracy.items()]
+    print(common.table(["layer", "probe accuracy", "edits"], rows))
+    size = (out / "adapter_model.safetensors").stat().st_size
+    print(f"Adapter of {len(result.selected)} layers, {size / 1e6:.2f} MB: {out}")
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    """Checkpoints of an unfinished training, the last one last."""
+    folders = (folder for folder in out.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdigit())
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+
+
+def _interrupted_training(out: Path, settings: dict[str, Any], resume: bool) -> str | None:
+    """The checkpoint to go on from, or None. Without `resume` all checkpoints are deleted."""
+    # The state is written last: a run that was killed before has left a checkpoint that cannot be used.
+    complete = [folder for folder in _checkpoints(out) if (folder / "trainer_state.json").exists()]
+    if not resume or not complete:
+        for folder in _checkpoints(out):
+            shutil.rmtree(folder)
+        return None
+    try:
+        before = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{out} has checkpoints and no readable {RECORD} ({error}): pass resume=False to begin again"
+        ) from error
+    changed = [name for name in settings if before.get(name) != settings[name]]
+    if changed:
+        what = "; ".join(f"{name} is {before.get(name)!r} there, {settings[name]!r} here" for name in changed[:3])
+        raise ValueError(
+            f"{out} holds a training that was interrupted, with other arguments ({what}): choose another folder, or "
+            "pass resume=False to begin again"
+        )
+    return str(complete[-1])
+
+
+def _progress_callback():
+    """Transformers' progress bars, which show the loss and the accuracy instead of printing every log to standard
+    output, where the results go."""
+    from transformers.trainer_callback import ProgressCallback
+
+    class Progress(ProgressCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            shown = {name: logs[name] for name in ("loss", "probe_accuracy") if name in logs}
+            if state.is_world_process_zero and self.training_bar is not None and shown:
+                self.training_bar.set_postfix(shown)
+
+    return Progress
