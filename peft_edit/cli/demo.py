@@ -12,7 +12,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the activations and the adapter.")] = Path("peft-edit-demo"),
     json_file: common.Json = None,
 ) -> None:
-    """See an edit work in a minute, offline: fit SEA to the demonstration model, evaluate it, save and merge it.
+    """See edits work in a minute, offline: fit SEA and train HPR for the demonstration model, evaluate, save and merge.
 
     Example: peft-edit demo
     """
@@ -38,6 +38,9 @@ def demo(
     ]
     print(f"{results['demonstrations']} demonstrations, {results['questions']} held-out questions")
     print(common.table(["model", "MC1 %", "change", "MC2 %", "change", "perplexity"], rows))
-    print(f"Largest difference of logits, reloaded and edited: {results['reloaded_difference']:.1e}")
-    print(f"Largest difference of logits, merged and edited (rescale none): {results['merged_difference']:.1e}")
-    print(f"Adapter: {results['adapter']}")
+    chosen = results["chosen"]
+    print(f"HPR by validation: gate {chosen['gate']}, alpha {chosen['alpha']}")
+    print(f"Largest difference of logits, SEA reloaded and edited: {results['reloaded_difference']:.1e}")
+    print(f"Largest difference of logits, SEA merged and edited (rescale none): {results['merged_difference']:.1e}")
+    print(f"Largest difference of logits, HPR reloaded and edited: {results['hpr_reloaded_difference']:.1e}")
+    print(f"Adapters: {results['adapter']}, {results['hpr_adapter']}")

@@ -1,4 +1,4 @@
-"""The demonstration: a small model that knows the truth but repeats myths, and an edit that changes that.
+"""The demonstration: a small model that knows the truth but repeats myths, and edits that change that.
 
 The model has read about a synthetic world (`examples/train_demo_model.py`). It ships with the package, with 400
 demonstrations, 60 validation and 180 test questions about disjoint entities, and unrelated text for side effects.
@@ -6,96 +6,211 @@ demonstrations, 60 validation and 180 test questions about disjoint entities, an
 
 from __future__ import annotations
 
+import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 
 ASSETS = Path(__file__).parent / "assets"
 
+# Of the demonstrations HPR is trained on these, and its layers are selected on the others (the paper: 45 and 5 %).
+TRAINED_ON = 360
+# Settings that are tried on the validation questions. The paper's is the first.
+GATES, ALPHAS = (0.5, 0.1, 0.01), (1.0, 0.75)
+
 
 def run(out: Path) -> dict[str, Any]:
-    """Fit SEA to the demonstrations, evaluate it on the test questions, reload and merge it.
+    """Fit SEA and train HPR on the demonstrations, evaluate them on the test questions, reload both, merge SEA.
 
     Args:
-        out: folder; `activations` and `sea` in it are replaced.
+        out: folder; `activations`, `hpr-activations`, `sea` and `hpr` in it are replaced.
 
     Returns:
         JSON values: one row for each model with MC1, MC2 (in [0, 1]) and perplexity on unrelated text; the largest
-        differences of logits; the folder of the adapter.
+        differences of logits; what was tried on the validation questions; the folders of the adapters.
     """
-    import torch
-    from peft import PeftModel, TaskType, get_peft_model
     from tqdm.auto import tqdm
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..activations import collect_activations
-    from ..contrast import load_contrast_set
-    from ..evaluation import evaluate_multiple_choice, perplexity
-    from ..fitting import fit_sea
-    from ..saving import check_adapter_folder, save_adapter
-    from ..tuners.sea import SEAConfig
+    from ..saving import check_adapter_folder
 
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose a folder for the demonstration")
+    for name in ("sea", "hpr"):
+        check_adapter_folder(out / name)
+    with tqdm(total=9, desc="demonstration", unit="model") as progress:
+        scene = _Scene(progress)
+        scene.evaluate("base", scene.base_model())
+        sea = _sea(scene, out)
+        hpr = _hpr(scene, out)
+    return {
+        "demonstrations": len(scene.demonstrations),
+        "questions": len(scene.test),
+        "rows": scene.rows,
+        **sea,
+        **hpr,
+    }
+
+
+class _Scene:
+    """Model, tokenizer and data, and the table of results as it grows."""
+
+    def __init__(self, progress):
+        from transformers import AutoTokenizer
+
+        from ..contrast import load_contrast_set
+
+        self.progress = progress
+        self.tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
+        self.demonstrations, self.validation, self.test = (
+            load_contrast_set(ASSETS / f"{name}.jsonl") for name in ("demonstrations", "validation", "test")
+        )
+        self.unrelated = (ASSETS / "unrelated.txt").read_text(encoding="utf-8").splitlines()
+        self.rows: list[dict[str, Any]] = []
+
+    @staticmethod
     def base_model():
+        from transformers import AutoModelForCausalLM
+
         return AutoModelForCausalLM.from_pretrained(ASSETS / "model").eval()
 
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
-    demonstrations = load_contrast_set(ASSETS / "demonstrations.jsonl")
-    test = load_contrast_set(ASSETS / "test.jsonl")
-    unrelated = (ASSETS / "unrelated.txt").read_text(encoding="utf-8").splitlines()
-    rows: list[dict[str, Any]] = []
+    def mc(self, model, data):
+        from ..evaluation import evaluate_multiple_choice
 
-    def evaluate(name: str, model) -> torch.Tensor:
-        """Add a row to the table; returns logits on unrelated text, for comparing models."""
-        result = evaluate_multiple_choice(model, tokenizer, test, batch_size=256)
-        rows.append(
+        return evaluate_multiple_choice(model, self.tokenizer, data, batch_size=256)
+
+    def perplexity(self, model) -> float:
+        from ..evaluation import perplexity
+
+        return perplexity(model, self.tokenizer, self.unrelated, batch_size=64)
+
+    def evaluate(self, name: str, model) -> None:
+        """Add a row to the table."""
+        result = self.mc(model, self.test)
+        self.rows.append(
+            {"model": name, "mc1": result.mc1, "mc2": result.mc2, "perplexity": self.perplexity(model)},
+        )
+        self.progress.update()
+
+    def difference(self, model, other) -> float:
+        """Largest difference of two models' logits on unrelated text."""
+        import torch
+
+        ids = torch.tensor([self.tokenizer(text)["input_ids"][:48] for text in self.unrelated])
+        with torch.no_grad():
+            return float((model(ids).logits - other(ids).logits).abs().max())
+
+
+def _sea(scene: _Scene, out: Path) -> dict[str, Any]:
+    from peft import PeftModel, TaskType, get_peft_model
+
+    from ..activations import collect_activations
+    from ..fitting import fit_sea
+    from ..saving import save_adapter
+    from ..tuners.sea import SEAConfig
+
+    store = collect_activations(
+        scene.base_model(), scene.tokenizer, scene.demonstrations, out / "activations", resume=False
+    )
+
+    def fitted(**options):
+        model = get_peft_model(scene.base_model(), SEAConfig(task_type=TaskType.CAUSAL_LM, centered=True, **options))
+        fit_sea(model, store)
+        return model
+
+    edited = fitted()
+    save_adapter(edited, out / "sea")
+    scene.evaluate("SEA", edited)
+    scene.evaluate("SEA, signs exchanged (negative control)", fitted(projections="exchanged"))
+    reloaded = PeftModel.from_pretrained(scene.base_model(), out / "sea")
+    scene.evaluate("SEA, saved and reloaded", reloaded)
+    linear = fitted(rescale="none")
+    scene.evaluate("SEA, rescale none", linear)
+    merged = fitted(rescale="none").merge_and_unload(safe_merge=True)
+    scene.evaluate("SEA, rescale none, merged", merged)
+    return {
+        "reloaded_difference": scene.difference(reloaded, edited),
+        "merged_difference": scene.difference(merged, linear),
+        "adapter": str((out / "sea").resolve()),
+    }
+
+
+def _hpr(scene: _Scene, out: Path) -> dict[str, Any]:
+    from peft import PeftModel
+
+    from ..saving import save_adapter
+
+    model, accuracy = _trained_hpr(scene, out)
+    config = model.peft_config["default"]
+    scene.evaluate("HPR, as in the paper (gate 0.5, alpha 1)", model)
+
+    config.rotation = "reflection"
+    scene.evaluate("HPR, reflection only (ablation)", model)
+    config.rotation = "angle"
+
+    tried = []
+    for config.gate, config.alpha in product(GATES, ALPHAS):
+        tried.append(
             {
-                "model": name,
-                "mc1": result.mc1,
-                "mc2": result.mc2,
-                "perplexity": perplexity(model, tokenizer, unrelated, batch_size=64),
+                "gate": config.gate,
+                "alpha": config.alpha,
+                "mc1": scene.mc(model, scene.validation).mc1,
+                "perplexity": scene.perplexity(model),
             }
         )
-        ids = torch.tensor([tokenizer(text)["input_ids"][:48] for text in unrelated])
-        with torch.no_grad():
-            return model(ids).logits
-
-    adapter = Path(out) / "sea"
-    check_adapter_folder(adapter)
-    if Path(out).exists() and not Path(out).is_dir():
-        raise ValueError(f"{out} is a file: choose a folder for the demonstration")
-    with tqdm(total=6, desc="demonstration", unit="model") as progress:
-        evaluate("base", base_model())
-        progress.update()
-
-        model = base_model()
-        store = collect_activations(model, tokenizer, demonstrations, Path(out) / "activations", resume=False)
-        options = {"task_type": TaskType.CAUSAL_LM, "centered": True}
-        model = get_peft_model(model, SEAConfig(**options))
-        fit_sea(model, store)
-        edited = evaluate("SEA", model)
-        save_adapter(model, adapter)
-        progress.update()
-
-        exchanged = get_peft_model(base_model(), SEAConfig(**options, projections="exchanged"))
-        fit_sea(exchanged, store)
-        evaluate("SEA, signs exchanged (negative control)", exchanged)
-        progress.update()
-
-        reloaded = evaluate("SEA, saved and reloaded", PeftModel.from_pretrained(base_model(), adapter))
-        progress.update()
-
-        model = get_peft_model(base_model(), SEAConfig(**options, rescale="none"))
-        fit_sea(model, store)
-        linear = evaluate("SEA, rescale none", model)
-        progress.update()
-
-        merged = evaluate("SEA, rescale none, merged", model.merge_and_unload(safe_merge=True))
-        progress.update()
+    best = _mildest(tried, len(scene.validation))
+    config.gate, config.alpha = best["gate"], best["alpha"]
+    save_adapter(model, out / "hpr")
+    reloaded = PeftModel.from_pretrained(scene.base_model(), out / "hpr")
+    scene.evaluate("HPR, gate and alpha by validation, reloaded", reloaded)
     return {
-        "demonstrations": len(demonstrations),
-        "questions": len(test),
-        "rows": rows,
-        "reloaded_difference": float((reloaded - edited).abs().max()),
-        "merged_difference": float((merged - linear).abs().max()),
-        "adapter": str(adapter.resolve()),
+        "hpr_reloaded_difference": scene.difference(reloaded, model),
+        "hpr_adapter": str((out / "hpr").resolve()),
+        "probe_accuracy": accuracy,
+        "tried": tried,
+        "chosen": best,
     }
+
+
+def _mildest(tried: list[dict[str, float]], questions: int) -> dict[str, float]:
+    """The setting with the least perplexity of those whose MC1 is within one standard error of the best."""
+    best = max(row["mc1"] for row in tried)
+    error = math.sqrt(best * (1 - best) / questions)
+    return min((row for row in tried if row["mc1"] >= best - error), key=lambda row: row["perplexity"])
+
+
+def _trained_hpr(scene: _Scene, out: Path):
+    """A model with an HPR adapter, trained and its four best layers of five selected; the accuracy of all probes."""
+    from peft import TaskType, get_peft_model
+    from transformers import set_seed
+    from transformers.trainer_callback import PrinterCallback
+
+    from ..activations import collect_activations
+    from ..selection import select_layers
+    from ..training import HPRTrainer, HPRTrainingArguments
+    from ..tuners.hpr import HPRConfig
+
+    set_seed(0)
+    model = get_peft_model(scene.base_model(), HPRConfig(task_type=TaskType.CAUSAL_LM)).eval()
+    options = {"site": "block", "tokens": "answer", "resume": False}
+    parts = {"train": range(TRAINED_ON), "eval": range(TRAINED_ON, len(scene.demonstrations))}
+    stores = {
+        name: collect_activations(
+            model, scene.tokenizer, scene.demonstrations.select(rows), out / "hpr-activations" / name, **options
+        )
+        for name, rows in parts.items()
+    }
+    arguments = HPRTrainingArguments(
+        output_dir=str(out),
+        learning_rate=2e-3,
+        eval_strategy="no",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = HPRTrainer(model, arguments, train_dataset=stores["train"])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return model, select_layers(model, stores["eval"], top_k=4, prune=True).accuracy

@@ -18,6 +18,9 @@ from torch.nn import functional
 
 # Below this sine of the angle between an activation and the normal there is no plane to rotate in.
 NO_DIRECTION = 1e-6
+# Without gradients, tokens are edited so many elements at a time: what is computed on the way then takes little memory,
+# and on a CPU it stays in the cache. Elsewhere a chunk is larger, as each one waits for the device.
+CHUNK_ELEMENTS = {"cpu": 2**21}
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -30,14 +33,18 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=-1)
 
 
-def _split(a: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """|a|, a^ = a / |a|, c = n . a^ and n - c a^, the part of n = w / |w| across a; (..., 1) or (..., d)."""
+def _split(a: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """|a|, c = n . a^ and n - c a^, the part of n = w / |w| across a; a^ = a / |a|; (..., 1), (..., 1) and (..., d)."""
     tiny = torch.finfo(a.dtype).tiny
     norm = a.norm(dim=-1, keepdim=True)
-    unit = a / norm.clamp_min(tiny)
     n = functional.normalize(w.to(a.dtype), dim=-1, eps=tiny)
-    cosine = _dot(unit, n).unsqueeze(-1)
-    return norm, unit, cosine, n - cosine * unit
+    cosine = (a * n).sum(dim=-1, keepdim=True) / norm.clamp_min(tiny)
+    return norm, cosine, _remove(n, a, norm, cosine)
+
+
+def _remove(x: Tensor, a: Tensor, norm: Tensor, cosine: Tensor) -> Tensor:
+    """x - cosine a^, without a^ in memory."""
+    return torch.addcmul(x, cosine / norm.clamp_min(torch.finfo(a.dtype).tiny), a, value=-1)
 
 
 def angle_between(a: Tensor, b: Tensor) -> Tensor:
@@ -76,14 +83,14 @@ def rotate(a: Tensor, w: Tensor, angle_rad: Tensor) -> Tensor:
     x = a.to(_wide(a.dtype))
     tiny = torch.finfo(x.dtype).tiny
     angle_rad = angle_rad.to(x.dtype).unsqueeze(-1)
-    norm, unit, _, t = _split(x, w)
+    norm, _, t = _split(x, w)
     sine = t.norm(dim=-1, keepdim=True)
-    t = t / sine.clamp_min(tiny)
     # Once more: near a parallel to n the difference has lost its leading digits.
-    t = functional.normalize(t - (t * unit).sum(dim=-1, keepdim=True) * unit, dim=-1, eps=tiny)
-    rotated = torch.cos(angle_rad) * x + torch.sin(angle_rad) * norm * t
+    t = _remove(t, x, norm, (t * x).sum(dim=-1, keepdim=True) / norm.clamp_min(tiny))
     # The square of a norm outside these bounds has no place in the dtype.
-    possible = (sine >= NO_DIRECTION) & (norm > math.sqrt(tiny)) & norm.isfinite()
+    possible = (sine >= NO_DIRECTION) & (norm > math.sqrt(tiny)) & (norm < math.inf)
+    length = torch.where(possible, t.norm(dim=-1, keepdim=True), 1)
+    rotated = torch.addcmul(torch.cos(angle_rad) * x, torch.sin(angle_rad) * norm / length, t)
     return torch.where(possible, rotated, x).to(a.dtype)
 
 
@@ -92,7 +99,7 @@ def reflection_angle(a: Tensor, w: Tensor) -> Tensor:
 
     By 2 atan2(|c|, |n - c a^|), which unlike 2 asin |c| is accurate where a is nearly parallel to n.
     """
-    _, _, cosine, across = _split(a.to(_wide(a.dtype)), w)
+    _, cosine, across = _split(a.to(_wide(a.dtype)), w)
     return 2 * torch.atan2(cosine.squeeze(-1).abs(), across.norm(dim=-1))
 
 
@@ -132,16 +139,27 @@ def edit(
     """
     if gate == 0 or alpha == 0:
         return a
-    negative = is_negative(a, w, gate)
+
+    def rotated(tokens: Tensor) -> Tensor:
+        return rotate(tokens, w, (alpha * angle(tokens)).clamp_max(math.pi))
+
+    flat = a.reshape(-1, a.shape[-1])
     if torch.compiler.is_compiling():
         # Shapes must not depend on the data inside a compiled graph.
-        flat = a.reshape(-1, a.shape[-1])
-        rotated = rotate(flat, w, (alpha * angle(flat)).clamp_max(math.pi)).reshape(a.shape)
-        return torch.where(negative.unsqueeze(-1), rotated, a)
-    chosen = a[negative]  # (m, d)
-    out = a.clone()
-    out[negative] = rotate(chosen, w, (alpha * angle(chosen)).clamp_max(math.pi))
-    return out
+        negative = is_negative(flat, w, gate).unsqueeze(-1)
+        return torch.where(negative, rotated(flat), flat).reshape(a.shape)
+    out = flat.clone()
+    # What is kept for the gradients takes its memory in any case.
+    elements = flat.numel() if torch.is_grad_enabled() else CHUNK_ELEMENTS.get(a.device.type, 2**26)
+    step = max(1, elements // a.shape[-1])
+    for start in range(0, len(flat), step):
+        tokens = flat[start : start + step]
+        negative = is_negative(tokens, w, gate).nonzero().squeeze(1)
+        if len(negative) == len(tokens):
+            out[start : start + step] = rotated(tokens)
+        elif len(negative) > 0:
+            out[start : start + step].index_copy_(0, negative, rotated(tokens[negative]))
+    return out.reshape(a.shape)
 
 
 @dataclass(frozen=True)
