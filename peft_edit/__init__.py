@@ -1,4 +1,4 @@
-"""Edit a language model's activations as Hugging Face PEFT adapters. Importing this package registers SEA with PEFT."""
+"""Edit a language model's activations as Hugging Face PEFT adapters. Importing it registers SEA and HPR with PEFT."""
 
 from .activations import collect_activations
 from .contrast import load_contrast_set

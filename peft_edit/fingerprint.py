@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import align_module_device
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
@@ -111,7 +112,10 @@ def _checkpoint_files(config) -> dict[str, Path]:
         if os.path.isdir(name):
             path = Path(name) / file
             return path if path.exists() else None
-        path = try_to_load_from_cache(name, file, revision=revision) if name else None
+        try:
+            path = try_to_load_from_cache(name, file, revision=revision)
+        except HFValidationError:  # no name on the Hub: a folder that is gone, or nothing
+            return None
         return Path(path) if isinstance(path, str) else None
 
     if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:

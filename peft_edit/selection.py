@@ -121,5 +121,6 @@ def _check_choice(top_k: int | None, threshold: float | None, count: int) -> Non
         raise ValueError(
             f"top_k must be an integer from 1 to {count}, the number of layers with modules, got {top_k!r}"
         )
-    if threshold is not None and not 0 <= threshold <= 1:
+    is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if threshold is not None and not (is_number and 0 <= threshold <= 1):
         raise ValueError(f"threshold must be an accuracy in [0, 1], got {threshold!r}: pass 0.9 for 90 %")

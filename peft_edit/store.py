@@ -144,7 +144,7 @@ class ActivationStore:
 
         Of the files only the pages with these rows are read; `rows` is (r,) int64, in any order.
         """
-        layers, rows = list(layers), torch.as_tensor(rows)
+        layers, rows = list(layers), torch.as_tensor(rows).contiguous()
         shard_of = torch.searchsorted(self._first_rows, rows, right=True) - 1
         gathered = torch.empty(len(layers), len(rows), self.hidden_size, dtype=self._dtype)
         for number in shard_of.unique().tolist():

@@ -36,6 +36,9 @@ class HPRTrainingArguments(TrainingArguments):
     epochs of batches of 16 token pairs, AdamW, learning rate 5e-4, cosine schedule with 5 % warm-up, and the epoch with
     the most accurate probes kept.
 
+    Of epochs with equally accurate probes the first is kept. Where the accuracy reaches 1 early, that leaves the angle
+    networks hardly trained: pass `metric_for_best_model="loss", greater_is_better=False`.
+
     `max_grad_norm` is the bound for the gradient of each decoder block by itself: the blocks train together but
     independently of each other.
     """
@@ -214,11 +217,14 @@ class HPRTrainer(Trainer):
         # Since the last log: sums of loss terms and scores over micro-batches, (4, blocks), and their number.
         self._sums: Tensor | float = 0.0
         self._summed = 0
+        train_pairs, eval_pairs = self._dataset(train_dataset), self._dataset(eval_dataset)
+        if isinstance(eval_pairs, dict) and args.load_best_model_at_end:
+            _check_best_metric(args.metric_for_best_model, list(eval_pairs))
         super().__init__(
             model=StackedHPR(list(self.layers.values()), self.adapter_name),
             args=args,
-            train_dataset=self._dataset(train_dataset),
-            eval_dataset=self._dataset(eval_dataset),
+            train_dataset=train_pairs,
+            eval_dataset=eval_pairs,
             data_collator=_unchanged,
             compute_metrics=self._evaluation_metrics,
             **kwargs,
@@ -254,7 +260,7 @@ class HPRTrainer(Trainer):
         if not finite.all():
             bad = list(self.layers)[int((~finite).nonzero()[0])]
             raise ValueError(
-                f"the loss of layer {bad} ({self.layers[bad].site}) is {float(losses.total[~finite][0])} at step "
+                f"the loss of layer {bad} ({self.layers[bad].site}) is {losses.total[~finite][0].item()} at step "
                 f"{self.state.global_step}: lower the learning rate, or check the activations of that layer"
             )
         if model.training:
@@ -268,7 +274,8 @@ class HPRTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad(), self.compute_loss_context_manager():
             value, (logits, angles, target) = self.compute_loss(model, self._prepare_inputs(inputs), True)
-        return (value, None, None) if prediction_loss_only else (value, (logits, angles), target)
+        # Without a loss: Trainer's mean over batches counts those twice that fill up the last one of several processes.
+        return (value, None, None) if prediction_loss_only else (None, (logits, angles), target)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self._summed:
@@ -281,7 +288,10 @@ class HPRTrainer(Trainer):
         logits, angles = (torch.from_numpy(array) for array in prediction.predictions)
         outputs = (logits, angles, torch.from_numpy(prediction.label_ids))
         losses = _losses(*outputs)
-        return self._named(losses.probe, losses.angle, *_scores(*outputs))
+        return {
+            "loss": float(losses.total.mean()),
+            **self._named(losses.probe, losses.angle, *_scores(*outputs)),
+        }
 
     def _named(self, probe: Tensor, angle: Tensor, accuracy: Tensor, error: Tensor) -> dict[str, float]:
         """Names for logging of values of each block, (blocks,)."""
@@ -307,9 +317,20 @@ class HPRTrainer(Trainer):
         if self.args.should_save:
             output_dir = self.args.output_dir if output_dir is None else output_dir
             self._copy_to_adapter()
-            own = {"selected_adapters": [self.adapter_name]} if isinstance(self.adapted_model, PeftModel) else {}
-            self.adapted_model.save_pretrained(output_dir, **own)
+            if isinstance(self.adapted_model, PeftModel):
+                self.adapted_model.save_pretrained(output_dir, selected_adapters=[self.adapter_name])
+            else:
+                # A Transformers model saves its active adapter.
+                active = self.adapted_model.active_adapters()
+                self.adapted_model.set_adapter(self.adapter_name)
+                try:
+                    self.adapted_model.save_pretrained(output_dir)
+                finally:
+                    self.adapted_model.set_adapter(active)
             torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Nothing: the adapter's README.md, which `save_pretrained` has written by then, is the card."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_checkpoint(Path(resume_from_checkpoint), self.adapter_name, self.adapter_config, self.layers)
@@ -352,6 +373,16 @@ def load_checkpoint(path: Path, adapter_name: str, config: HPRConfig, layers: di
             start = f".{layer.site}.hpr.{part}."
             state = {key.partition(start)[2]: tensor for key, tensor in tensors.items() if start in key}
             getattr(layer, part)[adapter_name].load_state_dict(state)
+
+
+def _check_best_metric(metric: str, stores: list[str]) -> None:
+    """Raise ValueError unless a metric is one of several evaluation stores."""
+    metric = metric.removeprefix("eval_")
+    if not metric.startswith(tuple(f"{name}_" for name in stores)):
+        raise ValueError(
+            f"eval_dataset has several stores ({', '.join(stores)}) and metric_for_best_model is {metric!r}: say which "
+            f"of them decides by metric_for_best_model='{stores[0]}_probe_accuracy'"
+        )
 
 
 def _losses(logits: Tensor, angles: Tensor, target: Tensor) -> Loss:

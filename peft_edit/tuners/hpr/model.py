@@ -16,7 +16,8 @@ class HPRModel(EditModel):
     """
     Creates a HPR (Householder Pseudo-Rotation) model from a pretrained transformer model.
 
-    The method is described in detail in https://aclanthology.org/2024.emnlp-main.761. A new adapter is the identity.
+    The method is described in detail in https://aclanthology.org/2024.emnlp-main.761. A new adapter is the identity;
+    `HPRTrainer` trains it on stored activations, and `select_layers` keeps the blocks that edit best.
 
     Args:
         model (`torch.nn.Module`): The model to be adapted.
@@ -27,6 +28,19 @@ class HPRModel(EditModel):
 
     Returns:
         `torch.nn.Module`: The HPR model.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForCausalLM
+        >>> from peft import get_peft_model
+        >>> from peft_edit import HPRConfig, HPRTrainer, HPRTrainingArguments, select_layers
+
+        >>> model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-2-7b-hf")
+        >>> model = get_peft_model(model, HPRConfig())
+        >>> HPRTrainer(model, HPRTrainingArguments("out"), train_dataset=store, eval_dataset=held_out_store).train()
+        >>> select_layers(model, held_out_store, top_k=5, prune=True)
+        ```
 
     **Attributes**:
         - **model** ([`~transformers.PreTrainedModel`]) -- The model to be adapted.
