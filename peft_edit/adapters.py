@@ -82,7 +82,7 @@ def check_store(
     if missing := sorted(set(layers) - set(store.layers)):
         raise ValueError(
             f"{store.path} has layers {store.layers}, the adapter also edits {missing}: "
-            "collect those layers, or set layers_to_transform"
+            "collect those layers too, or make an adapter without them (layers_to_transform)"
         )
     for index, layer in layers.items():
         module = store.metadata["modules"][str(index)]

@@ -16,7 +16,9 @@ def check_adapter_folder(path: Path, *others: str) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: choose a folder for the adapter")
     known = ("adapter_config.json", *others)
-    if path.exists() and any(path.iterdir()) and not any((path / name).exists() for name in known):
+    # Hidden files may be what a run has left that was killed.
+    visible = path.exists() and any(not file.name.startswith(".") for file in path.iterdir())
+    if visible and not any((path / name).exists() for name in known):
         raise ValueError(f"{path} holds something else than an adapter: choose another folder")
 
 

@@ -75,8 +75,10 @@ def select_layers(
     _check_choice(top_k, threshold, len(layers))
     check_store(model, store, "block", layers, allow_fingerprint_mismatch)
 
-    progress = tqdm(layers.items(), desc="evaluating probes", unit="layer", leave=None)
-    accuracy = {index: probe_accuracy(store, index, layer, adapter_name) for index, layer in progress}
+    for index, layer in layers.items():
+        _check_weights(index, layer, adapter_name)
+    with tqdm(layers.items(), desc="evaluating probes", unit="layer", leave=None) as progress:
+        accuracy = {index: probe_accuracy(store, index, layer, adapter_name) for index, layer in progress}
     ranked = sorted(accuracy, key=accuracy.get, reverse=True)
     selected = ranked[:top_k] if threshold is None else [i for i in ranked if accuracy[i] >= threshold]
     if not selected:
@@ -108,9 +110,17 @@ def probe_accuracy(store: ActivationStore, index: int, layer: HPRLayer, adapter_
     chunks = store.answer_tokens(index).split(CHUNK_ROWS)
     logits = torch.cat([layer.probe_logits(chunk.to(device), adapter_name).cpu() for chunk in chunks])
     if not torch.isfinite(logits).all():
-        raise ValueError(f"the probe of layer {index} gives logits that are not finite: train the adapter again")
+        raise ValueError(
+            f"the probe of layer {index} gives logits that are not finite: collect {store.path} again (resume=False)"
+        )
     negative, positive = logits[store.pairs()].T
     return float(torch.cat((positive > 0, negative <= 0)).double().mean())
+
+
+def _check_weights(index: int, layer: HPRLayer, adapter_name: str) -> None:
+    for part in layer.adapter_layer_names:
+        if not all(torch.isfinite(p).all() for p in getattr(layer, part)[adapter_name].parameters()):
+            raise ValueError(f"the weights of layer {index} are not finite ({part}): train the adapter again")
 
 
 def _check_choice(top_k: int | None, threshold: float | None, count: int) -> None:

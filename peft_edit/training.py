@@ -58,7 +58,7 @@ class HPRTrainingArguments(TrainingArguments):
     )
     metric_for_best_model: str | None = field(default="probe_accuracy", metadata={"help": "What is best."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether the best is the greatest."})
-    logging_steps: float = field(default=0.05, metadata={"help": "Steps between logs; below 1 a share of all steps."})
+    logging_steps: float = field(default=100, metadata={"help": "Steps between logs; below 1 a share of all steps."})
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Page-locked batches. Default: where CUDA is."}
     )

@@ -127,7 +127,7 @@ def native(seed=0, adapter="default", **fields):
 
 
 def arguments(folder, **changes):
-    changes = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, **changes}
+    changes = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 0.05, **changes}
     return HPRTrainingArguments(str(folder), **changes)
 
 

@@ -74,7 +74,8 @@ def load_adapter(model, adapter: str, allow_fingerprint_mismatch: bool = False):
 
     from ..fingerprint import fingerprint
 
-    check_local(adapter, "adapter_config.json")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        check_local(adapter, file)
     try:
         config = PeftConfig.from_pretrained(adapter)
     except (ValueError, KeyError, TypeError) as error:
@@ -89,14 +90,16 @@ def load_adapter(model, adapter: str, allow_fingerprint_mismatch: bool = False):
             "load its base model, or pass --allow-fingerprint-mismatch"
         )
     try:
-        saved = set(load_peft_weights(adapter, device="cpu"))
+        weights = load_peft_weights(adapter, device="cpu")
     except SafetensorError as error:
         raise ValueError(f"the tensors of {adapter} are damaged ({error}): save the adapter again") from error
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
     except RuntimeError as error:  # torch's collected errors of load_state_dict
         raise ValueError(f"{adapter} does not fit the model: {error}") from error
-    expected = set(get_peft_model_state_dict(adapted))
+    if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{bad[0]} of {adapter} is not finite: fit or train the adapter again")
+    saved, expected = set(weights), set(get_peft_model_state_dict(adapted))
     for what, names in (("extra", saved - expected), ("missing", expected - saved)):
         if names:
             raise ValueError(

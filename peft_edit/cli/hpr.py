@@ -10,7 +10,19 @@ import typer
 from . import common
 
 
+# Settings and results of a training, beside its adapter.
 RECORD = "train_hpr.json"
+# Those of Transformers that need no other package and no further arguments.
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "adagrad", "rmsprop", "sgd")
+SCHEDULERS = (
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+)
 Store = Annotated[
     Path, typer.Argument(help="Store that collect --site block --tokens answer wrote.", show_default=False)
 ]
@@ -29,16 +41,14 @@ def train_hpr(
     num_angle_layers: Annotated[int, typer.Option(help="Linear layers in an angle network.")] = 4,
     angle_hidden_size: Annotated[int | None, typer.Option(help="Width of its hidden layers. Default: halved.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the token pairs.", min=0)] = 5.0,
-    max_steps: Annotated[int, typer.Option(help="Steps instead of epochs; -1 for none.")] = -1,
+    max_steps: Annotated[int | None, typer.Option(help="So many steps instead of epochs.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Token pairs in a batch, on each device.", min=1)] = 16,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.", min=0)] = 5e-4,
     scheduler: Annotated[
         str, typer.Option(help="cosine, linear, constant, ... as Transformers names them.")
     ] = "cosine",
     warmup: Annotated[float, typer.Option(help="Steps of warm-up; below 1 a share of all steps.", min=0)] = 0.05,
-    optimizer: Annotated[
-        str, typer.Option(help="adamw_torch_fused, adafactor, sgd, ...: a name of Transformers.")
-    ] = "adamw_torch_fused",
+    optimizer: Annotated[str, typer.Option(help=f"{', '.join(OPTIMIZERS)}.")] = "adamw_torch_fused",
     weight_decay: Annotated[float, typer.Option(help="Weight decay.", min=0)] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Bound for the norm of each block's gradient.", min=0)] = 1.0,
     patience: Annotated[
@@ -60,6 +70,7 @@ def train_hpr(
     from transformers import EarlyStoppingCallback, set_seed
     from transformers.trainer_callback import ProgressCallback
 
+    from ..functional.checks import check_choice
     from ..saving import check_adapter_folder, save_adapter
     from ..store import open_pairs
     from ..training import HPRTrainer, HPRTrainingArguments
@@ -75,14 +86,24 @@ def train_hpr(
     }
     common.check_json(json_file)
     check_adapter_folder(out, RECORD)
+    check_choice("--scheduler", scheduler, SCHEDULERS)
+    check_choice("--optimizer", optimizer, OPTIMIZERS)
     if patience is not None and eval_store is None:
         raise ValueError("--patience needs --eval-store: without an evaluation nothing can get better")
     opened = open_pairs(store)
     opened_eval = None if eval_store is None else open_pairs(eval_store)
+    config = HPRConfig(
+        task_type=TaskType.CAUSAL_LM,
+        target_modules=None if target_modules is None else target_modules.split(","),
+        layers_to_transform=opened.layers if layers is None else common.parse_layers(layers),
+        num_angle_layers=num_angle_layers,
+        angle_hidden_size=angle_hidden_size,
+    )
     arguments = HPRTrainingArguments(
-        output_dir=str(out),
+        # Absolute, as it stands in the checkpoints: a training may go on from another working directory.
+        output_dir=str(out.resolve()),
         num_train_epochs=epochs,
-        max_steps=max_steps,
+        max_steps=-1 if max_steps is None else max_steps,
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
         lr_scheduler_type=scheduler,
@@ -94,21 +115,9 @@ def train_hpr(
         use_cpu=cpu,
         seed=seed,
         eval_strategy="no" if opened_eval is None else "epoch",
+        restore_callback_states_from_checkpoint=True,  # how long the patience has lasted
     )
-    with arguments.main_process_first():
-        checkpoint = _interrupted_training(out, settings, resume)
-        if arguments.should_save:
-            out.mkdir(parents=True, exist_ok=True)
-            common.write_json(out / RECORD, settings)
-
     set_seed(seed)
-    config = HPRConfig(
-        task_type=TaskType.CAUSAL_LM,
-        target_modules=None if target_modules is None else target_modules.split(","),
-        layers_to_transform=opened.layers if layers is None else common.parse_layers(layers),
-        num_angle_layers=num_angle_layers,
-        angle_hidden_size=angle_hidden_size,
-    )
     adapted = get_peft_model(common.load_structure(model, revision), config)
     trainer = HPRTrainer(
         adapted,
@@ -118,9 +127,17 @@ def train_hpr(
         allow_fingerprint_mismatch=allow_fingerprint_mismatch,
         callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
     )
+    with arguments.main_process_first():
+        checkpoint = _interrupted_training(out, settings, resume)
+        if arguments.should_save:
+            common.write_json(out / RECORD, settings)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_progress_callback())
-    trainer.train(resume_from_checkpoint=checkpoint)
+    progress = _progress_callback()
+    trainer.add_callback(progress)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        progress.close()
     results = {**settings, "steps": trainer.state.global_step, "history": trainer.state.log_history}
     if opened_eval is not None:
         results |= trainer.evaluate()
@@ -204,10 +221,18 @@ def _checkpoints(out: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
 
 
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the state is there, which is written last: a run may have been killed before or while it was."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _interrupted_training(out: Path, settings: dict[str, Any], resume: bool) -> str | None:
     """The checkpoint to go on from, or None. Without `resume` all checkpoints are deleted."""
-    # The state is written last: a run that was killed before has left a checkpoint that cannot be used.
-    complete = [folder for folder in _checkpoints(out) if (folder / "trainer_state.json").exists()]
+    complete = [folder for folder in _checkpoints(out) if _is_complete(folder)]
     if not resume or not complete:
         for folder in _checkpoints(out):
             shutil.rmtree(folder)
@@ -220,7 +245,10 @@ def _interrupted_training(out: Path, settings: dict[str, Any], resume: bool) -> 
         ) from error
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed:
-        what = "; ".join(f"{name} is {before.get(name)!r} there, {settings[name]!r} here" for name in changed[:3])
+        options = {name: f"--{name.replace('_', '-')}" for name in changed if name not in ("model", "store")}
+        what = "; ".join(
+            f"{options.get(name, name)} is {before.get(name)!r} there, {settings[name]!r} here" for name in changed[:3]
+        )
         raise ValueError(
             f"{out} holds a training that was interrupted, with other arguments ({what}): choose another folder, or "
             "pass resume=False to begin again"
@@ -239,4 +267,10 @@ def _progress_callback():
             if state.is_world_process_zero and self.training_bar is not None and shown:
                 self.training_bar.set_postfix(shown)
 
-    return Progress
+        def close(self) -> None:
+            """Close the bars that an error has left open, so that its message gets a line of its own."""
+            for bar in (self.prediction_bar, self.training_bar):
+                if bar is not None:
+                    bar.close()
+
+    return Progress()

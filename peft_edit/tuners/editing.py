@@ -143,8 +143,8 @@ def check_independent_of_padding(model: nn.Module) -> None:
         for name in () if layer.disable_adapters else layer.active_adapters:
             if layer.has_adapter(name) and layer.depends_on_padding(name):
                 raise ValueError(
-                    f"adapter {name!r} edits the last token of a forward pass only (token_scope='last'), so that its "
-                    "result depends on padding: set token_scope='all' for the evaluation"
+                    f"adapter {name!r} edits the last token of a forward pass only, so that its result depends on "
+                    "padding: set token_scope='all' in its configuration"
                 )
 
 
