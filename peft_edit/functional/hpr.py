@@ -18,9 +18,10 @@ from torch.nn import functional
 
 # Below this sine of the angle between an activation and the normal there is no plane to rotate in.
 NO_DIRECTION = 1e-6
-# Without gradients, tokens are edited so many elements at a time: what is computed on the way then takes little memory,
-# and on a CPU it stays in the cache. Elsewhere a chunk is larger, as each one waits for the device.
-CHUNK_ELEMENTS = {"cpu": 2**21}
+# Without gradients, tokens are edited so many elements at a time, those of the angle network's input and those that are
+# rotated: what is computed on the way then takes little memory, and on a CPU that of the rotation stays in the cache.
+# Elsewhere chunks are larger, as each one waits for the device.
+CHUNK_ELEMENTS = {"cpu": (2**21, 2**18)}
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -33,18 +34,23 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=-1)
 
 
-def _split(a: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """|a|, c = n . a^ and n - c a^, the part of n = w / |w| across a; a^ = a / |a|; (..., 1), (..., 1) and (..., d)."""
-    tiny = torch.finfo(a.dtype).tiny
-    norm = a.norm(dim=-1, keepdim=True)
-    n = functional.normalize(w.to(a.dtype), dim=-1, eps=tiny)
-    cosine = (a * n).sum(dim=-1, keepdim=True) / norm.clamp_min(tiny)
-    return norm, cosine, _remove(n, a, norm, cosine)
+def _sizes(a: Tensor) -> tuple[Tensor, Tensor]:
+    """|a|, (..., 1), moved to where its square has a place in the dtype, and whether it was there already."""
+    norm = torch.linalg.vector_norm(a, dim=-1, keepdim=True)
+    limits = torch.finfo(a.dtype)
+    size = norm.clamp(math.sqrt(limits.tiny), math.sqrt(limits.max))
+    return size, size == norm
 
 
-def _remove(x: Tensor, a: Tensor, norm: Tensor, cosine: Tensor) -> Tensor:
-    """x - cosine a^, without a^ in memory."""
-    return torch.addcmul(x, cosine / norm.clamp_min(torch.finfo(a.dtype).tiny), a, value=-1)
+def _normal(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """n = w / |w|; 0 for w = 0."""
+    w = w.to(dtype)
+    return w / torch.linalg.vector_norm(w, dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+
+
+def _cosine(v: Tensor, a: Tensor, size: Tensor) -> Tensor:
+    """v . a / |a|, (..., 1), for |v| <= 1."""
+    return ((v * a).sum(dim=-1, keepdim=True) / size).clamp(-1, 1)
 
 
 def angle_between(a: Tensor, b: Tensor) -> Tensor:
@@ -81,17 +87,17 @@ def rotate(a: Tensor, w: Tensor, angle_rad: Tensor) -> Tensor:
         rotate in, and a comes back unchanged.
     """
     x = a.to(_wide(a.dtype))
-    tiny = torch.finfo(x.dtype).tiny
     angle_rad = angle_rad.to(x.dtype).unsqueeze(-1)
-    norm, _, t = _split(x, w)
-    sine = t.norm(dim=-1, keepdim=True)
+    size, usable = _sizes(x)
+    t = _normal(w, x.dtype)
+    # a^ is never in memory: c a^ = (c / |a|) a.
+    t = torch.addcmul(t, _cosine(t, x, size) / size, x, value=-1)
+    sine = torch.linalg.vector_norm(t, dim=-1, keepdim=True)
     # Once more: near a parallel to n the difference has lost its leading digits.
-    t = _remove(t, x, norm, (t * x).sum(dim=-1, keepdim=True) / norm.clamp_min(tiny))
-    # The square of a norm outside these bounds has no place in the dtype.
-    possible = (sine >= NO_DIRECTION) & (norm > math.sqrt(tiny)) & (norm < math.inf)
-    length = torch.where(possible, t.norm(dim=-1, keepdim=True), 1)
-    rotated = torch.addcmul(torch.cos(angle_rad) * x, torch.sin(angle_rad) * norm / length, t)
-    return torch.where(possible, rotated, x).to(a.dtype)
+    t = torch.addcmul(t, _cosine(t, x, size) / size, x, value=-1)
+    length = torch.linalg.vector_norm(t, dim=-1, keepdim=True).clamp_min(NO_DIRECTION / 2)
+    angle_rad = angle_rad * ((sine >= NO_DIRECTION) & usable)
+    return torch.addcmul(torch.cos(angle_rad) * x, torch.sin(angle_rad) * size / length, t).to(a.dtype)
 
 
 def reflection_angle(a: Tensor, w: Tensor) -> Tensor:
@@ -99,8 +105,12 @@ def reflection_angle(a: Tensor, w: Tensor) -> Tensor:
 
     By 2 atan2(|c|, |n - c a^|), which unlike 2 asin |c| is accurate where a is nearly parallel to n.
     """
-    _, cosine, across = _split(a.to(_wide(a.dtype)), w)
-    return 2 * torch.atan2(cosine.squeeze(-1).abs(), across.norm(dim=-1))
+    x = a.to(_wide(a.dtype))
+    size, _ = _sizes(x)
+    n = _normal(w, x.dtype)
+    cosine = _cosine(n, x, size)
+    across = torch.addcmul(n, cosine / size, x, value=-1)
+    return 2 * torch.atan2(cosine.squeeze(-1).abs(), torch.linalg.vector_norm(across, dim=-1))
 
 
 def is_negative(a: Tensor, w: Tensor, gate: float = 0.5) -> Tensor:
@@ -140,25 +150,32 @@ def edit(
     if gate == 0 or alpha == 0:
         return a
 
-    def rotated(tokens: Tensor) -> Tensor:
-        return rotate(tokens, w, (alpha * angle(tokens)).clamp_max(math.pi))
+    def angles(tokens: Tensor) -> Tensor:
+        return (alpha * angle(tokens)).clamp_max(math.pi)
 
     flat = a.reshape(-1, a.shape[-1])
     if torch.compiler.is_compiling():
         # Shapes must not depend on the data inside a compiled graph.
         negative = is_negative(flat, w, gate).unsqueeze(-1)
-        return torch.where(negative, rotated(flat), flat).reshape(a.shape)
+        return torch.where(negative, rotate(flat, w, angles(flat)), flat).reshape(a.shape)
     out = flat.clone()
-    # What is kept for the gradients takes its memory in any case.
-    elements = flat.numel() if torch.is_grad_enabled() else CHUNK_ELEMENTS.get(a.device.type, 2**26)
-    step = max(1, elements // a.shape[-1])
-    for start in range(0, len(flat), step):
-        tokens = flat[start : start + step]
+    if torch.is_grad_enabled():
+        predicted_at_once = rotated_at_once = max(1, len(flat))
+    else:
+        predicted_at_once, rotated_at_once = (
+            max(1, elements // a.shape[-1]) for elements in CHUNK_ELEMENTS.get(a.device.type, (2**26, 2**26))
+        )
+    for start in range(0, len(flat), predicted_at_once):
+        tokens = flat[start : start + predicted_at_once]
         negative = is_negative(tokens, w, gate).nonzero().squeeze(1)
-        if len(negative) == len(tokens):
-            out[start : start + step] = rotated(tokens)
-        elif len(negative) > 0:
-            out[start : start + step].index_copy_(0, negative, rotated(tokens[negative]))
+        if len(negative) == 0:
+            continue
+        chosen = tokens if len(negative) == len(tokens) else tokens[negative]
+        angle_rad = angles(chosen)
+        negative = negative + start
+        for i in range(0, len(chosen), rotated_at_once):
+            part = slice(i, i + rotated_at_once)
+            out.index_copy_(0, negative[part], rotate(chosen[part], w, angle_rad[part]))
     return out.reshape(a.shape)
 
 
