@@ -46,7 +46,12 @@ def test_command_line_snippet_runs(tmp_path):
     commands = [code for kind, code in BLOCKS if kind == "bash" and "peft-edit collect" in code]
     assert len(commands) == 1
     # The commands of this very environment, whether or not it is activated.
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    # One thread, as in the tests: two that wait for each other while other tests run take minutes.
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", commands[0]], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
