@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -64,10 +65,18 @@ def test_command_line_snippet_runs(tmp_path):
 def test_table_of_the_demonstration_is_what_it_prints(tmp_path, capsys):
     from peft_edit.cli.demo import demo
 
-    demo(out=tmp_path / "demo")
+    demo(out=tmp_path / "demo", json_file=tmp_path / "results.json")
     shown = next(text for kind, text in BLOCKS if kind == "text")
     printed = capsys.readouterr().out.splitlines()
     assert_shown("\n".join(printed[: len(shown.splitlines())]), shown)
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    base, *_, paper, reflection, chosen = results["rows"]
+    assert chosen["mc1"] >= base["mc1"] + 0.1 and chosen["perplexity"] <= 1.3 * base["perplexity"]
+    assert paper["mc1"] >= base["mc1"] + 0.06 and reflection["mc1"] >= base["mc1"]
+    assert results["hpr_reloaded_difference"] == 0
+    assert len(results["probe_accuracy"]) == 5 and min(results["probe_accuracy"].values()) > 0.8
+    assert results["chosen"] in results["tried"] and len(results["tried"]) == 6
 
 
 def test_nothing_is_left_to_be_filled_in():
