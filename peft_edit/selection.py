@@ -93,7 +93,7 @@ def select_layers(
         for index, layer in layers.items():
             if index not in config.selected_layers:
                 layer.remove_adapter(adapter_name)
-    return LayerSelection(adapter_name, accuracy, config.selected_layers)
+    return LayerSelection(adapter_name, accuracy, sorted(selected))
 
 
 @torch.no_grad()
@@ -119,7 +119,10 @@ def probe_accuracy(store: ActivationStore, index: int, layer: HPRLayer, adapter_
 
 def _check_weights(index: int, layer: HPRLayer, adapter_name: str) -> None:
     for part in layer.adapter_layer_names:
-        if not all(torch.isfinite(p).all() for p in getattr(layer, part)[adapter_name].parameters()):
+        parameters = list(getattr(layer, part)[adapter_name].parameters())
+        if any(p.is_meta for p in parameters):
+            raise ValueError(f"the weights of layer {index} are on the meta device ({part}): load the adapter first")
+        if not all(torch.isfinite(p).all() for p in parameters):
             raise ValueError(f"the weights of layer {index} are not finite ({part}): train the adapter again")
 
 

@@ -3,26 +3,26 @@ adapter alone."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .adapters import check_store, find_adapter
-from .functional.hpr import Loss, angle_between, loss
+from .functional.hpr import Loss, loss
 from .sites import layer_index
 from .store import ActivationStore, Store, open_pairs
 from .tuners.hpr import HPRConfig, HPRLayer
+from .tuners.hpr.stacked import StackedHPR
 
 
 # Fields of the configuration that decide which tensors an adapter has.
@@ -37,7 +37,7 @@ class HPRTrainingArguments(TrainingArguments):
     the most accurate probes kept.
 
     Of epochs with equally accurate probes the first is kept. Where the accuracy reaches 1 early, that leaves the angle
-    networks hardly trained: pass `metric_for_best_model="loss", greater_is_better=False`.
+    networks hardly trained: pass `metric_for_best_model="loss"`.
 
     `max_grad_norm` is the bound for the gradient of each decoder block by itself: the blocks train together but
     independently of each other.
@@ -57,7 +57,9 @@ class HPRTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Keep the best checkpoint's weights. Default: where there is an evaluation."}
     )
     metric_for_best_model: str | None = field(default="probe_accuracy", metadata={"help": "What is best."})
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether the best is the greatest."})
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Whether the best is the greatest. Default: not for losses and angle errors."}
+    )
     logging_steps: float = field(default=100, metadata={"help": "Steps between logs; below 1 a share of all steps."})
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Page-locked batches. Default: where CUDA is."}
@@ -68,8 +70,15 @@ class HPRTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         if self.load_best_model_at_end is None:
-            self.load_best_model_at_end = self.eval_strategy != "no" and self.save_strategy != "no"
+            together = self.save_strategy in (self.eval_strategy, "best")
+            self.load_best_model_at_end = self.eval_strategy != "no" and together
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "angle_error"))
         super().__post_init__()
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            # They watch the same metric, by default one that falls.
+            mode = "max" if self.greater_is_better else "min"
+            self.lr_scheduler_kwargs = {"mode": mode, **(self.lr_scheduler_kwargs or {})}
 
 
 class TokenPairs(Dataset):
@@ -97,66 +106,6 @@ class TokenPairs(Dataset):
         return {"activations": activations.unflatten(1, (2, len(pairs))).permute(2, 0, 1, 3)}
 
 
-class StackedLinear(nn.Module):
-    """A linear layer for each block, applied at once: (blocks, n, in) -> (blocks, n, out)."""
-
-    def __init__(self, layers: list[nn.Linear]):
-        super().__init__()
-        self.weight = nn.Parameter(torch.stack([layer.weight.detach().float() for layer in layers]))
-        self.bias = nn.Parameter(torch.stack([layer.bias.detach().float() for layer in layers]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
-
-    @torch.no_grad()
-    def copy_to(self, layers: list[nn.Linear]) -> None:
-        for layer, weight, bias in zip(layers, self.weight, self.bias, strict=True):
-            layer.weight.copy_(weight)
-            layer.bias.copy_(bias)
-
-
-class StackedHPR(nn.Module):
-    """Probes and angle networks of all blocks of an adapter, their weights stacked: what the Trainer trains.
-
-    Args:
-        layers: the adapter's layers, alike in shape.
-        adapter_name: the adapter.
-    """
-
-    def __init__(self, layers: list[HPRLayer], adapter_name: str):
-        super().__init__()
-        self.probe = nn.Parameter(torch.stack([x.hpr_probe[adapter_name].weight.detach()[0].float() for x in layers]))
-        networks = zip(*(layer.hpr_angle[adapter_name] for layer in layers), strict=True)
-        self.angle = nn.ModuleList(StackedLinear(m) for m in networks if isinstance(m[0], nn.Linear))
-
-    def forward(self, activations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """
-        Args:
-            activations: (B, blocks, 2, d), of positive and negative tokens.
-
-        Returns:
-            float32: logits of the probes, (B, blocks, 2); predicted angles in radians, (B, blocks, 2); the angle
-            between the two activations of a pair, (B, blocks).
-        """
-        pairs = activations.permute(1, 2, 0, 3)  # (blocks, 2, B, d)
-        target = angle_between(pairs[:, 1], pairs[:, 0])  # (blocks, B)
-        x = pairs.to(self.probe.dtype).flatten(1, 2)  # (blocks, 2 B, d)
-        logits = torch.bmm(x, self.probe.unsqueeze(2)).squeeze(2)
-        for i, linear in enumerate(self.angle):
-            x = linear(functional.gelu(x) if i else x)
-        angles = math.pi * torch.sigmoid(x.squeeze(2).float())
-        logits, angles = (y.float().unflatten(1, (2, -1)).permute(2, 0, 1) for y in (logits, angles))
-        return logits, angles, target.T
-
-    @torch.no_grad()
-    def copy_to(self, layers: list[HPRLayer], adapter_name: str) -> None:
-        for layer, weight in zip(layers, self.probe, strict=True):
-            layer.hpr_probe[adapter_name].weight.copy_(weight.unsqueeze(0))
-        linear = [[m for m in layer.hpr_angle[adapter_name] if isinstance(m, nn.Linear)] for layer in layers]
-        for stacked, modules in zip(self.angle, zip(*linear, strict=True), strict=True):
-            stacked.copy_to(modules)
-
-
 class HPRTrainer(Trainer):
     """
     Trains the probes and angle networks of an HPR adapter on stored activations. It is a `transformers.Trainer`:
@@ -164,7 +113,8 @@ class HPRTrainer(Trainer):
 
     The language model takes no part: it may be on the meta device, and only the adapter is moved to `args.device`. All
     decoder blocks train together in stacked weights, each by its own loss and with its gradient clipped by itself, so
-    that a block's training does not depend on which others are trained. `train` ends with the weights in the adapter.
+    that a block's training does not depend on which others are trained (with optimizers that treat each weight by
+    itself: AdamW, SGD, ...; Adafactor takes statistics of whole tensors). `train` ends with the weights in the adapter.
 
     Logged besides the loss (HPR, equations 8 to 10), which is the mean over the blocks: `probe_loss`, `angle_loss`,
     `angle_error` (mean |predicted - true| angle of negative tokens, radians) and `probe_accuracy`, the share in [0, 1]
@@ -177,12 +127,13 @@ class HPRTrainer(Trainer):
         eval_dataset: a store of other questions; also a dictionary of stores.
         adapter_name: which adapter; None for the active one.
         allow_fingerprint_mismatch: train although a store says that it was collected from another model.
-        kwargs: further arguments of `transformers.Trainer`: `callbacks`, `optimizers`, ...
+        kwargs: further arguments of `transformers.Trainer`, such as `callbacks` and `optimizers`; not `data_collator`
+            and `compute_metrics`, which are its own.
 
     Raises:
         TypeError: `args` are no `HPRTrainingArguments`.
         ValueError: a store does not fit the adapter (model, site, layers, hidden size, tokens), the evaluation data are
-            missing, or the adapter is none of HPR.
+            missing, the adapter is none of HPR or has other modules to train, or DeepSpeed or FSDP is asked for.
     """
 
     def __init__(
@@ -204,15 +155,14 @@ class HPRTrainer(Trainer):
                 f"eval_strategy is {args.eval_strategy.value!r} and there is no eval_dataset: pass a store of held-out "
                 "questions, or HPRTrainingArguments(eval_strategy='no')"
             )
+        if own := {"data_collator", "compute_metrics"} & set(kwargs):
+            raise TypeError(f"HPRTrainer has a {min(own)} of its own: leave it out")
+        if args.deepspeed or args.fsdp:
+            raise ValueError("HPRTrainer runs in one or several plain processes: leave out deepspeed and fsdp")
         self.adapted_model = model
         self.adapter_name, self.adapter_config, layers = find_adapter(model, adapter_name, HPRConfig, HPRLayer)
         self.layers = {index: layer for index, layer in layers.items() if self.adapter_config.edits(index)}
-        if not self.layers:
-            raise ValueError(f"adapter {self.adapter_name!r} edits no layer (selected_layers=[]): nothing to train")
-        for layer in self.layers.values():
-            # Checkpoints hold the adapter's own weights: rounded to half precision, they could not be resumed from.
-            layer.hpr_probe[self.adapter_name].float()
-            layer.hpr_angle[self.adapter_name].float()
+        self._check_adapter()
         self.allow_fingerprint_mismatch = allow_fingerprint_mismatch
         # Since the last log: sums of loss terms and scores over micro-batches, (4, blocks), and their number.
         self._sums: Tensor | float = 0.0
@@ -220,6 +170,10 @@ class HPRTrainer(Trainer):
         train_pairs, eval_pairs = self._dataset(train_dataset), self._dataset(eval_dataset)
         if isinstance(eval_pairs, dict) and args.load_best_model_at_end:
             _check_best_metric(args.metric_for_best_model, list(eval_pairs))
+        for layer in self.layers.values():
+            # Checkpoints hold the adapter's own weights: rounded to half precision, they could not be resumed from.
+            layer.hpr_probe[self.adapter_name].float()
+            layer.hpr_angle[self.adapter_name].float()
         super().__init__(
             model=StackedHPR(list(self.layers.values()), self.adapter_name),
             args=args,
@@ -229,6 +183,23 @@ class HPRTrainer(Trainer):
             compute_metrics=self._evaluation_metrics,
             **kwargs,
         )
+
+    def _check_adapter(self) -> None:
+        if not self.layers:
+            raise ValueError(f"adapter {self.adapter_name!r} edits no layer (selected_layers=[]): nothing to train")
+        if self.adapter_config.modules_to_save:
+            raise ValueError(
+                f"HPRTrainer trains probes and angle networks alone, and the adapter has modules_to_save="
+                f"{self.adapter_config.modules_to_save}: train those with a Trainer of the language model"
+            )
+        if pruned := [i for i, layer in self.layers.items() if not layer.has_adapter(self.adapter_name)]:
+            raise ValueError(f"layers {pruned} were pruned since this trainer was made: make a new HPRTrainer")
+        probes = (layer.hpr_probe[self.adapter_name].weight for layer in self.layers.values())
+        if any(weight.is_meta for weight in probes):
+            raise ValueError(
+                "the weights of the adapter are on the meta device: add it outside torch.device('meta') and without "
+                "low_cpu_mem_usage; the base model may stay there"
+            )
 
     def _dataset(self, store):
         """Token pairs of a store or of each of a dictionary of them; the name of one of these is kept."""
@@ -242,6 +213,7 @@ class HPRTrainer(Trainer):
         return TokenPairs(store, self.layers)
 
     def train(self, *args, **kwargs):
+        self._check_adapter()
         self._sums, self._summed = 0.0, 0
         result = super().train(*args, **kwargs)
         self._copy_to_adapter()
@@ -317,23 +289,32 @@ class HPRTrainer(Trainer):
         if self.args.should_save:
             output_dir = self.args.output_dir if output_dir is None else output_dir
             self._copy_to_adapter()
-            if isinstance(self.adapted_model, PeftModel):
-                self.adapted_model.save_pretrained(output_dir, selected_adapters=[self.adapter_name])
-            else:
-                # A Transformers model saves its active adapter.
-                active = self.adapted_model.active_adapters()
-                self.adapted_model.set_adapter(self.adapter_name)
-                try:
-                    self.adapted_model.save_pretrained(output_dir)
-                finally:
-                    self.adapted_model.set_adapter(active)
+            self._save_adapter(Path(output_dir))
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
             torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
+
+    def _save_adapter(self, folder: Path) -> None:
+        name = self.adapter_name
+        if isinstance(self.adapted_model, PeftModel):
+            self.adapted_model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+            return
+        # A Transformers model saves its active adapter, and making this one active would unfreeze others.
+        tensors = get_peft_model_state_dict(self.adapted_model, adapter_name=name, save_embedding_layers=False)
+        tensors = {f"base_model.model.{key}": tensor.contiguous().cpu() for key, tensor in tensors.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        self.adapter_config.save_pretrained(folder)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: the adapter's README.md, which `save_pretrained` has written by then, is the card."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_checkpoint(Path(resume_from_checkpoint), self.adapter_name, self.adapter_config, self.layers)
+        model_of_store = None
+        if self.train_dataset is not None and not self.allow_fingerprint_mismatch:
+            model_of_store = self.train_dataset.store.metadata["fingerprint"]
+        path = Path(resume_from_checkpoint)
+        load_checkpoint(path, self.adapter_name, self.adapter_config, self.layers, model_of_store)
         stacked = StackedHPR(list(self.layers.values()), self.adapter_name)
         (self.model if model is None else model).load_state_dict(stacked.state_dict())
 
@@ -341,23 +322,38 @@ class HPRTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _copy_to_adapter(self) -> None:
-        self.accelerator.unwrap_model(self.model).copy_to(list(self.layers.values()), self.adapter_name)
+        kept = [layer if layer.has_adapter(self.adapter_name) else None for layer in self.layers.values()]
+        self.accelerator.unwrap_model(self.model).copy_to(kept, self.adapter_name)
         if self.train_dataset is not None:
             self.adapter_config.base_model_fingerprint = self.train_dataset.store.metadata["fingerprint"]
 
 
-def load_checkpoint(path: Path, adapter_name: str, config: HPRConfig, layers: dict[int, HPRLayer]) -> None:
+def load_checkpoint(
+    path: Path, adapter_name: str, config: HPRConfig, layers: dict[int, HPRLayer], fingerprint: str | None = None
+) -> None:
     """Load an adapter's weights from a checkpoint of `HPRTrainer`.
 
+    Args:
+        path: folder of the checkpoint.
+        adapter_name, config, layers: of the adapter.
+        fingerprint: of the model whose activations it must have been trained on; None for any.
+
     Raises:
-        ValueError: it is none, or of an adapter with other layers or networks.
+        ValueError: it is none, or of an adapter with other layers or networks, or of another model.
     """
     # PEFT saves an adapter that is not named "default" in a folder of its own.
     folder = path / adapter_name if (path / adapter_name / SAFETENSORS_WEIGHTS_NAME).exists() else path
     if not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
         raise ValueError(f"{path} is no checkpoint of HPRTrainer: it has no {SAFETENSORS_WEIGHTS_NAME}")
     saved = PeftConfig.from_pretrained(str(folder))
+    of_checkpoint = getattr(saved, "base_model_fingerprint", None)
+    if None not in (fingerprint, of_checkpoint) and of_checkpoint != fingerprint:
+        raise ValueError(
+            f"{path} was trained on activations of another model (fingerprint {of_checkpoint}, the store has "
+            f"{fingerprint}): start in another output_dir, or pass allow_fingerprint_mismatch=True"
+        )
     tensors = load_peft_weights(str(folder), device="cpu")
+    tensors = {key: tensor for key, tensor in tensors.items() if ".hpr.hpr_" in key}
     of_checkpoint = {"layers": sorted({layer_index(key) for key in tensors})}
     of_adapter = {"layers": list(layers)}
     for name in SHAPE_FIELDS:

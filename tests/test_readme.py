@@ -59,6 +59,8 @@ def test_command_line_snippet_runs(tmp_path):
     assert result.returncode == 0, result.stderr
     sea, hpr = map(float, re.findall(r"^MC1: (.*) %$", result.stdout, flags=re.MULTILINE))
     assert f"{sea:.2f}" == "66.67" and hpr > 55
+    accuracies = re.findall(r"^\d  +(0\.\d+) ", result.stdout, flags=re.MULTILINE)
+    assert len(accuracies) >= 5 and min(map(float, accuracies)) > 0.8
     assert (tmp_path / "results.json").exists()
 
 
@@ -67,7 +69,9 @@ def test_table_of_the_demonstration_is_what_it_prints(tmp_path, capsys):
 
     demo(out=tmp_path / "demo", json_file=tmp_path / "results.json")
     shown = next(text for kind, text in BLOCKS if kind == "text")
-    printed = capsys.readouterr().out.splitlines()
+    captured = capsys.readouterr()
+    printed = captured.out.splitlines()
+    assert "collected while" not in captured.err
     assert_shown("\n".join(printed[: len(shown.splitlines())]), shown)
 
     results = json.loads((tmp_path / "results.json").read_text())

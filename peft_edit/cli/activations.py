@@ -16,6 +16,7 @@ def collect(
     subset: common.Subset = None,
     split: common.Split = None,
     limit: common.Limit = None,
+    skip: common.Skip = 0,
     site: Annotated[str, typer.Option(help="mlp or block.")] = "mlp",
     target_modules: Annotated[
         str | None, typer.Option(help="Comma-separated names of other modules, one in a block.")
@@ -47,7 +48,7 @@ def collect(
     from ..activations import collect_activations
 
     common.check_json(json_file)
-    contrast = common.load_data(data, data_files, subset, split, limit)
+    contrast = common.load_data(data, data_files, subset, split, limit, skip)
     base, tokenizer = common.load_model(model, revision=revision, dtype=dtype, device_map=device_map)
     if adapter is not None:
         base = common.load_adapter(base, adapter, allow_fingerprint_mismatch)

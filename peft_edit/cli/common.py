@@ -20,7 +20,8 @@ Data = Annotated[
 DataFiles = Annotated[str | None, typer.Option(help="Local copy of a known data set, such as TruthfulQA.csv.")]
 Subset = Annotated[str | None, typer.Option(help="Configuration of a data set on the Hub.")]
 Split = Annotated[str | None, typer.Option(help="Split of the data set.")]
-Limit = Annotated[int | None, typer.Option(help="Use the first rows only.", min=1)]
+Limit = Annotated[int | None, typer.Option(help="Use so many rows only.", min=1)]
+Skip = Annotated[int, typer.Option(help="Leave out so many first rows.", min=0)]
 Layers = Annotated[str | None, typer.Option(help="Decoder blocks, such as 0-3,7. Default: all.")]
 PromptFormat = Annotated[str, typer.Option(help="auto, chat or plain.")]
 Adapter = Annotated[str | None, typer.Option(help="Adapter to load: id on the Hub or local folder.")]
@@ -128,12 +129,17 @@ def check_json(path: Path | None) -> None:
         raise ValueError(f"--json {path} lies below a file: choose another path")
 
 
-def load_data(name: str, data_files: str | None, subset: str | None, split: str | None, limit: int | None):
-    """A contrast set, or its first rows."""
+def load_data(
+    name: str, data_files: str | None, subset: str | None, split: str | None, limit: int | None = None, skip: int = 0
+):
+    """A contrast set, or some of its rows: `limit` of those after the first `skip`."""
     from ..contrast import load_contrast_set
 
     data = load_contrast_set(name, data_files=data_files, subset=subset, split=split)
-    return data if limit is None else data.select(range(min(limit, len(data))))
+    if skip >= len(data):
+        raise ValueError(f"--skip {skip} leaves none of the {len(data)} rows of {name}: lower it")
+    stop = len(data) if limit is None else min(skip + limit, len(data))
+    return data.select(range(skip, stop)) if (skip, stop) != (0, len(data)) else data
 
 
 def parse_layers(text: str | None) -> list[int] | None:

@@ -18,6 +18,7 @@ def evaluate(
     subset: common.Subset = None,
     split: common.Split = None,
     limit: common.Limit = None,
+    skip: common.Skip = 0,
     prompt_format: common.PromptFormat = "auto",
     batch_size: Annotated[int, typer.Option(help="Most answers in a forward pass.")] = 16,
     perplexity_file: Annotated[
@@ -43,7 +44,7 @@ def evaluate(
         texts = None if perplexity_file is None else perplexity_file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{perplexity_file} is no UTF-8 text ({error})") from error
-    contrast = common.load_data(data, data_files, subset, split, limit)
+    contrast = common.load_data(data, data_files, subset, split, limit, skip)
     base, tokenizer = common.load_model(model, revision=revision, dtype=dtype, device_map=device_map)
     if adapter is not None:
         base = common.load_adapter(base, adapter, allow_fingerprint_mismatch)

@@ -23,6 +23,7 @@ SCHEDULERS = (
     "polynomial",
     "inverse_sqrt",
 )
+BEST_BY = ("probe_accuracy", "loss")
 Store = Annotated[
     Path, typer.Argument(help="Store that collect --site block --tokens answer wrote.", show_default=False)
 ]
@@ -40,7 +41,7 @@ def train_hpr(
     ] = None,
     num_angle_layers: Annotated[int, typer.Option(help="Linear layers in an angle network.")] = 4,
     angle_hidden_size: Annotated[int | None, typer.Option(help="Width of its hidden layers. Default: halved.")] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the token pairs.", min=0)] = 5.0,
+    epochs: Annotated[float, typer.Option(help="Passes over the token pairs.")] = 5.0,
     max_steps: Annotated[int | None, typer.Option(help="So many steps instead of epochs.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Token pairs in a batch, on each device.", min=1)] = 16,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.", min=0)] = 5e-4,
@@ -51,9 +52,8 @@ def train_hpr(
     optimizer: Annotated[str, typer.Option(help=f"{', '.join(OPTIMIZERS)}.")] = "adamw_torch_fused",
     weight_decay: Annotated[float, typer.Option(help="Weight decay.", min=0)] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Bound for the norm of each block's gradient.", min=0)] = 1.0,
-    patience: Annotated[
-        int | None, typer.Option(help="Stop after so many epochs without better probes.", min=1)
-    ] = None,
+    best_by: Annotated[str, typer.Option(help=f"Which epoch is kept: {', '.join(BEST_BY)}.")] = "probe_accuracy",
+    patience: Annotated[int | None, typer.Option(help="Stop after so many epochs that are no better.", min=1)] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU even where there is a GPU.")] = False,
     seed: Annotated[int, typer.Option(help="Of the initial weights and the order of the pairs.")] = 42,
@@ -82,16 +82,20 @@ def train_hpr(
         **{"angle_hidden_size": angle_hidden_size, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size},
         **{"learning_rate": learning_rate, "scheduler": scheduler, "warmup": warmup, "optimizer": optimizer},
         **{"weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "patience": patience, "bf16": bf16},
-        **{"seed": seed},
+        **{"seed": seed, "best_by": best_by},
     }
     common.check_json(json_file)
     check_adapter_folder(out, RECORD)
     check_choice("--scheduler", scheduler, SCHEDULERS)
     check_choice("--optimizer", optimizer, OPTIMIZERS)
+    check_choice("--best-by", best_by, BEST_BY)
+    if epochs <= 0:
+        raise ValueError(f"--epochs must be above 0, got {epochs}")
     if patience is not None and eval_store is None:
         raise ValueError("--patience needs --eval-store: without an evaluation nothing can get better")
     opened = open_pairs(store)
     opened_eval = None if eval_store is None else open_pairs(eval_store)
+    settings["pairs"] = len(opened)
     config = HPRConfig(
         task_type=TaskType.CAUSAL_LM,
         target_modules=None if target_modules is None else target_modules.split(","),
@@ -115,6 +119,7 @@ def train_hpr(
         use_cpu=cpu,
         seed=seed,
         eval_strategy="no" if opened_eval is None else "epoch",
+        metric_for_best_model=best_by,
         restore_callback_states_from_checkpoint=True,  # how long the patience has lasted
     )
     set_seed(seed)
@@ -188,6 +193,9 @@ def select(
     from ..saving import check_adapter_folder, save_adapter
     from ..tuners.hpr import HPRConfig
 
+    given = {"gate": gate, "alpha": alpha, "rotation": rotation, "token_scope": token_scope}
+    changes = {name: value for name, value in given.items() if value is not None}
+    HPRConfig(**changes)  # checks them
     common.check_json(json_file)
     check_adapter_folder(out)
     if Path(adapter).exists() and out.exists() and out.samefile(adapter):
@@ -201,11 +209,8 @@ def select(
         prune=True,
         allow_fingerprint_mismatch=allow_fingerprint_mismatch,
     )
-    changes = {"gate": gate, "alpha": alpha, "rotation": rotation, "token_scope": token_scope}
-    config = adapted.peft_config["default"]
     for name, value in changes.items():
-        setattr(config, name, getattr(config, name) if value is None else value)
-    HPRConfig(**{name: getattr(config, name) for name in changes})  # checks them
+        setattr(adapted.peft_config["default"], name, value)
     save_adapter(adapted, out)
     common.write_json(json_file, result.to_dict())
 

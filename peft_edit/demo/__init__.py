@@ -191,16 +191,14 @@ def _trained_hpr(scene: _Scene, out: Path):
     from ..training import HPRTrainer, HPRTrainingArguments
     from ..tuners.hpr import HPRConfig
 
-    set_seed(0)
-    model = get_peft_model(scene.base_model(), HPRConfig(task_type=TaskType.CAUSAL_LM)).eval()
     options = {"site": "block", "tokens": "answer", "resume": False}
     parts = {"train": range(TRAINED_ON), "eval": range(TRAINED_ON, len(scene.demonstrations))}
-    stores = {
-        name: collect_activations(
-            model, scene.tokenizer, scene.demonstrations.select(rows), out / "hpr-activations" / name, **options
-        )
-        for name, rows in parts.items()
-    }
+    stores = {}
+    for name, rows in parts.items():
+        part, folder = scene.demonstrations.select(rows), out / "hpr-activations" / name
+        stores[name] = collect_activations(scene.base_model(), scene.tokenizer, part, folder, **options)
+    set_seed(0)
+    model = get_peft_model(scene.base_model(), HPRConfig(task_type=TaskType.CAUSAL_LM)).eval()
     arguments = HPRTrainingArguments(
         output_dir=str(out),
         learning_rate=2e-3,

@@ -64,7 +64,7 @@ def angle_between(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (...), float32 or wider.
     """
-    wide = _wide(a.dtype)
+    wide = _wide(torch.promote_types(a.dtype, b.dtype))
     a, b = (functional.normalize(x.to(wide), dim=-1, eps=torch.finfo(wide).tiny) for x in (a, b))
     angle = 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1))
     return torch.where(a.any(dim=-1) & b.any(dim=-1), angle, 0)
@@ -84,7 +84,8 @@ def rotate(a: Tensor, w: Tensor, angle_rad: Tensor) -> Tensor:
 
     Returns:
         (..., d), a's dtype. Norms are kept. Where a is parallel to n, or a or w is zero, there is no direction to
-        rotate in, and a comes back unchanged.
+        rotate in, and a comes back unchanged; so it does where the square of |a| or |w| overflows or underflows. A
+        token with an element that is not finite becomes NaN.
     """
     x = a.to(_wide(a.dtype))
     angle_rad = angle_rad.to(x.dtype).unsqueeze(-1)

@@ -42,6 +42,7 @@ class HPRLayer(nn.Module, BlockEditLayer):
     def __init__(self, block: nn.Module, adapter_name: str, config: HPRConfig, site: str, features: int) -> None:
         super().__init__()
         self.site = site
+        self.index = layer_index(site)
         self.features = features
         self.hpr_probe = nn.ModuleDict()
         self.hpr_angle = nn.ModuleDict()
@@ -87,12 +88,14 @@ class HPRLayer(nn.Module, BlockEditLayer):
     def angles(self, a: Tensor, adapter_name: str) -> Tensor:
         """Predicted angles of activations (..., d), in radians in (0, pi), (...)."""
         network = self.hpr_angle[adapter_name]
-        return math.pi * torch.sigmoid(network(a.to(network[0].weight.dtype)).squeeze(-1))
+        # Autocast would round the angles to half precision.
+        with torch.autocast(a.device.type, enabled=False):
+            return math.pi * torch.sigmoid(network(a.to(network[0].weight.dtype)).squeeze(-1))
 
     def edit(self, h: Tensor, adapter_name: str) -> Tensor:
         config = self.hpr_config[adapter_name]
         alpha = config.alpha * self.strength_factor
-        if alpha == 0 or not config.edits(layer_index(self.site)):
+        if alpha == 0 or not config.edits(self.index):
             return h
         if config.token_scope == "last" and h.dim() > 2:
             return torch.cat((h[..., :-1, :], self._rotate(h[..., -1:, :], adapter_name, config, alpha)), dim=-2)

@@ -1,0 +1,69 @@
+"""The modules of an HPR adapter with the weights of all decoder blocks stacked, to be trained at once."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...functional.hpr import angle_between
+from .layer import HPRLayer
+
+
+class StackedLinear(nn.Module):
+    """A linear layer for each block, applied at once: (blocks, n, in) -> (blocks, n, out)."""
+
+    def __init__(self, layers: list[nn.Linear]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack([layer.weight.detach().float() for layer in layers]))
+        self.bias = nn.Parameter(torch.stack([layer.bias.detach().float() for layer in layers]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
+
+
+class StackedHPR(nn.Module):
+    """Probes and angle networks of all blocks of an adapter, their weights stacked: what the Trainer trains.
+
+    Args:
+        layers: the adapter's layers, alike in shape.
+        adapter_name: the adapter.
+    """
+
+    def __init__(self, layers: list[HPRLayer], adapter_name: str):
+        super().__init__()
+        self.probe = nn.Parameter(torch.stack([x.hpr_probe[adapter_name].weight.detach()[0].float() for x in layers]))
+        networks = zip(*(layer.hpr_angle[adapter_name] for layer in layers), strict=True)
+        self.angle = nn.ModuleList(StackedLinear(m) for m in networks if isinstance(m[0], nn.Linear))
+
+    def forward(self, activations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Args:
+            activations: (B, blocks, 2, d), of positive and negative tokens.
+
+        Returns:
+            float32 or wider: logits of the probes, (B, blocks, 2); predicted angles in radians, (B, blocks, 2); the
+            angle between the two activations of a pair, (B, blocks).
+        """
+        pairs = activations.permute(1, 2, 0, 3)  # (blocks, 2, B, d)
+        target = angle_between(pairs[:, 1], pairs[:, 0])  # (blocks, B)
+        x = pairs.to(self.probe.dtype).flatten(1, 2)  # (blocks, 2 B, d)
+        logits = torch.bmm(x, self.probe.unsqueeze(2)).squeeze(2)
+        for i, linear in enumerate(self.angle):
+            x = linear(functional.gelu(x) if i else x)
+        angles = math.pi * torch.sigmoid(x.squeeze(2).float())
+        logits, angles = (y.float().unflatten(1, (2, -1)).permute(2, 0, 1) for y in (logits, angles))
+        return logits, angles, target.T
+
+    @torch.no_grad()
+    def copy_to(self, layers: list[HPRLayer | None], adapter_name: str) -> None:
+        """Copy the weights to the blocks' own modules; a block that is None is left out."""
+        for i, layer in enumerate(layers):
+            if layer is not None:
+                layer.hpr_probe[adapter_name].weight.copy_(self.probe[i].unsqueeze(0))
+                linear = [m for m in layer.hpr_angle[adapter_name] if isinstance(m, nn.Linear)]
+                for stacked, module in zip(self.angle, linear, strict=True):
+                    module.weight.copy_(stacked.weight[i])
+                    module.bias.copy_(stacked.bias[i])
