@@ -973,3 +973,14 @@ def test_unloading_restores_the_vivid_model(family):
     assert not any("hpr" in name for name in bare.state_dict())
     again = get_peft_model(bare, HPRConfig())
     assert torch.equal(logits(again), base_logits(family)) and len(hpr_layers(again)) == 3
+
+
+def test_angles_are_not_rounded_by_autocast(llama):
+    model = get_peft_model(llama, HPRConfig(init_weights=False))
+    layer = model.get_base_model().model.layers[1].hpr
+    h = torch.randn(4, 7, 32)
+    expected = layer.angles(h, "default"), layer.edit(h, "default")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer.angles(h, "default"), layer.edit(h, "default")
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)

@@ -730,6 +730,112 @@ def test_one_of_several_evaluation_stores_decides(tmp_path, store, held_out):
     )
 
 
+@pytest.mark.parametrize(
+    ("metric", "best"), [("loss", min), ("angle_error", min), ("eval_loss", min), ("probe_accuracy", max)]
+)
+def test_the_best_evaluation_by_any_metric(tmp_path, metric, best):
+    stores = [write_store(tmp_path / str(seed), planted(seed=seed, shift=0.2)) for seed in (0, 1)]
+    trainer = trained(adapted(), tmp_path / "run", *stores, metric_for_best_model=metric, learning_rate=2e-3)
+    values = logged(trainer, f"eval_{metric.removeprefix('eval_')}")[:5]
+    assert len(set(values)) > 1 and trainer.state.best_metric == best(values)
+
+
+def test_schedules_that_watch_a_metric_know_its_direction(tmp_path):
+    stores = [write_store(tmp_path / str(seed), planted(seed=seed, shift=0.2)) for seed in (0, 1)]
+    options = {"lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 0}
+    scheduler = trained(adapted(), tmp_path / "run", *stores, **options).lr_scheduler
+    assert scheduler.mode == "max" and scheduler.best > 0.5
+    assert arguments(tmp_path, metric_for_best_model="loss", **options).lr_scheduler_kwargs["mode"] == "min"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, True),
+        ({"eval_strategy": "steps", "eval_steps": 5}, False),
+        ({"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "best"}, True),
+        ({"save_strategy": "no"}, False),
+        ({"eval_strategy": "no"}, False),
+    ],
+)
+def test_the_best_is_kept_where_it_can_be(tmp_path, changes, kept):
+    assert arguments(tmp_path, **changes).load_best_model_at_end is kept
+
+
+def test_embeddings_stay_out_of_checkpoints(tmp_path, store, held_out):
+    model = adapted()
+    model.get_base_model().resize_token_embeddings(70)
+    trainer = trained(model, tmp_path / "run", store, held_out, mismatch=True)
+    tensors = load_file(Path(trainer.state.best_model_checkpoint) / "adapter_model.safetensors")
+    assert all(".hpr.hpr_" in name for name in tensors)
+
+
+def test_selection_between_trainings(tmp_path, store):
+    model = adapted(init_weights=False)
+    trainer = trained(model, tmp_path / "run", store, num_train_epochs=1)
+    (kept,) = select_layers(model, store, top_k=1, prune=True).selected
+    trainer.save_model(tmp_path / "saved")
+    assert {f".layers.{kept}." in name for name in load_file(tmp_path / "saved" / "adapter_model.safetensors")} == {
+        True
+    }
+    one_line_error(trainer.train, "pruned", "make a new HPRTrainer")
+    assert len(trained(model, tmp_path / "again", store, num_train_epochs=1).layers) == 1
+
+
+def test_a_checkpoint_of_another_model_is_not_resumed_from(tmp_path):
+    first, second = adapted(), adapted(base=tiny_model(seed=5))
+    stores = [write_store(tmp_path / str(i), fingerprint=fingerprint(model)) for i, model in enumerate((first, second))]
+    options = {"save_strategy": "epoch", "num_train_epochs": 2}
+    trained(first, tmp_path / "run", stores[0], **options)
+    resumed = trainer_of(second, tmp_path / "run", stores[1], **options)
+    one_line_error(lambda: resumed.train(resume_from_checkpoint=True), "another model", fingerprint(first))
+    allowed = trainer_of(second, tmp_path / "run", stores[1], mismatch=True, **options)
+    assert allowed.train(resume_from_checkpoint=True).global_step == 2 * PAIRS // 16
+
+
+def test_adapters_on_meta_are_refused(tmp_path, store):
+    with torch.device("meta"):
+        model = get_peft_model(AutoModelForCausalLM.from_config(CONFIGS["llama"]()), HPRConfig())
+    one_line_error(lambda: trainer_of(model, tmp_path / "run", store), "torch.device('meta')")
+    one_line_error(lambda: select_layers(model, store, top_k=1), "on the meta device")
+
+
+@pytest.mark.parametrize(
+    ("fields", "changes", "kind", "part"),
+    [
+        ({"modules_to_save": ["lm_head"]}, {}, ValueError, "modules_to_save=['lm_head']"),
+        ({}, {"compute_metrics": len}, TypeError, "compute_metrics of its own"),
+        ({}, {"data_collator": len}, TypeError, "data_collator of its own"),
+    ],
+)
+def test_what_the_trainer_does_itself(tmp_path, store, fields, changes, kind, part):
+    args = arguments(tmp_path / "run", eval_strategy="no")
+    one_line_error(lambda: HPRTrainer(adapted(**fields), args, train_dataset=store, **changes), part, kind=kind)
+
+
+def test_other_adapters_stay_frozen_while_checkpoints_are_saved(tmp_path, store):
+    model = native()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]), "lora")
+    model.set_adapter("default")
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    trainer_of(model, tmp_path / "run", store).save_model()
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert model.active_adapters() == ["default"]
+
+
+def test_a_refused_adapter_keeps_its_dtype(tmp_path, store):
+    model = adapted().half()
+    (tmp_path / "mlp").mkdir()
+    one_line_error(lambda: trainer_of(model, tmp_path / "run", store, tmp_path / "mlp"), "no activation store")
+    assert {p.dtype for layer in layers_of(model) for p in layer.hpr_angle.parameters()} == {torch.float16}
+
+
+def test_the_tokenizer_is_saved_with_the_adapter(tmp_path, store, demo_tokenizer):
+    args = arguments(tmp_path / "run", eval_strategy="no")
+    HPRTrainer(adapted(), args, train_dataset=store, processing_class=demo_tokenizer).save_model()
+    assert (tmp_path / "run" / "tokenizer.json").exists()
+
+
 def test_the_card_is_the_one_of_the_adapter(tmp_path, store, held_out):
     trainer = trainer_of(adapted(), tmp_path / "run", store, held_out)
     trainer.save_model()
