@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -10,25 +11,35 @@ from pathlib import Path
 from peft import PeftModel
 
 
-def check_adapter_folder(path: Path, *others: str) -> None:
-    """Raise ValueError unless nothing is at `path`, or an empty folder, or an adapter, or a folder with one of the
-    files `others`."""
+def check_adapter_folder(path: Path, method: str, *others: str) -> None:
+    """Raise ValueError unless nothing is at `path`, or an empty folder, or an adapter of a method ("SEA", "HPR"), or a
+    folder with one of the files `others`."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: choose a folder for the adapter")
-    known = ("adapter_config.json", *others)
     # Hidden files may be what a run has left that was killed.
-    visible = path.exists() and any(not file.name.startswith(".") for file in path.iterdir())
-    if visible and not any((path / name).exists() for name in known):
-        raise ValueError(f"{path} holds something else than an adapter: choose another folder")
+    if not path.exists() or all(file.name.startswith(".") for file in path.iterdir()):
+        return
+    config = path / "adapter_config.json"
+    if not config.exists():
+        if not any((path / name).exists() for name in others):
+            raise ValueError(f"{path} holds something else than an adapter: choose another folder")
+        return
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = "unknown"
+    if found != method:
+        raise ValueError(f"{path} holds an adapter of another method ({found}, not {method}): choose another folder")
 
 
-def save_adapter(model: PeftModel, path: Path, texts: Mapping[str, str] | None = None) -> None:
-    """Save an adapter, with further files of these names and texts. A README.md that is there already is kept.
+def save_adapter(model: PeftModel, path: Path, texts: Mapping[str, str] | None = None, *others: str) -> None:
+    """Save an adapter, with further files of these names and texts. A README.md that is there already is kept. For
+    `others` see `check_adapter_folder`.
 
     Raises:
         ValueError: the folder holds something else than an adapter.
     """
-    check_adapter_folder(path, *(texts or {}))
+    check_adapter_folder(path, model.active_peft_config.peft_type.value, *others)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         model.save_pretrained(temporary)

@@ -82,6 +82,13 @@ class ActivationStore:
         if missing := sorted(needed - set(self._index)):
             raise ValueError(f"{self.path / INDEX} is damaged (no {missing[0]}): collect again with resume=False")
         rows = sum(shard["rows"] for shard in self.metadata["shards"])
+        shape = tuple(self._index["pairs"].shape) if "pairs" in self._index else (0, 2)
+        if len(shape) != 2 or shape[1] != 2:
+            raise ValueError(f"{self.path / INDEX} is damaged (pairs are {shape}): collect again with resume=False")
+        if wrong := [name for name, numbers in self._index.items() if numbers.is_floating_point()]:
+            raise ValueError(
+                f"{self.path / INDEX} is damaged ({wrong[0]} is no integer): collect again with resume=False"
+            )
         for name in ("positive", "negative", "neutral", "pairs"):
             numbers = self._index.get(name)
             if numbers is not None and numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < rows:
@@ -347,6 +354,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}: collect again")
     if missing := [name for name in REQUIRED if name not in metadata]:
         raise ValueError(f"{path / META} is damaged (no {missing[0]}): collect again into another folder")
+    shards, dtype = metadata["shards"], metadata["dtype"]
+    if dtype not in ("float64", "float32", "bfloat16", "float16"):
+        raise ValueError(f"{path / META} is damaged (dtype is {dtype!r}): collect again into another folder")
+    if not isinstance(shards, list) or not all(
+        isinstance(shard, dict) and {"file", "first_row", "rows"} <= set(shard) for shard in shards
+    ):
+        raise ValueError(f"{path / META} is damaged (shards are {shards!r:.80}): collect again into another folder")
     modules = metadata["modules"]
     if not isinstance(modules, dict) or not modules or not all(layer.isdigit() for layer in modules):
         raise ValueError(f"{path / META} is damaged (modules are {modules!r}): collect again into another folder")

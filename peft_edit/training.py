@@ -231,8 +231,9 @@ class HPRTrainer(Trainer):
         finite = torch.isfinite(losses.total)
         if not finite.all():
             bad = list(self.layers)[int((~finite).nonzero()[0])]
+            what, value = "training" if model.training else "evaluation", losses.total[~finite][0].item()
             raise ValueError(
-                f"the loss of layer {bad} ({self.layers[bad].site}) is {losses.total[~finite][0].item()} at step "
+                f"the {what} loss of layer {bad} ({self.layers[bad].site}) is {value} at step "
                 f"{self.state.global_step}: lower the learning rate, or check the activations of that layer"
             )
         if model.training:

@@ -721,3 +721,56 @@ def test_two_processes_train_one_adapter(stores, run, tmp_path):
     expected, found = read(tmp_path / "one.json"), read(tmp_path / "two.json")
     assert found["steps"] == expected["steps"] == 2 * 5
     assert found["eval_probe_accuracy"] == pytest.approx(expected["eval_probe_accuracy"], abs=1e-5)
+
+
+@pytest.mark.parametrize("content", ["lora", "sea", "foreign checkpoints"])
+@pytest.mark.parametrize("name", ["train-hpr", "select"])
+def test_what_others_made_is_left_alone(stores, pipeline, run, tmp_path, name, content):
+    out = tmp_path / "out"
+    (out / "checkpoint-500").mkdir(parents=True)
+    (out / "checkpoint-500" / "precious.bin").write_text("mine")
+    if content != "foreign checkpoints":
+        (out / "adapter_config.json").write_text(json.dumps({"peft_type": content.upper()}))
+    elif name == "train-hpr":
+        (out / "adapter_config.json").write_bytes((pipeline[0] / "all" / "adapter_config.json").read_bytes())
+    before = contents(out)
+    arguments = {
+        "train-hpr": [stores / "small", out, "--max-steps", 1, "--cpu"],
+        "select": [pipeline[0] / "all", stores / "eval", out, "--top-k", 1],
+    }
+    assert "choose another folder" in refused(run, name, MODEL, *arguments[name])
+    assert contents(out) == before
+
+
+def test_a_store_that_was_collected_again_is_not_gone_on_with(stores, run, interrupt, tmp_path):
+    shutil.copytree(stores / "small", tmp_path / "store")
+    training = ["train-hpr", MODEL, tmp_path / "store", tmp_path / "out", "--cpu", "--epochs", 3]
+    interrupt(1, *training)
+    meta = tmp_path / "store" / "meta.json"
+    meta.write_text(json.dumps({**read(meta), "data_fingerprint": "0123456789abcdef"}))
+    assert "(data_fingerprint is" in (line := refused(run, *training)) and "'0123456789abcdef' here" in line
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"])
+@pytest.mark.parametrize("how", ["missing", "cut off"])
+def test_an_incomplete_checkpoint_is_not_gone_on_from(stores, run, interrupt, tmp_path, file, how):
+    training = ["train-hpr", MODEL, stores / "small", tmp_path / "out", "--cpu", "--epochs", 3]
+    interrupt(1, *training)
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    content = (checkpoint / file).read_bytes()
+    (checkpoint / file).unlink()
+    if how == "cut off":
+        (checkpoint / file).write_bytes(content[: len(content) // 2])
+    assert run(*training)[0] == 0
+    whole = [*training[:3], tmp_path / "whole", *training[4:]]
+    assert run(*whole)[0] == 0
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+
+
+def test_a_failed_training_keeps_the_record_of_the_one_before(stores, pipeline, run, tmp_path):
+    shutil.copytree(pipeline[0] / "all", tmp_path / "out")
+    before = contents(tmp_path / "out")
+    line = refused(run, "train-hpr", MODEL, stores / "nan", tmp_path / "out", "--cpu", "--epochs", 2)
+    assert "the training loss of layer 2" in line
+    after = contents(tmp_path / "out")
+    assert {name: after[name] for name in before} == before

@@ -39,6 +39,7 @@ OPTIONS = {
     "max_new_tokens": "--max-new-tokens",
     "num_angle_layers": "--num-angle-layers",
     "angle_hidden_size": "--angle-hidden-size",
+    "use_cpu": "--cpu",
     "token_scope must": "--token-scope must",
     "add one with HPRConfig": "pass one that train-hpr made",
     "add one with SEAConfig": "pass one that fit-sea made",

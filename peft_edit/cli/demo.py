@@ -16,13 +16,20 @@ def demo(
 
     Example: peft-edit demo
     """
+    import torch
     from transformers.utils import logging
 
     from .. import demo as demonstration
 
     common.check_json(json_file)
     logging.disable_progress_bar()  # Transformers' own, of loading a model this small
-    results = demonstration.run(out)
+    # Its tensors are so small that a second thread costs more than it helps, much more on a busy machine.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        results = demonstration.run(out)
+    finally:
+        torch.set_num_threads(threads)
     common.write_json(json_file, results)
     base = results["rows"][0]
     rows = [

@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
+from zipfile import is_zipfile
 
 import typer
+from safetensors import SafetensorError, safe_open
 
 from . import common
 
 
-# Settings and results of a training, beside its adapter.
-RECORD = "train_hpr.json"
+# Settings and results of a training, beside its adapter; and settings of one that is not finished.
+RECORD, UNFINISHED = "train_hpr.json", "train_hpr.unfinished.json"
 # Those of Transformers that need no other package and no further arguments.
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "adagrad", "rmsprop", "sgd")
 SCHEDULERS = (
@@ -23,6 +26,8 @@ SCHEDULERS = (
     "polynomial",
     "inverse_sqrt",
 )
+# Settings that are recorded and are no options.
+NO_OPTIONS = ("model", "store", "data_fingerprint")
 BEST_BY = ("probe_accuracy", "loss")
 Store = Annotated[
     Path, typer.Argument(help="Store that collect --site block --tokens answer wrote.", show_default=False)
@@ -85,17 +90,20 @@ def train_hpr(
         **{"seed": seed, "best_by": best_by},
     }
     common.check_json(json_file)
-    check_adapter_folder(out, RECORD)
+    check_adapter_folder(out, "HPR", UNFINISHED)
+    if _checkpoints(out) and not (out / UNFINISHED).exists():
+        raise ValueError(f"{out} has checkpoints that train-hpr did not write: choose another folder")
     check_choice("--scheduler", scheduler, SCHEDULERS)
     check_choice("--optimizer", optimizer, OPTIMIZERS)
     check_choice("--best-by", best_by, BEST_BY)
-    if epochs <= 0:
-        raise ValueError(f"--epochs must be above 0, got {epochs}")
+    if not 0 < epochs < float("inf"):
+        raise ValueError(f"--epochs must be above 0 and finite, got {epochs}")
     if patience is not None and eval_store is None:
         raise ValueError("--patience needs --eval-store: without an evaluation nothing can get better")
     opened = open_pairs(store)
     opened_eval = None if eval_store is None else open_pairs(eval_store)
-    settings["pairs"] = len(opened)
+    # A store that was collected again in the same place has other data.
+    settings["data_fingerprint"] = opened.metadata.get("data_fingerprint")
     config = HPRConfig(
         task_type=TaskType.CAUSAL_LM,
         target_modules=None if target_modules is None else target_modules.split(","),
@@ -135,12 +143,20 @@ def train_hpr(
     with arguments.main_process_first():
         checkpoint = _interrupted_training(out, settings, resume)
         if arguments.should_save:
-            common.write_json(out / RECORD, settings)
+            common.write_json(out / UNFINISHED, settings)
     trainer.remove_callback(ProgressCallback)
     progress = _progress_callback()
     trainer.add_callback(progress)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        progress.close()
+        print("peft-edit: interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        raise
+    except RuntimeError as error:
+        if "iostream" in str(error) or "PytorchStreamWriter" in str(error):  # what torch makes of a full disk
+            raise ValueError(f"a checkpoint cannot be written to {out} ({error}): is the disk full?") from error
+        raise
     finally:
         progress.close()
     results = {**settings, "steps": trainer.state.global_step, "history": trainer.state.log_history}
@@ -148,7 +164,8 @@ def train_hpr(
         results |= trainer.evaluate()
     if not trainer.is_world_process_zero():
         return
-    save_adapter(adapted, out, {RECORD: json.dumps(results, indent=2) + "\n"})
+    save_adapter(adapted, out, {RECORD: json.dumps(results, indent=2) + "\n"}, UNFINISHED)
+    (out / UNFINISHED).unlink()
     for folder in _checkpoints(out):
         shutil.rmtree(folder)
     common.write_json(json_file, results)
@@ -197,7 +214,7 @@ def select(
     changes = {name: value for name, value in given.items() if value is not None}
     HPRConfig(**changes)  # checks them
     common.check_json(json_file)
-    check_adapter_folder(out)
+    check_adapter_folder(out, "HPR")
     if Path(adapter).exists() and out.exists() and out.samefile(adapter):
         raise ValueError(f"{out} is the adapter to select from, and would lose its other layers: choose another folder")
     adapted = common.load_adapter(common.load_structure(model, revision), adapter, allow_fingerprint_mismatch)
@@ -227,12 +244,16 @@ def _checkpoints(out: Path) -> list[Path]:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Whether the state is there, which is written last: a run may have been killed before or while it was."""
+    """Whether a training can go on from it exactly: a run may have been killed while it was written."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        with safe_open(checkpoint / "adapter_model.safetensors", framework="pt"):
+            pass
+    except (OSError, ValueError, SafetensorError):
         return False
-    return True
+    # What torch writes is a ZIP archive, whose directory stands at its end.
+    written = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+    return isinstance(state, dict) and "global_step" in state and len(written) > 2 and all(map(is_zipfile, written))
 
 
 def _interrupted_training(out: Path, settings: dict[str, Any], resume: bool) -> str | None:
@@ -243,14 +264,14 @@ def _interrupted_training(out: Path, settings: dict[str, Any], resume: bool) -> 
             shutil.rmtree(folder)
         return None
     try:
-        before = json.loads((out / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        before = dict(json.loads((out / UNFINISHED).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{out} has checkpoints and no readable {RECORD} ({error}): pass resume=False to begin again"
+            f"{out} has checkpoints and no readable {UNFINISHED} ({error}): pass resume=False to begin again"
         ) from error
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed:
-        options = {name: f"--{name.replace('_', '-')}" for name in changed if name not in ("model", "store")}
+        options = {name: f"--{name.replace('_', '-')}" for name in changed if name not in NO_OPTIONS}
         what = "; ".join(
             f"{options.get(name, name)} is {before.get(name)!r} there, {settings[name]!r} here" for name in changed[:3]
         )

@@ -44,7 +44,7 @@ def fit_sea(
     from ..tuners.sea import SEAConfig
 
     common.check_json(json_file)
-    check_adapter_folder(out)
+    check_adapter_folder(out, "SEA")
     opened = ActivationStore(store)
     config = SEAConfig(
         task_type=TaskType.CAUSAL_LM,

@@ -38,7 +38,7 @@ def run(out: Path) -> dict[str, Any]:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose a folder for the demonstration")
     for name in ("sea", "hpr"):
-        check_adapter_folder(out / name)
+        check_adapter_folder(out / name, name.upper())
     with tqdm(total=9, desc="demonstration", unit="model") as progress:
         scene = _Scene(progress)
         scene.evaluate("base", scene.base_model())
