@@ -165,9 +165,9 @@ def train_hpr(
     if not trainer.is_world_process_zero():
         return
     save_adapter(adapted, out, {RECORD: json.dumps(results, indent=2) + "\n"}, UNFINISHED)
-    (out / UNFINISHED).unlink()
     for folder in _checkpoints(out):
         shutil.rmtree(folder)
+    (out / UNFINISHED).unlink()  # last: it says whose the checkpoints are
     common.write_json(json_file, results)
 
     if opened_eval is not None:
