@@ -19,7 +19,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
-from tiny import FAMILIES, token_ids, vivid_model
+from tiny import FAMILIES, base_logits, logits, token_ids, vivid_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
@@ -64,15 +64,6 @@ def llama():
 
 def hpr_layers(model):
     return [module for module in model.modules() if isinstance(module, HPRLayer)]
-
-
-def logits(model, ids=None, **kwargs):
-    return model(input_ids=token_ids() if ids is None else ids, **kwargs).logits
-
-
-@functools.cache
-def base_logits(family="llama"):
-    return logits(vivid_model(family))
 
 
 def relative(actual, expected):

@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
-from tiny import FAMILIES, tiny_model, token_ids, vivid_model
+from tiny import FAMILIES, base_logits, logits, tiny_model, token_ids, vivid_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_edit
@@ -74,15 +74,6 @@ def two_adapters(family="llama", site="mlp"):
 
 def sea_layers(model):
     return [module for module in model.modules() if isinstance(module, SEALayer)]
-
-
-def logits(model, ids=None, **kwargs):
-    return model(input_ids=token_ids() if ids is None else ids, **kwargs).logits
-
-
-@functools.cache
-def base_logits(family="llama"):
-    return logits(vivid_model(family))
 
 
 def trainable(model):

@@ -58,3 +58,14 @@ def vivid_model(family: str = "llama", dtype: torch.dtype = torch.float32):
 def token_ids(batch: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
     """(batch, length) random token ids, none of them special."""
     return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model, ids=None, **kwargs):
+    """Of some token ids, by default the same ones."""
+    return model(input_ids=token_ids() if ids is None else ids, **kwargs).logits
+
+
+@functools.cache
+def base_logits(family="llama"):
+    """Of a vivid model without any adapter."""
+    return logits(vivid_model(family))
