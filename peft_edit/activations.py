@@ -6,8 +6,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -18,30 +23,34 @@ from transformers import PreTrainedTokenizerBase
 
 from .contrast import check_contrast_set
 from .fingerprint import fingerprint
-from .inference import batches, check_length, greedy_answers, inference, input_device, pad
-from .plan import Plan, Sequence, make_plan
+from .inference import can_share_prompts, greedy_answers, inference, length_limit
+from .plan import CHUNK, Batch, Draft, Options, Plan, make_draft
+from .processes import Processes, processes
 from .prompts import encode_prompts, resolve_prompt_format
+from .recording import Recorder, Runner
+from .schedule import batches
 from .sites import LayerIndices, find_sites, is_linear, out_features, text_config, unwrap
 from .store import (
+    INDEX,
     META,
     ROW_TOKENS,
     ActivationStore,
     StoreWriter,
-    check_free,
+    check_folder,
+    locked,
     read_index,
+    read_manifest,
     read_metadata,
-    remove_store,
-    store_files,
 )
-from .tuners.editing import EditLayer
+from .store.layout import publish_text
+from .store.writer import no_space, reporting_full_disk
+from .tuners.editing import check_independent_of_padding
 
 
 logger = logging.getLogger(__name__)
 
-# A shard is written when it holds this many bytes, which bounds the memory that collection takes.
-SHARD_BYTES = 256 * 2**20
+SITES = ("mlp", "block")
 CHOICES = {
-    "site": ("mlp", "block"),
     "tokens": (*ROW_TOKENS, "answer"),
     "neutral": ("auto", "generated", "prompt", "text", None),
     "answers": ("first", "random", "all"),
@@ -55,7 +64,7 @@ def collect_activations(
     data: Dataset,
     path: str | os.PathLike,
     *,
-    site: str = "mlp",
+    site: str | Sequence[str] = "mlp",
     target_modules: Iterable[str] | str | None = None,
     layers: LayerIndices = None,
     tokens: str = "last",
@@ -67,19 +76,27 @@ def collect_activations(
     max_tokens_per_batch: int = 8192,
     dtype: str = "float32",
     seed: int = 0,
+    truncate: bool = False,
     resume: bool = True,
 ) -> ActivationStore:
-    """Run the answers of a contrast set through a model and store the activations of one site on disk.
+    """Run the answers of a contrast set through a model and store the activations of its sites on disk.
 
     Activations are those that an edit of the site receives: before the edit of the site itself, after the active
-    edits of earlier sites. Sequences are run once each, in batches of similar length, without the LM head.
+    edits of earlier sites. Sequences are run once each, in batches of similar length, without the LM head; where that
+    means fewer tokens, a prompt is run once and its key-value cache serves all its answers. Rows are written as they
+    come, so that memory does not grow with the data.
+
+    A collection that was interrupted, even killed, goes on when the same is called again, and ends with the same bytes.
+    Under `accelerate launch` or `torchrun` the processes share the work, each with a copy of the model; they end with
+    one store, that of one process.
 
     Args:
-        model: a causal language model of Transformers, bare or in a `PeftModel`.
+        model: a causal language model of Transformers, bare or in a `PeftModel`, on one device or several.
         tokenizer: of that model.
         data: a contrast set, see `load_contrast_set`.
         path: folder of the store; created.
-        site: "mlp" for the output of the MLP's output projection, "block" for the output of the decoder block.
+        site: "mlp" for the output of the MLP's output projection, "block" for the output of the decoder block, or
+            ("mlp", "block") for both in one pass.
         target_modules: names or regular expression of other modules, one in a block.
         layers: indices of the blocks; None for all.
         tokens: which tokens of an answer: "last", "mean", "random" (one row an answer), "answer" (every token).
@@ -88,19 +105,23 @@ def collect_activations(
             the column has one, else "generated". None for none, which `tokens="answer"` implies.
         answers: which answers demonstrate: the "first" of each list, a "random" one, or "all", every positive with
             every negative. `tokens="answer"` takes all.
-        prompt_format: "auto", "chat" or "plain", see `encode_answers`.
+        prompt_format: see `encode_answers`.
         max_new_tokens: longest generated answer.
         batch_size: most sequences in a batch; None for no limit of its own.
-        max_tokens_per_batch: most tokens in a batch, padding included.
+        max_tokens_per_batch: most tokens in a batch, padding included. Cached prompts can take as many again.
         dtype: of the store: "float32", "bfloat16" or "float16".
         seed: of the random answers and tokens.
+        truncate: cut prompts on the left, BOS excepted, where a row's longest answer is more than the model takes.
         resume: continue or reuse a store at `path` that was begun with the same arguments; False replaces it.
 
     Raises:
         ValueError: an argument or the data are not as described, a sequence is longer than the model takes, an
-            activation is not finite, or `path` holds something else.
+            activation is not finite, an active edit depends on padding, another run writes to `path`, or it holds
+            something else.
+        OSError: the disk is too small, which is noticed before the first forward pass where possible, or full. What
+            was written is kept, and the next call goes on from there.
     """
-    for name, value in {"site": site, "tokens": tokens, "neutral": neutral, "answers": answers, "dtype": dtype}.items():
+    for name, value in {"tokens": tokens, "neutral": neutral, "answers": answers, "dtype": dtype}.items():
         if value not in CHOICES[name]:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, CHOICES[name]))}, got {value!r}")
     for name, value in {
@@ -110,68 +131,78 @@ def collect_activations(
     }.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    sites = [site] if isinstance(site, str) else list(dict.fromkeys(site))
+    if not sites or set(sites) - set(SITES):
+        raise ValueError(f"site must be one of {', '.join(map(repr, SITES))} or both, got {site!r}")
+    if len(sites) > 1 and target_modules is not None:
+        raise ValueError("target_modules replace one site: collect several sites without them")
     check_contrast_set(data)
+    check_independent_of_padding(model)
     if tokens == "answer":
         neutral, answers = None, "all"
-    path = Path(path)
-    sites = find_sites(model, site, layers=layers, target_modules=target_modules)
-    bare = unwrap(model)
-    prompt_format = resolve_prompt_format(tokenizer, prompt_format)
+    path, bare, together = Path(path), unwrap(model), processes()
+    modules = {s: find_sites(model, s, layers=layers, target_modules=target_modules) for s in sites}
+    options = Options(
+        tokens=tokens,
+        neutral=neutral,
+        answers=answers,
+        prompt_format=resolve_prompt_format(tokenizer, prompt_format),
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        truncate=truncate,
+        limit=length_limit(bare),
+    )
     settings = {
-        "site": site,
+        "sites": sites,
         "tokens": tokens,
         "neutral": neutral,
         "answers": answers,
-        "prompt_format": prompt_format,
+        "prompt_format": options.prompt_format,
         "max_new_tokens": max_new_tokens,
+        "truncate": truncate,
         "dtype": dtype,
         "seed": seed,
-        "hidden_size": _width(bare, sites),
-        "modules": {str(layer): name for layer, name in sites.items()},
+        "hidden_size": _width(bare, modules),
+        "modules": {s: {str(layer): name for layer, name in names.items()} for s, names in modules.items()},
         "model": getattr(bare.config, "_name_or_path", None),
         "revision": getattr(bare.config, "_commit_hash", None),
         "fingerprint": fingerprint(model),
         "active_adapters": _active_adapters(model),
-        "data_fingerprint": _data_fingerprint(data, tokenizer, prompt_format),
+        "data": {"name": data.info.dataset_name, "rows": len(data)},
+        "data_fingerprint": _data_fingerprint(data, tokenizer, options.prompt_format),
         "batch_size": batch_size,
         "max_tokens_per_batch": max_tokens_per_batch,
     }
-    earlier = _earlier_store(path, settings, resume)
-    if isinstance(earlier, ActivationStore):
+    if together.from_main(lambda: _stage(path, settings, resume)) == "complete":
         logger.info("%s is complete already and is used as it is", path)
-        return earlier
-
-    with inference(bare):
-        if earlier is None:
-            plan = make_plan(
-                tokenizer,
-                data,
-                **{name: settings[name] for name in ("tokens", "neutral", "answers", "prompt_format", "seed")},
-                generate=lambda prompts: greedy_answers(
-                    bare, tokenizer, prompts, max_new_tokens, batch_size, max_tokens_per_batch
-                ),
-            )
-            check_length(bare, len(plan.sequences[0].ids))
-            if (path / META).exists():
-                remove_store(path)
-            writer = StoreWriter(path, settings, plan.index)
-        else:
-            writer, plan = earlier
-        _run(bare, sites, plan, writer)
-    return writer.finish()
+        return ActivationStore(path)
+    with ExitStack() as stack:
+        together.from_main(lambda: stack.enter_context(locked(path)) if together.is_main else None)
+        # Looked at again: another run may have ended in between.
+        stage = together.from_main(lambda: _stage(path, settings, resume))
+        if stage != "complete":
+            stack.enter_context(inference(bare))
+            collection = _Collection(bare, tokenizer, StoreWriter(path, settings), together)
+            if stage != "running":
+                collection.plan(data, options, begun=stage == "begun")
+            collection.run()
+    together.wait()
+    return ActivationStore(path)
 
 
-def _earlier_store(path: Path, settings: dict, resume: bool):
-    """What is at `path`: None, a complete store, or a writer to go on with and its sequences."""
+def _stage(path: Path, settings: dict[str, Any], resume: bool) -> str:
+    """How far the collection into `path` is: "new", "begun" (settings are written), "running" (the index too) or
+    "complete"."""
+    check_folder(path)
     if not (path / META).exists():
-        check_free(path)
-        return None
+        return "new"
     if not resume:
-        store_files(path)  # raises where it cannot be replaced
-        return None
+        read_manifest(path)  # raises where it is no store's: it is replaced
+        return "new"
     metadata = read_metadata(path)
     # The batches decide how a collection goes on, not what a complete one holds; the fingerprint tells models apart.
-    ignored = {"model", "revision"} | ({"batch_size", "max_tokens_per_batch"} if metadata["complete"] else set())
+    ignored = {"model", "revision", "data"}
+    ignored |= {"batch_size", "max_tokens_per_batch"} if metadata["complete"] else set()
     changed = [name for name in settings if name not in ignored and metadata.get(name) != settings[name]]
     if changed:
         what = "; ".join(f"{name} is {metadata.get(name)!r} there, {settings[name]!r} here" for name in changed[:3])
@@ -180,102 +211,147 @@ def _earlier_store(path: Path, settings: dict, resume: bool):
             "choose another folder, or pass resume=False to replace it"
         )
     if metadata["complete"]:
-        return ActivationStore(path)
-    return StoreWriter.resume(path), Plan.from_index(read_index(path))
+        return "complete"
+    return "running" if (path / INDEX).exists() else "begun"
 
 
-def _run(model: nn.Module, sites: dict[int, str], plan: Plan, writer: StoreWriter) -> None:
-    """Run the sequences that are not on disk yet and write their rows shard by shard."""
-    sequences = plan.sequences
-    settings = writer.metadata
-    dtype = getattr(torch, settings["dtype"])
-    row_bytes = len(sites) * settings["hidden_size"] * dtype.itemsize
-    done = 0
-    rows_per_sequence = [1 if settings["tokens"] in ROW_TOKENS else s.stop - s.start for s in sequences]
-    on_disk = writer.rows
-    while on_disk > 0:
-        on_disk -= rows_per_sequence[done]
-        done += 1
+@dataclass
+class _Collection:
+    """The steps of a collection, each of which an interrupted run leaves such that the next one goes on from it."""
 
-    pending: dict[int, list[Tensor]] = {layer: [] for layer in sites}
-    pending_rows = 0
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    writer: StoreWriter
+    together: Processes
 
-    def flush() -> None:
-        nonlocal pending_rows
-        if pending_rows:
-            writer.add({f"{settings['site']}.{layer}": torch.cat(rows) for layer, rows in pending.items()})
-            for rows in pending.values():
-                rows.clear()
-            pending_rows = 0
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.writer.metadata
 
-    remaining = sequences[done:]
-    with tqdm(total=len(sequences), initial=done, desc="collecting", unit="seq", leave=None) as progress:
-        for batch in batches([len(s.ids) for s in remaining], settings["batch_size"], settings["max_tokens_per_batch"]):
-            chunk = [remaining[i] for i in batch]
-            rows = _batch_rows(model, sites, chunk, mean=settings["tokens"] == "mean")
-            for layer, tensor in rows.items():
-                tensor = tensor.to(dtype)
-                _check_finite(tensor, layer, plan, first_row=writer.rows + pending_rows)
-                pending[layer].append(tensor.cpu())
-            pending_rows += sum(rows_per_sequence[done + i] for i in batch)
-            progress.update(len(chunk))
-            if pending_rows * row_bytes >= SHARD_BYTES:
-                flush()
-        flush()
+    def plan(self, data: Dataset, options: Options, begun: bool) -> None:
+        """Write the settings, let the model answer prompts, and write the index."""
+        draft = self.together.agree(lambda: make_draft(self.tokenizer, data, options))
+        if not begun:
+            self.together.from_main(self.writer.begin)
+        limits = self.settings["batch_size"], self.settings["max_tokens_per_batch"]
+        answers = self._answers(draft, limits)
+        index = draft.finish(
+            answers,
+            share=can_share_prompts(self.model),
+            batch_size=limits[0],
+            max_tokens=limits[1],
+            row_bytes=self.writer.shape.row_bytes,
+        )
+        self.together.from_main(lambda: self._write_index(index))
+
+    def _write_index(self, index: dict[str, Tensor]) -> None:
+        plan = Plan(index, self.settings["tokens"])
+        needed = sum(map(plan.rows, range(len(plan)))) * self.writer.shape.row_bytes
+        if needed > shutil.disk_usage(self.writer.path).free:
+            raise OSError(no_space(self.writer.path, needed))
+        with reporting_full_disk(self.writer.path, needed, "nothing was collected yet"):
+            self.writer.write_index(index)
+
+    def _answers(self, draft: Draft, limits: tuple[int | None, int]) -> list[list[int]]:
+        """The model's own answers, each batch of which is kept in a file of its own until the index is written."""
+        order = sorted(range(len(draft.prompts)), key=lambda i: -len(draft.prompts[i]))
+        new = self.settings["max_new_tokens"]
+        all_batches = [
+            [order[i] for i in batch] for batch in batches([len(draft.prompts[i]) + new for i in order], *limits)
+        ]
+        files = [self.writer.path / f"generated-{number:05d}.json" for number in range(len(all_batches))]
+        mine = self.together.share(range(len(all_batches)))
+        missing = [number for number in mine if not files[number].exists()]
+        done = sum(len(all_batches[number]) for number in mine) - sum(len(all_batches[number]) for number in missing)
+        with self._progress("generating neutral answers", sum(len(all_batches[n]) for n in mine), done) as progress:
+            wanted = [all_batches[number] for number in missing]
+            answers = greedy_answers(self.model, self.tokenizer, draft.prompts, wanted, new)
+            for number, batch in zip(missing, answers, strict=True):
+                with reporting_full_disk(self.writer.path, 0, "the answers so far are kept"):
+                    publish_text(files[number], json.dumps(batch))
+                progress.update(len(batch))
+        self.together.wait()
+        answers: list[list[int]] = [[]] * len(draft.prompts)
+        for file, batch in zip(files, all_batches, strict=True):
+            for place, answer in zip(batch, json.loads(file.read_text(encoding="utf-8")), strict=True):
+                answers[place] = answer
+        return answers
+
+    def run(self) -> None:
+        """Collect the shards that are missing, and write the manifest."""
+        path, writer = self.writer.path, self.writer
+        plan = Plan(read_index(path), self.settings["tokens"])
+        rows = [plan.shard_rows(number) for number in range(len(plan.shards))]
+        mine = self.together.share(range(len(plan.shards)))
+        digests = {number: writer.digest(number, rows[number]) for number in mine}
+        for number, digest in digests.items():
+            if digest is None and writer.shard(number).exists():
+                logger.warning("%s is damaged: it is collected again", writer.shard(number))
+        sizes = {number: sum(len(batch.sequences) for batch in plan.shards[number]) for number in mine}
+        done = sum(size for number, size in sizes.items() if digests[number] is not None)
+        names = {
+            f"{s}.{layer}": name for s, of_site in self.settings["modules"].items() for layer, name in of_site.items()
+        }
+        meter = _Meter(self._progress("collecting", sum(sizes.values()), done))
+        with meter.progress, Recorder(self.model, names, mean=self.settings["tokens"] == "mean") as recorder:
+            runner = Runner(self.model, plan, recorder)
+            for number in (number for number in mine if digests[number] is None):
+                size = rows[number] * writer.shape.row_bytes
+                kept = f"{meter.progress.n:,} of {len(plan):,} sequences are kept"
+                with reporting_full_disk(path, size, kept), writer.open_shard(number, rows[number]) as shard:
+                    first_row = 0
+                    for batch in plan.shards[number]:
+                        found = runner.run(batch)
+                        for name, tensor in found.items():
+                            tensor = tensor.to(writer.shape.dtype)
+                            _check_finite(tensor, name, plan, batch)
+                            shard.write(name, first_row, tensor)
+                        first_row += len(tensor)
+                        meter.update(plan, batch, first_row * writer.shape.row_bytes)
+                    shard.finish()
+                meter.written += size
+                digests[number] = writer.digest(number, rows[number])
+        everyone = self.together.gather(digests)
+        if self.together.is_main:
+            digests = {number: digest for some in everyone for number, digest in some.items()}
+            for number, count in enumerate(rows):
+                writer.list_shard(count, digests[number])
+            writer.finish()
+
+    def _progress(self, what: str, total: int, done: int) -> tqdm:
+        if self.together.count > 1:
+            what = f"{what}, process {self.together.index + 1} of {self.together.count}"
+        # Bars of several processes would overwrite each other.
+        hidden = not self.together.is_main
+        return tqdm(total=total, initial=done, desc=what, unit="seq", leave=None, disable=hidden or total == 0)
 
 
-def _batch_rows(model: nn.Module, sites: dict[int, str], batch: list[Sequence], mean: bool) -> dict[int, Tensor]:
-    """Layer to the kept rows of a batch, (r, d), in the order of the sequences and positions."""
-    input_ids, mask = pad([sequence.ids for sequence in batch], input_device(model))
-    kept = torch.zeros_like(input_ids, dtype=torch.bool)
-    for i, sequence in enumerate(batch):
-        kept[i, sequence.start : sequence.stop] = True
+class _Meter:
+    """What the progress bar shows beside sequences: tokens per second and the size on disk."""
 
-    rows: dict[int, Tensor] = {}
+    def __init__(self, progress: tqdm):
+        self.progress = progress
+        self.written = 0
+        self._tokens = 0
+        self._start = time.monotonic()
 
-    def keep(layer: int):
-        def hook(module, args, output) -> None:
-            h = output[0] if isinstance(output, tuple) else output
-            h = h.reshape(*input_ids.shape, -1)  # OPT flattens batch and sequence before its MLP
-            selected = kept.to(h.device)
-            if mean:
-                h = h.to(torch.promote_types(h.dtype, torch.float32))
-                weights = selected.to(h.dtype) / selected.sum(dim=1, keepdim=True)
-                rows[layer] = torch.einsum("bs,bsd->bd", weights, h)
-            else:
-                rows[layer] = h[selected]
-
-        return hook
-
-    handles = []
-    try:
-        for layer, name in sites.items():
-            # First of the hooks: the edit of a block is a hook too.
-            handles.append(_before_edit(model.get_submodule(name)).register_forward_hook(keep(layer), prepend=True))
-        # The model without its LM head, whose logits nobody reads.
-        model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return rows
+    def update(self, plan: Plan, batch: Batch, bytes_of_shard: int) -> None:
+        self._tokens += sum(len(plan.ids(i)) for i in batch.sequences)
+        rate = self._tokens / (time.monotonic() - self._start)
+        size = (self.written + bytes_of_shard) / 1e6
+        self.progress.set_postfix_str(f"{rate:,.0f} tokens/s, {size:,.1f} MB", refresh=False)
+        self.progress.update(len(batch.sequences))
 
 
-def _before_edit(module: nn.Module) -> nn.Module:
-    """The module whose output the edit of a site receives: what the edit wraps, other methods' adapters included."""
-    inner = module
-    while isinstance(inner, BaseTunerLayer):
-        if isinstance(inner, EditLayer):
-            return inner.base_layer
-        inner = inner.base_layer
-    return module
-
-
-def _check_finite(rows: Tensor, layer: int, plan: Plan, first_row: int) -> None:
+def _check_finite(rows: Tensor, name: str, plan: Plan, batch: Batch) -> None:
     bad = ~torch.isfinite(rows).all(dim=1)
     if bad.any():
-        row = first_row + int(bad.nonzero()[0])
+        row = int(bad.nonzero()[0])
+        ends = torch.tensor([plan.rows(i) for i in batch.sequences]).cumsum(dim=0)
+        number = batch.sequences[int((ends <= row).sum())]
+        site, _, layer = name.partition(".")
         raise ValueError(
-            f"layer {layer}: the activations of row {row} of the store ({plan.describe_row(row)}) are not finite: "
+            f"layer {layer}: the activations ({site}) of {plan.describe(number)} are not finite: "
             "load the model and store in a wider dtype (bfloat16 or float32)"
         )
 
@@ -291,10 +367,10 @@ def _active_adapters(model: nn.Module) -> list[str]:
     )
 
 
-def _width(model: nn.Module, sites: dict[int, str]) -> int:
+def _width(model: nn.Module, modules: dict[str, dict[int, str]]) -> int:
     """Width of the rows of all sites."""
-    modules = (model.get_submodule(name) for name in sites.values())
-    widths = {out_features(m) if is_linear(m) else text_config(model).hidden_size for m in modules}
+    found = (model.get_submodule(name) for names in modules.values() for name in names.values())
+    widths = {out_features(m) if is_linear(m) else text_config(model).hidden_size for m in found}
     if len(widths) > 1:
         raise ValueError(f"the target_modules are of different widths, {sorted(widths)}: collect them one by one")
     return widths.pop()
@@ -302,9 +378,11 @@ def _width(model: nn.Module, sites: dict[int, str]) -> int:
 
 def _data_fingerprint(data: Dataset, tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> str:
     """Hash of the texts, and of the prompts' token ids: those of another tokenizer or chat template differ."""
-    columns = {"messages": list(data["messages"]), "row_ids": list(data["id"])}
-    prompts = encode_prompts(tokenizer, list(data["prompt"]), prompt_format=prompt_format, **columns)
-    digest = hashlib.sha256(json.dumps(prompts).encode())
-    for row in data.select_columns(["id", "prompt", "positives", "negatives", "neutral", "messages"]):
-        digest.update(json.dumps(row, sort_keys=True).encode())
+    digest = hashlib.sha256()
+    data = data.select_columns(["id", "prompt", "positives", "negatives", "neutral", "messages"])
+    for first in range(0, len(data), CHUNK):
+        rows = data[first : first + CHUNK]
+        columns = {"messages": rows["messages"], "row_ids": rows["id"]}
+        prompts = encode_prompts(tokenizer, rows["prompt"], prompt_format=prompt_format, **columns)
+        digest.update(json.dumps([prompts, rows], sort_keys=True).encode())
     return digest.hexdigest()[:16]

@@ -67,8 +67,8 @@ def check_store(
     site: str,
     layers: Mapping[int, EditLayer],
     allow_fingerprint_mismatch: bool = False,
-) -> None:
-    """Raise ValueError unless a store holds activations of this model at the sites of an adapter.
+) -> ActivationStore:
+    """The store, read at the site of an adapter. Raises ValueError unless its activations are of this model there.
 
     Args:
         model: with the adapter.
@@ -77,15 +77,17 @@ def check_store(
         layers: block index to the adapter's layers.
         allow_fingerprint_mismatch: accept a store of a model with other weights.
     """
-    if store.site != site:
-        raise ValueError(f"{store.path} holds site {store.site!r}, the adapter edits {site!r}: collect that site")
+    if site not in store.sites:
+        held = " and ".join(map(repr, store.sites))
+        raise ValueError(f"{store.path} holds site {held}, the adapter edits {site!r}: collect that site")
+    store = store.at(site)
     if missing := sorted(set(layers) - set(store.layers)):
         raise ValueError(
             f"{store.path} has layers {store.layers}, the adapter also edits {missing}: "
             "collect those layers too, or make an adapter without them (layers_to_transform)"
         )
     for index, layer in layers.items():
-        module = store.metadata["modules"][str(index)]
+        module = store.modules[index]
         if module is not None and module != layer.site:
             raise ValueError(
                 f"{store.path} holds the output of {module}, the adapter edits {layer.site}: "
@@ -104,7 +106,7 @@ def check_store(
         )
     of_store = store.metadata["fingerprint"]
     if of_store is None or allow_fingerprint_mismatch:
-        return
+        return store
     of_model = fingerprint(model)
     if of_model is None:
         logger.warning(
@@ -117,3 +119,4 @@ def check_store(
             f"{store.path} was collected from another model ({store.metadata['model']}, fingerprint {of_store}; "
             f"this model has {of_model}): collect again, or pass allow_fingerprint_mismatch=True"
         )
+    return store

@@ -13,10 +13,18 @@ from torch import nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
 
 from .contrast import check_contrast_set
-from .inference import check_length, inference, input_device, pad
+from .inference import (
+    cache_name,
+    can_share_prompts,
+    check_length,
+    inference,
+    input_device,
+    pad,
+    prompt_cache,
+    select_rows,
+)
 from .prompts import EncodedAnswer, encode_answers
 from .sites import unwrap
 from .tuners.editing import check_independent_of_padding
@@ -129,10 +137,12 @@ def answer_log_likelihoods(
     check_length(bare, max(len(answer.input_ids) for answers in questions for answer in answers))
     scores: list[list[float]] = [[] for _ in questions]
     with inference(model), tqdm(total=len(questions), desc="evaluating", unit="question", leave=None) as progress:
+        share = can_share_prompts(bare)
         for group in _groups(questions, batch_size):
             answers = [answer for i in group for answer in questions[i]]
             owners = [place for place, i in enumerate(group) for _ in questions[i]]
-            flat = iter(_score_group(model, bare, answers, owners, _shared_length(questions[group[0]])))
+            shared = _shared_length(questions[group[0]]) if share else 0
+            flat = iter(_score_group(model, bare, answers, owners, shared))
             for i in group:
                 scores[i] = [next(flat) for _ in questions[i]]
             progress.update(len(group))
@@ -167,25 +177,16 @@ def _score_group(
 ) -> list[float]:
     """Log-likelihood of each answer; `owners` are the places of their questions in the group."""
     device = input_device(bare)
-    cache = None
+    cached = {}
     if shared > 0:
         firsts = [owners.index(place) for place in range(owners[-1] + 1)]
-        prefixes = torch.tensor([answers[i].input_ids[:shared] for i in firsts], device=device)
-        # Without the LM head, whose logits of the prompt nobody reads.
-        output = bare.base_model(input_ids=prefixes, attention_mask=torch.ones_like(prefixes), use_cache=True)
-        cache = getattr(output, "past_key_values", None)
-        if isinstance(cache, Cache):
-            cache.batch_select_indices(torch.tensor(owners, device=device))
-        else:
-            cache, shared = None, 0  # an architecture with another kind of state: run the prompt with each answer
-
+        cache = prompt_cache(bare, [answers[i].input_ids[:shared] for i in firsts])
+        cached = {cache_name(bare): select_rows(cache, owners), "use_cache": True}
     ids, mask = pad([answer.input_ids for answer in answers], device)
     scored = torch.zeros_like(ids, dtype=torch.bool)
     for i, answer in enumerate(answers):
         scored[i, answer.prompt_length : len(answer.input_ids)] = True
-    logits = model(
-        input_ids=ids[:, shared:-1], attention_mask=mask[:, :-1], past_key_values=cache, use_cache=cache is not None
-    ).logits
+    logits = model(input_ids=ids[:, shared:-1], attention_mask=mask[:, :-1], **{"use_cache": False, **cached}).logits
     scored, targets = scored[:, shared + 1 :].to(logits.device), ids[:, shared + 1 :].to(logits.device)
     log_likelihoods = -functional.cross_entropy(logits[scored].float(), targets[scored], reduction="none")
     return [float(part.sum()) for part in log_likelihoods.split(scored.sum(dim=1).tolist())]

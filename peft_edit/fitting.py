@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapters import check_store, find_adapter
 from .functional.sea import edit, fit, project, rescale_statistics
+from .processes import processes
 from .store import ActivationStore
 from .tuners.sea import SEAConfig, SEALayer
 
@@ -82,6 +83,7 @@ def fit_sea(
 ) -> SEAFit:
     """Fit a SEA adapter to stored activations (SEA), in closed form and float64, one layer in memory at a time.
 
+    Under `accelerate launch` or `torchrun` the processes share the layers, and all end with the same adapter.
     Afterwards the adapter edits, its factors are ready to be saved and its configuration holds the ranks and
     statistics. Nothing changes when the fit of any layer fails. Fitting again replaces the fit.
 
@@ -104,18 +106,24 @@ def fit_sea(
         raise ValueError(
             f"{store.path} holds every answer token: collect with tokens='last', 'mean' or 'random' for SEA"
         )
-    check_store(model, store, config.site, layers, allow_fingerprint_mismatch)
+    store = check_store(model, store, config.site, layers, allow_fingerprint_mismatch)
 
-    fits, factors = [], {}
-    for index, layer in tqdm(sorted(layers.items()), desc="fitting", unit="layer", leave=None):
-        try:
-            site_fit, factors[index] = _fit_site(store, index, layer, config)
-        except ValueError as error:
-            raise ValueError(f"layer {index}: {error}") from error
-        fits.append(site_fit)
+    together = processes()
 
-    for index, layer in layers.items():
-        layer.set_factors(adapter_name, *factors[index], checked=True)
+    def fit_share() -> list[tuple[SiteFit, tuple[Tensor, Tensor]]]:
+        mine, share = together.share(sorted(layers)), []
+        for index in tqdm(mine, desc="fitting", unit="layer", leave=None, disable=not together.is_main):
+            try:
+                share.append(_fit_site(store, index, layers[index], config))
+            except ValueError as error:
+                raise ValueError(f"layer {index}: {error}") from error
+        return share
+
+    fitted = [site for share in together.gather(together.agree(fit_share)) for site in share]
+    fits = sorted((site_fit for site_fit, _ in fitted), key=lambda site_fit: site_fit.layer)
+    for site_fit, factors in fitted:
+        layer = layers[site_fit.layer]
+        layer.set_factors(adapter_name, *(factor.to(_device(layer)) for factor in factors), checked=True)
     config.rank_pattern = {f.site: [f.positive_rank, f.negative_rank] for f in fits}
     config.fit_statistics = {f.site: {name: getattr(f, name) for name in RECORDED} for f in fits}
     config.base_model_fingerprint = store.metadata["fingerprint"]
@@ -124,7 +132,7 @@ def fit_sea(
 
 def _fit_site(
     store: ActivationStore, index: int, layer: SEALayer, config: SEAConfig
-) -> tuple[SiteFit, tuple[torch.Tensor, torch.Tensor]]:
+) -> tuple[SiteFit, tuple[Tensor, Tensor]]:
     device = _device(layer)
     # MPS has no float64.
     fit_device = torch.device("cpu") if device.type in ("meta", "mps") else device
@@ -172,7 +180,8 @@ def _fit_site(
         relative_error=ratio.relative_error,
         strength=config.statistics_strength,
     )
-    return site_fit, tuple(spectrum.basis.float().to(device) for spectrum in (fitted.positive, fitted.negative))
+    # On the CPU, so that processes on other devices can take them over.
+    return site_fit, tuple(spectrum.basis.float().cpu() for spectrum in (fitted.positive, fitted.negative))
 
 
 def _device(layer: SEALayer) -> torch.device:

@@ -1,72 +1,99 @@
-"""Running a model: its mode, device and batches, and greedy answers."""
+"""Running a model: its mode, device and batches, caches of prompts, and greedy answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .sites import text_config
 
 
-def batches(lengths: list[int], batch_size: int | None, max_tokens: int) -> Iterator[list[int]]:
-    """Consecutive indices, as many as fit: lengths fall, so the first of a batch is its longest."""
-    batch: list[int] = []
-    for i in range(len(lengths)):
-        if batch and ((len(batch) + 1) * lengths[batch[0]] > max_tokens or len(batch) == batch_size):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+def cache_name(model: nn.Module) -> str | None:
+    """What the forward pass of a Transformers model calls its key-value cache: "cache" since Transformers 5.24,
+    "past_key_values" before; None for a model without one."""
+    parameters = inspect.signature(type(model.base_model).forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+
+
+def can_share_prompts(model: nn.Module) -> bool:
+    """Whether the cache of a prompt can be copied for several answers, with the results of running both together.
+
+    It can where the state is that of attention alone (recurrent states cannot be picked apart), and where the position
+    embedding does not depend on how long the whole sequence is.
+    """
+    if cache_name(model) is None or getattr(model, "_is_stateful", False):
+        return False
+    config = text_config(model)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope.get("rope_type", "default") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]
+    if any("dynamic" in kind or kind == "longrope" for kind in kinds):
+        return False
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)
+
+
+def prompt_cache(model: nn.Module, prompts: Sequence[Sequence[int]], common: int = 0) -> Cache:
+    """Key-value cache of prompts of one length, of which the first `common` ids are the same: those are run once.
+
+    The model is one of which `can_share_prompts` is true. Its LM head, whose logits nobody reads, is left out.
+    """
+    ids, name = torch.tensor([list(prompt) for prompt in prompts], device=input_device(model)), cache_name(model)
+    cache = None
+    if common:
+        cache = select_rows(prompt_cache(model, [prompts[0][:common]]), [0] * len(ids))
+    output = model.base_model(
+        input_ids=ids[:, common:], attention_mask=torch.ones_like(ids), use_cache=True, **{name: cache}
+    )
+    return output[name]
+
+
+def select_rows(cache: Cache, rows: Sequence[int]) -> Cache:
+    """A cache with some rows of another, in any order and number; the other stays as it is."""
+    selected = copy.copy(cache)
+    # A forward pass puts new tensors in the place of a layer's, so that a shallow copy is a layer of its own.
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    selected.batch_select_indices(torch.tensor(rows))
+    return selected
 
 
 def greedy_answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
+    prompts: Sequence[Sequence[int]],
+    batches: Iterable[Sequence[int]],
     max_new_tokens: int,
-    batch_size: int | None,
-    max_tokens: int,
-) -> list[list[int]]:
-    """The model's own greedy answers, without end of sequence."""
-    longest = max(map(len, prompts))
-    check_length(model, longest, "prompt")
-    check_length(model, longest + max_new_tokens, "prompt and generated answer", "lower max_new_tokens")
+) -> Iterator[list[list[int]]]:
+    """The model's own greedy answers, without end of sequence: for each batch, which names places in `prompts`, those
+    of its prompts."""
     own = model.generation_config
     stop = own.eos_token_id if own is not None else tokenizer.eos_token_id
     stop = [stop] if isinstance(stop, int) else list(stop or [])
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop or None, pad_token_id=stop[0] if stop else 0
     )
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    answers: list[list[int]] = [[] for _ in prompts]
-    with tqdm(total=len(prompts), desc="generating neutral answers", unit="seq", leave=None) as progress:
-        for batch in batches([len(prompts[i]) + max_new_tokens for i in order], batch_size, max_tokens):
-            rows = [order[i] for i in batch]
-            input_ids, mask = pad([prompts[row] for row in rows], input_device(model), side="left")
-            # `generate` fills in from the model's own configuration, and its penalties and beams are not greedy.
-            model.generation_config = config
-            try:
-                output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
-            finally:
-                model.generation_config = own
-            for row, ids in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
-                end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
-                answers[row] = ids[:end]
-            progress.update(len(rows))
-    return answers
+    for batch in batches:
+        input_ids, mask = pad([prompts[i] for i in batch], input_device(model), side="left")
+        # `generate` fills in from the model's own configuration, and its penalties and beams are not greedy.
+        model.generation_config = config
+        try:
+            output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
+        finally:
+            model.generation_config = own
+        rows = output[:, input_ids.shape[1] :].tolist()
+        yield [ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))] for ids in rows]
 
 
-def pad(rows: Sequence[Sequence[int]], device: torch.device, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+def pad(rows: Sequence[Sequence[int]], device: torch.device, side: str = "right") -> tuple[Tensor, Tensor]:
     """Token ids and attention mask of a batch, (b, s) int64 each. On the right, where a causal model's earlier tokens
     cannot see the padding, unless something is to be generated. As the padding is masked, any id will do: 0."""
-    tensors = [torch.tensor(row) for row in rows]
+    tensors = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
     ids, mask = (
         pad_sequence(batch, batch_first=True, padding_side=side)
         for batch in (tensors, [torch.ones_like(tensor) for tensor in tensors])
@@ -95,10 +122,15 @@ def inference(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def length_limit(model: nn.Module) -> int | None:
+    """Most tokens in a sequence that the model takes; None where its configuration does not tell."""
+    return getattr(text_config(model), "max_position_embeddings", None)
+
+
 def check_length(
     model: nn.Module, tokens: int, what: str = "prompt and answer", remedy: str = "leave the long rows out"
 ) -> None:
     """Raise ValueError where a sequence of so many tokens is more than the model takes."""
-    limit = getattr(text_config(model), "max_position_embeddings", None)
+    limit = length_limit(model)
     if limit is not None and tokens > limit:
         raise ValueError(f"the longest {what} has {tokens} tokens, the model takes {limit}: {remedy}")

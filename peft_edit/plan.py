@@ -1,137 +1,226 @@
 """What a collection runs: each unique sequence once, and which of its rows each demonstration refers to.
 
-The plan depends on the data and the arguments only. It is written to the store before the first forward pass, so that
-an interrupted collection goes on with the very same sequences.
+The plan is written to the store before the first forward pass, so that an interrupted collection goes on with the very
+same sequences and batches.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from functools import cached_property
 
+import numpy
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .prompts import EncodedAnswer, encode_answers, encode_prompts
+from .schedule import SequenceTable, make_schedule
 
 
-Span = tuple[tuple[int, ...], int, int]
+# Questions that are encoded at once.
+CHUNK = 256
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """Token ids to run, and the half-open span of positions whose activations are kept."""
+class Options:
+    """Arguments of `collect_activations` that decide which tokens of which sequences are kept, and what a model takes.
 
-    ids: tuple[int, ...]
-    start: int
-    stop: int
-
-
-@dataclass
-class Plan:
-    """Sequences in the order in which they are run, the longest first, and the tensors of a store's index."""
-
-    sequences: list[Sequence]
-    index: dict[str, Tensor]
-
-    @classmethod
-    def from_index(cls, index: dict[str, Tensor]) -> Plan:
-        """The plan that a store's index.safetensors holds."""
-        ids = index["token_ids"].split(index["sequence_lengths"].tolist())
-        spans = index["spans"].tolist()
-        return cls([Sequence(tuple(i.tolist()), *span) for i, span in zip(ids, spans, strict=True)], index)
-
-    def describe_row(self, row: int) -> str:
-        """Which answer of which question a row of the store belongs to, the first of them."""
-        pairs = self.index.get("pairs")
-        rows = {"negative": pairs[:, 0], "positive": pairs[:, 1]} if pairs is not None else self.index
-        for sign in ("positive", "negative", "neutral"):
-            if sign in rows and len(places := (rows[sign] == row).nonzero()):
-                return f"{sign}, question {int(self.index['question'][places[0, 0]])}"
-        return "in no demonstration"
-
-
-@dataclass
-class _Sequences:
-    """Unique sequences by content."""
-
-    numbers: dict[Span, int] = field(default_factory=dict)
-
-    def add(self, ids, start: int, stop: int) -> int:
-        return self.numbers.setdefault((tuple(ids), start, stop), len(self.numbers))
-
-
-def make_plan(
-    tokenizer: PreTrainedTokenizerBase,
-    data: Dataset,
-    *,
-    tokens: str,
-    neutral: str | None,
-    answers: str,
-    prompt_format: str,
-    seed: int,
-    generate: Callable[[list[list[int]]], list[list[int]]],
-) -> Plan:
-    """Encode a contrast set and lay out its rows; arguments as for `collect_activations`.
-
-    Args:
-        generate: maps prompts' token ids to those of the model's own answers, called once with all that are needed.
+    Attributes:
+        limit: most tokens in a sequence; None for any number.
     """
-    texts = {"prompts": data["prompt"], "messages": data["messages"], "row_ids": data["id"]}
-    texts = {name: list(column) for name, column in texts.items()}
-    options = {"messages": texts["messages"], "prompt_format": prompt_format, "row_ids": texts["row_ids"]}
-    positives = encode_answers(tokenizer, texts["prompts"], list(data["positives"]), **options)
-    negatives = encode_answers(tokenizer, texts["prompts"], list(data["negatives"]), **options)
 
-    chooser, unique = random.Random(seed), _Sequences()
-    if tokens == "answer":
-        return _answer_token_plan(texts["row_ids"], positives, negatives, unique)
+    tokens: str
+    neutral: str | None
+    answers: str
+    prompt_format: str
+    seed: int
+    max_new_tokens: int
+    truncate: bool
+    limit: int | None
 
-    neutral_numbers = [
-        unique.add(ids, len(ids) - 1, len(ids))
-        for ids in _neutral_ids(tokenizer, data, texts["prompts"], neutral, options, generate)
+
+@dataclass
+class Draft:
+    """A contrast set in tokens; the model's own answers are still missing.
+
+    Attributes:
+        prompts: token ids of the prompts that the model has to answer, each once.
+    """
+
+    options: Options
+    table: SequenceTable = field(default_factory=SequenceTable)
+    prompts: list[array] = field(default_factory=list)
+    _numbers: dict[bytes, int] = field(default_factory=dict)  # of the prompts
+    # For each question whose neutral activation waits for an answer: its group and number of its prompt.
+    _waiting: list[tuple[int, int]] = field(default_factory=list)
+    # Question to the number of its neutral sequence.
+    _neutral: dict[int, int] = field(default_factory=dict)
+    # For each demonstration, or pair of answers: its question, and numbers of its sequences (negative, positive).
+    _pairs: list[tuple[int, int, int]] = field(default_factory=list)
+    # tokens="answer": for each pair the first place within the answers that differs, and the number of places.
+    _places: list[tuple[int, int]] = field(default_factory=list)
+    _row_ids: list[int] = field(default_factory=list)
+
+    def add_question(self, row_id: int, prompt: list[int], good, bad, neutral: EncodedAnswer | None, chooser) -> None:
+        """Add a question's answers; `neutral` is its neutral text, None where the options or the model decide."""
+        options, group = self.options, len(self._row_ids)
+        self._row_ids.append(row_id)
+        if options.tokens == "answer":
+            for positive, negative in itertools.product(good, bad):
+                first, shorter = _first_difference(positive, negative), _shorter(positive, negative)
+                numbers = (self._add(answer, group) for answer in (negative, positive))
+                self._pairs.append((group, *numbers))
+                self._places.append((first, shorter - first))
+            return
+        for positive, negative in _chosen(good, bad, options.answers, chooser):
+            self._pairs.append((group, self._add(negative, group), self._add(positive, group)))
+        if neutral is not None:
+            self._add_neutral(group, neutral.input_ids)
+        elif options.neutral == "prompt":
+            self._add_neutral(group, prompt)
+        elif options.neutral is not None:
+            content = array("i", prompt)
+            number = self._numbers.setdefault(content.tobytes(), len(self.prompts))
+            if number == len(self.prompts):
+                self.prompts.append(content)
+            self._waiting.append((group, number))
+
+    def _add(self, answer: EncodedAnswer, group: int) -> int:
+        return self.table.add(answer.input_ids, *_span(answer, self.options), group)
+
+    def _add_neutral(self, group: int, ids: Sequence[int]) -> None:
+        self._neutral[group] = self.table.add(ids, len(ids) - 1, len(ids), group)
+
+    def check(self) -> None:
+        """Raise ValueError where there is nothing to collect."""
+        if self.options.tokens == "answer" and not any(count for _, count in self._places):
+            raise ValueError("no pair of answers differs in any token that both have: nothing to collect")
+
+    def finish(
+        self,
+        answers: Sequence[Sequence[int]],
+        *,
+        share: bool,
+        batch_size: int | None,
+        max_tokens: int,
+        row_bytes: int,
+    ) -> dict[str, Tensor]:
+        """The index of the store. The draft is used up.
+
+        Args:
+            answers: the model's own answers to `prompts`.
+            share, batch_size, max_tokens: see `make_schedule`.
+            row_bytes: size of a row of the store.
+        """
+        for group, number in self._waiting:
+            self._add_neutral(group, self.prompts[number] + array("i", answers[number]))
+        table, every_token = self.table, self.options.tokens == "answer"
+        schedule = make_schedule(table, share=share, batch_size=batch_size, max_tokens=max_tokens)
+        order = numpy.array(schedule.order)
+        spans = numpy.stack((table.starts, table.stops), axis=1)[order]
+        # A mean is one row, whatever it is taken over.
+        rows = spans[:, 1] - spans[:, 0] if every_token else numpy.ones(len(order), dtype=numpy.int64)
+        first_rows = numpy.empty(len(order), dtype=numpy.int64)
+        first_rows[order] = numpy.cumsum(rows) - rows
+
+        pairs = numpy.array(self._pairs)
+        index = {"question": numpy.array(self._row_ids, dtype=numpy.int64)[pairs[:, 0]]}
+        negative, positive = first_rows[pairs[:, 1]], first_rows[pairs[:, 2]]
+        if every_token:
+            first, count = numpy.array(self._places).T
+            index["answer_pairs"] = numpy.stack((negative + first, positive + first, count), axis=1)
+        else:
+            index |= {"negative": negative, "positive": positive}
+            if self.options.neutral is not None:
+                neutral = numpy.array([self._neutral[group] for group in range(len(self._row_ids))])
+                index["neutral"] = first_rows[neutral[pairs[:, 0]]]
+        index["token_ids"] = numpy.concatenate([table.ids(number) for number in order])
+        index["sequence_lengths"] = table.lengths()[order]
+        index["spans"] = spans
+        self.table = SequenceTable()
+        tensors = {name: torch.from_numpy(values) for name, values in index.items()}
+        return tensors | schedule.tensors(rows, row_bytes)
+
+
+def make_draft(tokenizer: PreTrainedTokenizerBase, data: Dataset, options: Options) -> Draft:
+    """Encode a contrast set.
+
+    Raises:
+        ValueError: a row cannot be encoded, has no neutral text that is asked for, or is longer than the model takes.
+    """
+    draft, chooser = Draft(options), random.Random(options.seed)
+    for first in range(0, len(data), CHUNK):
+        rows = data[first : first + CHUNK]
+        encoded = _encode(tokenizer, rows, options)
+        for row_id, prompt, positives, negatives, texts in zip(rows["id"], *encoded, strict=True):
+            draft.add_question(row_id, prompt, positives, negatives, texts[0] if texts else None, chooser)
+    draft.check()
+    return draft
+
+
+def _encode(tokenizer, rows: dict[str, list], options: Options):
+    """Prompts, positives, negatives and neutral texts of some rows; each row's fit what the model takes."""
+    texts = [[] for _ in rows["id"]]
+    if options.neutral in ("auto", "text"):
+        texts = [[] if text is None else [text] for text in rows["neutral"]]
+        if options.neutral == "text" and [] in texts:
+            row_id = rows["id"][texts.index([])]
+            raise ValueError(
+                f"row {row_id} has no neutral text: fill the column, or pass neutral='generated' or 'prompt'"
+            )
+    columns = {"messages": rows["messages"], "prompt_format": options.prompt_format, "row_ids": rows["id"]}
+    prompts = encode_prompts(tokenizer, rows["prompt"], **columns)
+    sides = [
+        encode_answers(tokenizer, rows["prompt"], side, **columns)
+        for side in (rows["positives"], rows["negatives"], texts)
     ]
-    rows: dict[str, list[int]] = {"positive": [], "negative": [], "neutral": [], "question": []}
-    for i, (good, bad) in enumerate(zip(positives, negatives, strict=True)):
-        for positive, negative in _chosen(good, bad, answers, chooser):
-            rows["positive"].append(unique.add(positive.input_ids, *_span(positive, tokens, seed)))
-            rows["negative"].append(unique.add(negative.input_ids, *_span(negative, tokens, seed)))
-            rows["neutral"].append(neutral_numbers[i] if neutral_numbers else -1)
-            rows["question"].append(texts["row_ids"][i])
-    if not neutral_numbers:
-        del rows["neutral"]
+    for i, row_id in enumerate(rows["id"]):
+        answers = [answer for side in sides for answer in side[i]]
+        answered = options.neutral in ("auto", "generated") and not texts[i]
+        begins = [*(answer.prompt_ids for answer in answers), prompts[i]]
+        cut = _excess(tokenizer, row_id, answers, prompts[i], answered, options)
+        if cut:
+            kept = int(all(ids[0] in tokenizer.all_special_ids for ids in begins))  # BOS, if there is one
+            if any(len(ids) <= kept + cut for ids in begins):
+                raise ValueError(f"row {row_id}: without a prompt its longest answer is still {_more(options)}")
+            prompts[i] = _shortened(prompts[i], kept, cut)
+            for side in sides:
+                side[i] = [
+                    EncodedAnswer(_shortened(answer.input_ids, kept, cut), answer.prompt_length - cut)
+                    for answer in side[i]
+                ]
+    return prompts, *sides
 
-    sequences, rank = _longest_first(unique)
-    question = torch.tensor(rows.pop("question"))
-    index = {name: rank[torch.tensor(numbers)] for name, numbers in rows.items()}
-    return Plan(sequences, {**index, "question": question, **_sequence_tensors(sequences)})
+
+def _shortened(ids: list[int], kept: int, cut: int) -> list[int]:
+    return ids[:kept] + ids[kept + cut :]
 
 
-def _answer_token_plan(row_ids, positives, negatives, unique: _Sequences) -> Plan:
-    for answer in (a for row in (*positives, *negatives) for a in row):
-        unique.add(answer.input_ids, answer.prompt_length, len(answer.input_ids))
-    sequences, rank = _longest_first(unique)
-    lengths = torch.tensor([s.stop - s.start for s in sequences])
-    first_rows = (lengths.cumsum(dim=0) - lengths).tolist()
+def _more(options: Options) -> str:
+    return f"more than the {options.limit} tokens that the model takes: leave the row out"
 
-    def first_row(answer: EncodedAnswer) -> int:
-        number = unique.add(answer.input_ids, answer.prompt_length, len(answer.input_ids))
-        return first_rows[int(rank[number])]
 
-    pairs, questions = [], []
-    for row_id, good, bad in zip(row_ids, positives, negatives, strict=True):
-        for positive, negative in product(good, bad):
-            places = torch.arange(_first_difference(positive, negative), _shorter(positive, negative))
-            pairs.append(torch.stack((first_row(negative) + places, first_row(positive) + places), dim=1))
-            questions += [row_id] * len(places)
-    pairs = torch.cat(pairs)
-    if len(pairs) == 0:
-        raise ValueError("no pair of answers differs in any token that both have: nothing to collect")
-    return Plan(sequences, {"pairs": pairs, "question": torch.tensor(questions), **_sequence_tensors(sequences)})
+def _excess(tokenizer, row_id: int, answers, prompt: list[int], answered: bool, options: Options) -> int:
+    """How many tokens of a row's prompt have to go, so that its longest answer fits."""
+    if options.limit is None:
+        return 0
+    lengths = {"prompt and answer": max((len(answer.input_ids) for answer in answers), default=len(prompt))}
+    if answered:
+        lengths["prompt and generated answer"] = len(prompt) + options.max_new_tokens
+    what, length = max(lengths.items(), key=lambda item: item[1])
+    if length > options.limit and not options.truncate:
+        remedy = "lower max_new_tokens, " if answered and lengths["prompt and answer"] <= options.limit else ""
+        raise ValueError(
+            f"row {row_id}: {what} has {length} tokens, the model takes {options.limit}: {remedy}leave the row out, or "
+            "pass truncate=True to cut its prompt on the left"
+        )
+    return max(0, length - options.limit)
 
 
 def _first_difference(positive: EncodedAnswer, negative: EncodedAnswer) -> int:
@@ -152,53 +241,98 @@ def _chosen(good, bad, answers: str, chooser: random.Random):
         return [(good[0], bad[0])]
     if answers == "random":
         return [(chooser.choice(good), chooser.choice(bad))]
-    return list(product(good, bad))
+    return list(itertools.product(good, bad))
 
 
-def _span(answer: EncodedAnswer, tokens: str, seed: int) -> tuple[int, int]:
+def _span(answer: EncodedAnswer, options: Options) -> tuple[int, int]:
     start, stop = answer.prompt_length, len(answer.input_ids)
-    if tokens == "last":
+    if options.tokens == "last":
         return stop - 1, stop
-    if tokens == "random":
+    if options.tokens == "random":
         # Seeded by the answer itself, so that an answer which demonstrates twice is run once.
-        position = random.Random(f"{seed} {answer.input_ids}").randrange(start, stop)
+        position = random.Random(f"{options.seed} {answer.input_ids}").randrange(start, stop)
         return position, position + 1
     return start, stop
 
 
-def _neutral_ids(tokenizer, data: Dataset, prompts, neutral: str | None, options, generate) -> list[list[int]]:
-    """Token ids whose last token is neutral, one list a question; none where none are wanted."""
-    if neutral is None:
-        return []
-    texts = list(data["neutral"])
-    if neutral == "text" and None in texts:
-        row_id = options["row_ids"][texts.index(None)]
-        raise ValueError(f"row {row_id} has no neutral text: fill the column, or pass neutral='generated' or 'prompt'")
-    prompt_ids = encode_prompts(tokenizer, prompts, **options)
-    if neutral == "prompt":
-        return prompt_ids
-    wanted = [[text] if text is not None and neutral != "generated" else [] for text in texts]
-    encoded = encode_answers(tokenizer, prompts, wanted, **options)
-    missing = list({tuple(ids): ids for ids, answers in zip(prompt_ids, encoded, strict=True) if not answers}.values())
-    generated = zip(missing, generate(missing) if missing else [], strict=True)
-    continued = {tuple(prompt): prompt + answer for prompt, answer in generated}
-    return [
-        answers[0].input_ids if answers else continued[tuple(ids)]
-        for ids, answers in zip(prompt_ids, encoded, strict=True)
-    ]
+@dataclass(frozen=True)
+class Batch:
+    """Sequences that are run together, and the bucket whose prompts' cache they go on from."""
+
+    sequences: range
+    bucket: int
 
 
-def _longest_first(unique: _Sequences) -> tuple[list[Sequence], Tensor]:
-    """Sequences by falling length, so that too little memory shows at once, and the rank of each number."""
-    order = sorted(unique.numbers, key=lambda span: -len(span[0]))
-    rank = torch.empty(len(order), dtype=torch.int64)
-    rank[torch.tensor([unique.numbers[span] for span in order])] = torch.arange(len(order))
-    return [Sequence(*span) for span in order], rank
+class Plan:
+    """The sequences of a store's index, in the order in which they are run."""
 
+    def __init__(self, index: dict[str, Tensor], tokens: str):
+        self._index, self.tokens = index, tokens
+        self._ends = [0, *index["sequence_lengths"].cumsum(dim=0).tolist()]
+        self.spans: list[list[int]] = index["spans"].tolist()
+        self.cuts: list[list[int]] = index["bucket_cuts"].tolist()
 
-def _sequence_tensors(sequences: list[Sequence]) -> dict[str, Tensor]:
-    return {
-        "token_ids": torch.tensor([i for s in sequences for i in s.ids], dtype=torch.int32),
-        "sequence_lengths": torch.tensor([len(s.ids) for s in sequences]),
-        "spans": torch.tensor([(s.start, s.stop) for s in sequences]),
-    }
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def ids(self, number: int) -> Tensor:
+        return self._index["token_ids"][self._ends[number] : self._ends[number + 1]]
+
+    def rows(self, number: int) -> int:
+        """How many rows of a sequence are kept."""
+        start, stop = self.spans[number]
+        return stop - start if self.tokens == "answer" else 1
+
+    @cached_property
+    def shards(self) -> list[list[Batch]]:
+        """The batches of each shard."""
+        ends = self._index["batch_sizes"].cumsum(dim=0).tolist()
+        batches_per_bucket = self._index["bucket_batches"]
+        buckets = torch.arange(len(batches_per_bucket)).repeat_interleave(batches_per_bucket).tolist()
+        spans = zip(itertools.pairwise([0, *ends]), buckets, strict=True)
+        batches = [Batch(range(*span), bucket) for span, bucket in spans]
+        shards, first = [], 0
+        for count in self._index["shard_batches"].tolist():
+            shards.append(batches[first : first + count])
+            first += count
+        return shards
+
+    def shard_rows(self, number: int) -> int:
+        return sum(self.rows(i) for batch in self.shards[number] for i in batch.sequences)
+
+    @cached_property
+    def _bucket_sequences(self) -> list[range]:
+        first: dict[int, int] = {}
+        last: dict[int, int] = {}
+        for batch in (batch for shard in self.shards for batch in shard):
+            first.setdefault(batch.bucket, batch.sequences.start)
+            last[batch.bucket] = batch.sequences.stop
+        return [range(first[bucket], last[bucket]) for bucket in sorted(first)]
+
+    def prompts(self, bucket: int) -> list[tuple[int, ...]]:
+        """What is run once for all sequences of a bucket: their different beginnings, in the order of their first."""
+        return list(dict.fromkeys(self.prompt(i, bucket) for i in self._bucket_sequences[bucket]))
+
+    def prompt(self, number: int, bucket: int) -> tuple[int, ...]:
+        """The beginning of a sequence that its bucket's cache holds."""
+        return tuple(self.ids(number)[: self.cuts[bucket][1]].tolist())
+
+    def describe(self, number: int) -> str:
+        """Which answer of which question a sequence is, the first of them."""
+        first = sum(self.rows(i) for i in range(number))
+        for sign, rows, counts in self._demonstrations():
+            found = ((rows < first + self.rows(number)) & (rows + counts > first)).nonzero()
+            if len(found):
+                return f"{sign}, question {int(self._index['question'][found[0, 0]])}"
+        return "in no demonstration"
+
+    def _demonstrations(self) -> Iterator[tuple[str, Tensor, Tensor | int]]:
+        """Sign, first rows and numbers of rows of the demonstrations."""
+        if self.tokens == "answer":
+            pairs = self._index["answer_pairs"]
+            yield "positive", pairs[:, 1], pairs[:, 2]
+            yield "negative", pairs[:, 0], pairs[:, 2]
+            return
+        for sign in ("positive", "negative", "neutral"):
+            if sign in self._index:
+                yield sign, self._index[sign], 1

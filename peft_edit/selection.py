@@ -73,7 +73,7 @@ def select_layers(
     if not layers:
         raise ValueError(f"adapter {adapter_name!r} has no modules (selected_layers=[]): nothing to select from")
     _check_choice(top_k, threshold, len(layers))
-    check_store(model, store, "block", layers, allow_fingerprint_mismatch)
+    store = check_store(model, store, "block", layers, allow_fingerprint_mismatch)
 
     for index, layer in layers.items():
         _check_weights(index, layer, adapter_name)

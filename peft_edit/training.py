@@ -209,7 +209,7 @@ class HPRTrainer(Trainer):
         if store is None or isinstance(store, TokenPairs) or (isinstance(several, dict) and store in several):
             return store
         store = open_pairs(store)
-        check_store(self.adapted_model, store, "block", self.layers, self.allow_fingerprint_mismatch)
+        store = check_store(self.adapted_model, store, "block", self.layers, self.allow_fingerprint_mismatch)
         return TokenPairs(store, self.layers)
 
     def train(self, *args, **kwargs):

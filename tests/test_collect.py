@@ -14,9 +14,11 @@ from test_prompts import TEMPLATE, byte_tokenizer, word_tokenizer
 from tiny import FAMILIES, tiny_model
 from transformers import GenerationConfig
 
-from peft_edit import ActivationStore, SEAConfig, activations, collect_activations, fingerprint, store
+from peft_edit import ActivationStore, SEAConfig, activations, collect_activations, fingerprint, schedule
 from peft_edit.contrast import CONTRAST_FEATURES
-from peft_edit.store import StoreWriter
+from peft_edit.inference import greedy_answers
+from peft_edit.store import FORMAT_VERSION, ShardFile, layout, shards
+from peft_edit.store import writer as store_writer
 
 
 # The word "w5" is token 5, so that the tests know every id without the tokenizer.
@@ -147,7 +149,7 @@ def test_rows_are_those_of_single_forward_passes(tmp_path, family, site):
         found = collect_activations(
             model, TOKENIZER, contrast(), tmp_path / str(i), site=site, answers="all", neutral="text", **batching
         )
-        assert found.metadata["modules"] == {str(layer): name for layer, name in names.items()}
+        assert found.modules == names
         assert (found.layers, found.hidden_size, found.site) == ([0, 1, 2], 32, site)
         assert len(found) == 6 + 1 + 2 + 2 + 1
         for layer, name in names.items():
@@ -357,11 +359,17 @@ def test_generated_neutral_is_the_end_of_the_greedy_answer(tmp_path, family):
             assert ids == question[0]  # it ended at once: the last prompt token
 
 
+def answered(model, prompts, steps, batch_size=8):
+    """Greedy answers to prompts, in their order."""
+    parts = [range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
+    return [answer for batch in greedy_answers(model, TOKENIZER, prompts, parts, steps) for answer in batch]
+
+
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_greedy_answers_are_those_of_generate(family):
     model = generating_model(family, 9)
     prompts = [q[0] for q in QUESTIONS]
-    found = activations.greedy_answers(model, TOKENIZER, prompts, 6, None, 8192)
+    found = answered(model, prompts, 6)
     model.generation_config = GenerationConfig(eos_token_id=9, pad_token_id=9)
     for prompt, answer in zip(prompts, found, strict=True):
         ids = torch.tensor([prompt])
@@ -372,9 +380,9 @@ def test_greedy_answers_are_those_of_generate(family):
 
 def test_a_model_without_an_end_of_sequence_answers_in_full(llama):
     llama.generation_config = GenerationConfig()
-    assert [len(a) for a in activations.greedy_answers(llama, TOKENIZER, [[3], [4, 5]], 7, None, 1)] == [7, 7]
+    assert [len(answer) for answer in answered(llama, [[4, 5], [3]], 7, batch_size=1)] == [7, 7]
     llama.generation_config = None
-    assert len(activations.greedy_answers(llama, TOKENIZER, [[3]], 7, None, 1)[0]) <= 7
+    assert len(answered(llama, [[3]], 7)[0]) <= 7
     assert llama.generation_config is None
 
 
@@ -400,16 +408,16 @@ def test_only_the_prompts_that_need_it_are_answered_and_each_once(tmp_path, llam
     asked = []
     original = activations.greedy_answers
 
-    def greedy(model, tokenizer, prompts, *limits):
-        asked.append(prompts)
-        return original(model, tokenizer, prompts, *limits)
+    def greedy(model, tokenizer, prompts, batches, steps):
+        asked.extend(list(prompts[i]) for batch in batches for i in batch)
+        return original(model, tokenizer, prompts, batches, steps)
 
     monkeypatch.setattr(activations, "greedy_answers", greedy)
     collect_activations(llama, TOKENIZER, contrast(without_neutral(0, 1, 4)), tmp_path / "a")
-    assert asked == [[[3, 4, 5], [3]]]
+    assert asked == [[3, 4, 5], [3]]
     collect_activations(llama, TOKENIZER, contrast(), tmp_path / "b")
     collect_activations(llama, TOKENIZER, contrast(without_neutral(0)), tmp_path / "c", tokens="answer")
-    assert len(asked) == 1
+    assert len(asked) == 2
 
 
 # What is run
@@ -445,11 +453,19 @@ def test_each_unique_sequence_is_run_once_without_the_head(tmp_path, llama, argu
 def test_batches_keep_within_their_limits(tmp_path, llama, limits):
     batch_size, max_tokens = limits
     with recorded(llama.model) as calls:
-        activations.greedy_answers(llama, TOKENIZER, [q[0] for q in QUESTIONS], 2, batch_size, max_tokens)
-    generated = [(ids.shape[0], ids.shape[1] + 2) for ids, _ in calls if ids.shape[1] > 1]
+        data = contrast(without_neutral(*range(5)))
+        collect_activations(
+            *(llama, TOKENIZER, data, tmp_path / "generated"),
+            max_new_tokens=2,
+            batch_size=batch_size,
+            max_tokens_per_batch=max_tokens,
+        )
+    shapes = [tuple(ids.shape) for ids, _ in calls]
+    generated = [shapes[i - 1] for i in range(1, len(shapes)) if shapes[i][1] == 1 and shapes[i - 1][1] > 1]
+    generated = [(rows, length + 2) for rows, length in generated]
     arguments = {"batch_size": batch_size, "max_tokens_per_batch": max_tokens}
     with recorded(llama.model) as calls:
-        collect_activations(llama, TOKENIZER, contrast(), tmp_path, neutral="prompt", answers="all", **arguments)
+        collect_activations(llama, TOKENIZER, contrast(), tmp_path / "a", neutral="prompt", answers="all", **arguments)
     for shapes in (generated, [tuple(ids.shape) for ids, _ in calls]):
         assert shapes
         assert all(rows <= (batch_size or rows) for rows, _ in shapes)
@@ -507,7 +523,7 @@ def test_with_an_active_edit_rows_are_what_the_edit_receives(tmp_path, site):
     after = collect_activations(model, TOKENIZER, data, tmp_path / "edited", site=site, neutral="text")
     assert after.metadata["active_adapters"] == ["default"] and before.metadata["active_adapters"] == []
     assert after.metadata["fingerprint"] == before.metadata["fingerprint"] == fingerprint(plain)
-    assert after.metadata["modules"] == before.metadata["modules"]
+    assert after.modules == before.modules
     close(after.positive(0), before.positive(0))
     assert not torch.allclose(after.positive(1), before.positive(1), atol=1e-4)
 
@@ -554,21 +570,21 @@ class Killed(Exception):
 
 
 def kill_after(monkeypatch, shards):
-    """Make `StoreWriter.add` fail after so many shards."""
-    original, added = StoreWriter.add, []
+    """Fail when so many shards have their names."""
+    original, finished = ShardFile.finish, []
 
-    def add(self, tensors):
-        if len(added) == shards:
+    def finish(self):
+        if len(finished) == shards:
             raise Killed
-        added.append(tensors)
-        original(self, tensors)
+        finished.append(self.path)
+        original(self)
 
-    monkeypatch.setattr(StoreWriter, "add", add)
+    monkeypatch.setattr(ShardFile, "finish", finish)
 
 
 @pytest.fixture
 def shard_a_batch(monkeypatch):
-    monkeypatch.setattr(activations, "SHARD_BYTES", 1)
+    monkeypatch.setattr(schedule, "SHARD_BYTES", 1)
 
 
 @pytest.fixture
@@ -588,8 +604,7 @@ def test_a_killed_collection_goes_on_to_the_same_bytes(tmp_path, llama, shard_a_
         collect_activations(llama, TOKENIZER, contrast(), path, **arguments)
     with pytest.raises(ValueError, match="not collected completely"):
         ActivationStore(path)
-    meta = json.loads((path / "meta.json").read_text())
-    assert len(meta["shards"]) == shards and not meta["complete"]
+    assert len([*path.glob("shard-*")]) == shards and not json.loads((path / "meta.json").read_text())["complete"]
 
     head = []
     llama.lm_head.register_forward_hook(lambda *call: head.append(call))
@@ -601,9 +616,12 @@ def test_a_killed_collection_goes_on_to_the_same_bytes(tmp_path, llama, shard_a_
     assert files(path) == files(tmp_path / "whole") and head == []
 
 
-@pytest.mark.parametrize("name", ["index.safetensors", "meta.json", "shard-00002.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["meta.json", "generated-00000.json", "generated-00001.json", "index.safetensors", "shard-00002.safetensors"],
+)
 def test_a_file_that_was_half_written_is_written_again(tmp_path, llama, whole, monkeypatch, name):
-    original = store._publish
+    original = layout.publish
 
     def publish(temporary, final):
         if final.name == name:
@@ -613,15 +631,33 @@ def test_a_file_that_was_half_written_is_written_again(tmp_path, llama, whole, m
 
     path = tmp_path / "killed"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(store, "_publish", publish)
+        for module in (layout, store_writer, shards):
+            patch.setattr(module, "publish", publish)
         collect_activations(llama, TOKENIZER, contrast(), path, **SMALL)
-    assert not (path / name).exists() and (path / f".{name}.tmp").exists()
+    assert not (path / name).exists()
     collect_activations(llama, TOKENIZER, contrast(), path, **SMALL)
     assert files(path) == whole
 
 
-@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
-def test_a_damaged_shard_of_an_incomplete_store_is_collected_again(tmp_path, llama, whole, monkeypatch, damage):
+def test_answers_that_were_generated_are_kept(tmp_path, llama, whole, monkeypatch):
+    path, generate, calls = tmp_path / "killed", llama.generate, []
+
+    def count(*args, **kwargs):
+        calls.append(kwargs)
+        if len(calls) == 2:
+            raise Killed
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(llama, "generate", count)
+    with pytest.raises(Killed):
+        collect_activations(llama, TOKENIZER, contrast(), path, **SMALL)
+    assert (path / "generated-00000.json").exists()
+    collect_activations(llama, TOKENIZER, contrast(), path, **SMALL)
+    assert len(calls) == 1 + 2 and files(path) == whole  # four different prompts, two in a batch
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "longer", "header", "missing"])
+def test_a_damaged_shard_of_an_incomplete_store_is_collected_again(tmp_path, llama, whole, monkeypatch, caplog, damage):
     path = tmp_path / "killed"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, 4)
@@ -631,13 +667,16 @@ def test_a_damaged_shard_of_an_incomplete_store_is_collected_again(tmp_path, lla
     shard.unlink()
     if damage == "truncated":
         shard.write_bytes(content[:-5])
-    if damage == "altered":
-        content[-1] ^= 1
+    if damage == "longer":
+        shard.write_bytes(content + b"0")
+    if damage in ("altered", "header"):
+        content[-1 if damage == "altered" else 20] ^= 1
         shard.write_bytes(content)
     with recorded(llama.model) as calls:
         collect_activations(llama, TOKENIZER, contrast(), path, **SMALL)
     assert files(path) == whole
-    assert len(calls) == sum(name.startswith("shard") for name in whole) - 2
+    assert len(calls) == sum(name.startswith("shard") for name in whole) - 3
+    assert ("shard-00002.safetensors is damaged: it is collected again" in caplog.text) == (damage != "missing")
 
 
 def test_a_damaged_index_is_named(tmp_path, llama, shard_a_batch, monkeypatch):
@@ -653,7 +692,7 @@ def test_a_damaged_index_is_named(tmp_path, llama, shard_a_batch, monkeypatch):
 def test_shards_do_not_change_what_is_read(tmp_path, llama, monkeypatch, tokens):
     arguments = {"tokens": tokens, "neutral": "text", "answers": "all", "batch_size": 2}
     one = collect_activations(llama, TOKENIZER, contrast(), tmp_path / "one", **arguments)
-    monkeypatch.setattr(activations, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(schedule, "SHARD_BYTES", 1000)
     many = collect_activations(llama, TOKENIZER, contrast(), tmp_path / "many", **arguments)
     assert len(one.metadata["shards"]) == 1 and len(many.metadata["shards"]) > 2
     for layer in range(3):
@@ -674,7 +713,7 @@ def test_a_complete_store_is_used_as_it_is(tmp_path, llama):
 
 ARGUMENTS = {"neutral": "text", "answers": "all", "batch_size": 4}
 OTHER = {
-    "site": {"site": "block"},
+    "sites": {"site": "block"},
     "tokens": {"tokens": "mean"},
     "neutral": {"neutral": "prompt"},
     "answers": {"answers": "first"},
@@ -779,12 +818,12 @@ def test_the_metadata_of_a_collected_store(tmp_path, llama):
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert meta == found.metadata
     expected = {
-        "format_version": store.FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "complete": True,
         "model": "user/name",
         "revision": "abc123",
         "fingerprint": fingerprint(llama),
-        "site": "mlp",
+        "sites": ["mlp"],
         "tokens": "last",
         "neutral": "text",
         "answers": "first",
@@ -792,7 +831,7 @@ def test_the_metadata_of_a_collected_store(tmp_path, llama):
         "dtype": "bfloat16",
         "hidden_size": 32,
         "active_adapters": [],
-        "modules": {str(i): f"model.layers.{i}.mlp.down_proj" for i in range(3)},
+        "modules": {"mlp": {str(i): f"model.layers.{i}.mlp.down_proj" for i in range(3)}},
     }
     assert {name: meta[name] for name in expected} == expected
     assert [set(shard) for shard in meta["shards"]] == [{"file", "first_row", "rows", "sha256"}]
@@ -841,22 +880,20 @@ def test_a_sequence_longer_than_the_model_takes_is_refused(tmp_path, family):
     collect_activations(
         model, TOKENIZER, contrast(questions, [0]), tmp_path / "generated", neutral="generated", max_new_tokens=4
     )
-    with pytest.raises(ValueError, match="generated answer has 65 tokens, the model takes 64: lower max_new_tokens"):
+    with pytest.raises(ValueError, match=r"row 9: prompt and generated answer has 65 tokens.*: lower max_new_tokens"):
         collect_activations(
-            model, TOKENIZER, contrast(questions, [0]), tmp_path / "long", neutral="generated", max_new_tokens=5
+            model, TOKENIZER, contrast(questions, [9]), tmp_path / "long", neutral="generated", max_new_tokens=5
         )
     questions[0][1][0].append(7)
-    with pytest.raises(ValueError, match="the longest prompt and answer has 65 tokens, the model takes 64"):
-        collect_activations(model, TOKENIZER, contrast(questions, [0]), tmp_path / "long", neutral="text")
+    with pytest.raises(ValueError, match="row 9: prompt and answer has 65 tokens, the model takes 64: leave the row"):
+        collect_activations(model, TOKENIZER, contrast(questions, [9]), tmp_path / "long", neutral="text")
     assert not (tmp_path / "long").exists()
 
 
 def test_activations_that_are_not_finite_name_their_layer(tmp_path, llama):
     with torch.no_grad():
         llama.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(
-        ValueError, match=r"layer 1: the activations of row 0 of the store \(neutral, question 7\) are not finite"
-    ):
+    with pytest.raises(ValueError, match=r"layer 1: the activations \(mlp\) of neutral, question 7 are not finite"):
         collect_activations(llama, TOKENIZER, contrast(), tmp_path, neutral="text")
 
 

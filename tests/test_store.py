@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from stores import write_pair_store
 
-from peft_edit import ActivationStore, store
-from peft_edit.store import FORMAT_VERSION, StoreWriter, remove_store
+from peft_edit import ActivationStore
+from peft_edit.store import FORMAT_VERSION, StoreWriter, layout, reader
 
 
 SIGNS = ("positive", "negative", "neutral")
@@ -24,21 +25,10 @@ def random_sets(layers=(0, 2), n=5, d=4, dtype=torch.float32):
 
 def write_answer_store(path, shard_rows, d=3):
     """A store of answer tokens, written in shards of these sizes; returns its layers' rows."""
-    settings = {
-        "site": "block",
-        "tokens": "answer",
-        "dtype": "float32",
-        "hidden_size": d,
-        "modules": {"1": "h.1", "4": "h.4"},
-    }
-    settings |= {"model": None, "fingerprint": None, "active_adapters": []}
     pairs = torch.tensor([[0, 3], [1, 4], [5, 2], [0, 2]])
-    writer = StoreWriter(path, settings, {"pairs": pairs, "question": torch.tensor([7, 7, 9, 9])})
     rows = {layer: torch.randn(sum(shard_rows), d) for layer in (1, 4)}
-    chunks = {layer: tensor.split(shard_rows) for layer, tensor in rows.items()}
-    for i in range(len(shard_rows)):
-        writer.add({f"block.{layer}": chunk[i] for layer, chunk in chunks.items()})
-    writer.finish()
+    question, modules = torch.tensor([7, 7, 9, 9]), {"1": "h.1", "4": "h.4"}
+    write_pair_store(path, rows, pairs, question=question, shard_rows=shard_rows, modules=modules)
     return rows, pairs
 
 
@@ -90,16 +80,17 @@ def test_metadata_say_what_the_store_is(tmp_path):
     ActivationStore.from_tensors(tmp_path, **random_sets(dtype=torch.bfloat16), modules={0: "h.0.mlp"})
     meta = json.loads((tmp_path / "meta.json").read_text())
     (shard,) = meta.pop("shards")
-    assert shard.pop("sha256") == hashlib.sha256((tmp_path / shard["file"]).read_bytes()).hexdigest()
+    content = (tmp_path / shard["file"]).read_bytes()
+    assert shard.pop("sha256") == hashlib.sha256(content[-2 * 15 * 4 * 2 :]).hexdigest()  # of its two tensors
     assert shard == {"file": "shard-00000.safetensors", "first_row": 0, "rows": 15}
     assert meta == {
         "format_version": FORMAT_VERSION,
         "complete": True,
-        "site": "mlp",
+        "sites": ["mlp"],
         "tokens": "last",
         "hidden_size": 4,
         "dtype": "bfloat16",
-        "modules": {"0": "h.0.mlp", "2": None},
+        "modules": {"mlp": {"0": "h.0.mlp", "2": None}},
         "model": None,
         "revision": None,
         "fingerprint": None,
@@ -132,20 +123,12 @@ def test_reading_maps_the_tensors_of_one_layer_only(tmp_path, monkeypatch):
         def __init__(self, file, framework):
             self.opened = original(file, framework=framework)
 
-        def __enter__(self):
-            self.opened.__enter__()
-            return self
-
-        def __exit__(self, *error):
-            return self.opened.__exit__(*error)
-
         def get_tensor(self, name):
             read.append(name)
             return self.opened.get_tensor(name)
 
-    original = store.safe_open
-    monkeypatch.setattr(store, "safe_open", Recorder)
-    monkeypatch.setattr(store, "load_file", None)
+    original = reader.safe_open
+    monkeypatch.setattr(reader, "safe_open", Recorder)
     for name, opened in stores.items():
         read.clear()
         getattr(opened, name)(4)
@@ -219,7 +202,7 @@ def test_a_damaged_manifest_is_named(tmp_path, damage):
     one_line_error(lambda: ActivationStore(tmp_path), r"meta\.json is damaged")
 
 
-@pytest.mark.parametrize("field", store.REQUIRED)
+@pytest.mark.parametrize("field", layout.REQUIRED)
 def test_a_manifest_that_lacks_a_field_is_damaged(tmp_path, field):
     ActivationStore.from_tensors(tmp_path, **random_sets())
     write_meta(tmp_path, **{field: ...})
@@ -271,21 +254,9 @@ def test_stores_of_rows_have_no_answer_tokens_and_the_other_way_round(tmp_path):
     one_line_error(lambda: of_answers.neutral(1), "has no neutral activations .*: collect again")
 
 
-def test_removing_deletes_a_store_and_nothing_else(tmp_path):
-    folder = tmp_path / "store"
-    write_answer_store(folder, [1, 2, 3])
-    (folder / ".shard-00003.safetensors.tmp").touch()  # what a killed run leaves
-    (folder / "shard-notes.safetensors").touch()
-    before = sorted(folder.iterdir())
-    one_line_error(lambda: remove_store(folder), "also holds shard-notes.safetensors")
-    assert sorted(folder.iterdir()) == before
-    (folder / "shard-notes.safetensors").unlink()
-    remove_store(folder)
-    assert list(folder.iterdir()) == []
-
-
-@pytest.mark.parametrize("content", ["{}", '{"name": "mine"}', "not json"])
-def test_another_programs_manifest_is_not_removed(tmp_path, content):
-    (tmp_path / "meta.json").write_text(content)
-    one_line_error(lambda: remove_store(tmp_path), r"meta\.json is damaged")
-    assert (tmp_path / "meta.json").read_text() == content
+def test_beginning_removes_the_files_of_a_store(tmp_path):
+    write_answer_store(tmp_path, [1, 2, 3])
+    settings = json.loads((tmp_path / "meta.json").read_text())
+    (tmp_path / ".shard-00003.safetensors.tmp").touch()  # what a killed run leaves
+    StoreWriter(tmp_path, settings).begin()
+    assert [file.name for file in tmp_path.iterdir()] == ["meta.json"]

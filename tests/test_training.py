@@ -17,6 +17,7 @@ import torch
 import train_hpr_processes
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from stores import write_pair_store
 from test_collect import BLOCKS, TOKENIZER, contrast
 from tiny import CONFIGS, FAMILIES, tiny_model
 from torch import nn
@@ -41,7 +42,6 @@ from peft_edit import (
     fingerprint,
     select_layers,
 )
-from peft_edit.store import StoreWriter
 from peft_edit.training import StackedHPR, TokenPairs
 from peft_edit.tuners.hpr import HPRLayer
 
@@ -71,27 +71,14 @@ def planted(n=PAIRS, seed=0, shift=1.0, layers=LAYERS):
 def write_store(path, rows=None, pairs=None, shards=1, modules=None, **settings):
     """A store of answer tokens for a tiny llama. By default each row is in one pair, the negatives shuffled."""
     rows = planted() if rows is None else rows
-    count, d = next(iter(rows.values())).shape
+    count = len(next(iter(rows.values())))
     if pairs is None:
         generator = torch.Generator().manual_seed(count)
         half = count // 2
         pairs = torch.stack((torch.randperm(half, generator=generator), torch.arange(half, 2 * half)), dim=1)
-    settings = {
-        "site": "block",
-        "tokens": "answer",
-        "dtype": str(next(iter(rows.values())).dtype).removeprefix("torch."),
-        "hidden_size": d,
-        "modules": modules or {str(layer): BLOCKS["llama"].format(layer) for layer in rows},
-        "model": None,
-        "fingerprint": None,
-        "active_adapters": [],
-        **settings,
-    }
-    writer = StoreWriter(path, settings, {"pairs": pairs, "question": torch.arange(len(pairs))})
-    chunks = {layer: tensor.tensor_split(shards) for layer, tensor in rows.items()}
-    for i in range(shards):
-        writer.add({f"{settings['site']}.{layer}": chunk[i] for layer, chunk in chunks.items()})
-    return writer.finish()
+    modules = modules or {str(layer): BLOCKS["llama"].format(layer) for layer in rows}
+    shard_rows = [len(chunk) for chunk in torch.arange(count).tensor_split(shards)]
+    return write_pair_store(path, rows, pairs, shard_rows=shard_rows, modules=modules, **settings)
 
 
 @pytest.fixture(scope="module", autouse=True)

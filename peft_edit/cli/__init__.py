@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("collect")(activations.collect)
+app.command("inspect")(activations.inspect)
 app.command("fit-sea")(sea.fit_sea)
 app.command("train-hpr")(hpr.train_hpr)
 app.command("select")(hpr.select)
@@ -31,6 +32,7 @@ app.command("evaluate")(evaluate.evaluate)
 OPTIONS = {
     "allow_fingerprint_mismatch=True": "--allow-fingerprint-mismatch",
     "resume=False": "--no-resume",
+    "truncate=True": "--truncate",
     "centered=False": "--no-centered",
     "layers_to_transform": "--layers",
     "target_modules": "--target-modules",

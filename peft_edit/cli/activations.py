@@ -17,7 +17,7 @@ def collect(
     split: common.Split = None,
     limit: common.Limit = None,
     skip: common.Skip = 0,
-    site: Annotated[str, typer.Option(help="mlp or block.")] = "mlp",
+    site: Annotated[str, typer.Option(help="mlp, block, or mlp,block for both in one pass.")] = "mlp",
     target_modules: Annotated[
         str | None, typer.Option(help="Comma-separated names of other modules, one in a block.")
     ] = None,
@@ -31,6 +31,9 @@ def collect(
     max_tokens_per_batch: Annotated[int, typer.Option(help="Most tokens in a batch, padding included.")] = 8192,
     store_dtype: Annotated[str, typer.Option(help="Of the store: float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of random answers and tokens.")] = 0,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut prompts on the left where a row is more than the model takes.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option(help="Go on with a store begun with the same arguments, or replace it.")
     ] = True,
@@ -41,11 +44,14 @@ def collect(
     device_map: common.DeviceMap = "auto",
     json_file: common.Json = None,
 ) -> None:
-    """Collect activations of a contrast set into a store.
+    """Collect activations of a contrast set into a store. Run it again to go on after an interruption.
 
     Example: peft-edit collect meta-llama/Llama-2-7b-hf truthful_qa store --split train
+
+    On several GPUs: accelerate launch --num_processes 4 -m peft_edit.cli collect ...
     """
     from ..activations import collect_activations
+    from ..processes import processes
 
     common.check_json(json_file)
     contrast = common.load_data(data, data_files, subset, split, limit, skip)
@@ -57,7 +63,7 @@ def collect(
         tokenizer,
         contrast,
         out,
-        site=site,
+        site=site.split(","),
         target_modules=None if target_modules is None else target_modules.split(","),
         layers=common.parse_layers(layers),
         tokens=tokens,
@@ -69,10 +75,72 @@ def collect(
         max_tokens_per_batch=max_tokens_per_batch,
         dtype=store_dtype,
         seed=seed,
+        truncate=truncate,
         resume=resume,
     )
+    if not processes().is_main:
+        return
     size = sum(file.stat().st_size for file in out.iterdir())
     common.write_json(json_file, {"store": str(out), "bytes": size, "demonstrations": len(store), **store.metadata})
     what = "token pairs" if tokens == "answer" else "demonstrations"
     print(f"{len(store)} {what} of {len(contrast)} questions, {len(store.layers)} layers, {size / 1e6:.1f} MB")
     print(f"Store: {out}")
+
+
+def inspect(
+    store: Annotated[Path, typer.Argument(help="Store that collect wrote.", show_default=False)],
+    check: Annotated[bool, typer.Option(help="Read all shards and compare their checksums.")] = True,
+    json_file: common.Json = None,
+) -> None:
+    """Show what a store holds and check it: exit status 2 where a file is damaged or the collection did not finish.
+
+    Example: peft-edit inspect store
+    """
+    from tqdm.auto import tqdm
+
+    from ..store import ActivationStore, read_metadata
+
+    common.check_json(json_file)
+    metadata = read_metadata(store)
+    if not metadata["complete"]:
+        written = len(list(store.glob("shard-*.safetensors")))
+        raise ValueError(
+            f"{store} was not collected completely ({written} shards are written): collect again with the same "
+            "arguments to finish"
+        )
+    opened = ActivationStore(store)
+    shards = metadata["shards"]
+    size = sum(file.stat().st_size for file in store.iterdir())
+    rows = {
+        "model": metadata["model"] or "unknown",
+        "revision": metadata["revision"],
+        "fingerprint": metadata["fingerprint"],
+        "active adapters": ", ".join(metadata["active_adapters"]) or None,
+        "data": (metadata.get("data") or {}).get("name"),
+        "sites": ", ".join(opened.sites),
+        "layers": common.format_layers(opened.layers),
+        "hidden size": opened.hidden_size,
+        "dtype": metadata["dtype"],
+        "tokens": opened.tokens,
+        "neutral": metadata.get("neutral"),
+        "prompt format": metadata.get("prompt_format"),
+        "questions": len(opened.questions().unique()),
+        "token pairs" if opened.tokens == "answer" else "demonstrations": len(opened),
+        "rows": sum(shard["rows"] for shard in shards),
+        "size": f"{size / 1e6:,.1f} MB in {len(shards)} shards",
+    }
+    for name, value in rows.items():
+        if value is not None:
+            print(f"{name + ':':17}{value}")
+    damaged = None
+    if check:
+        checks = tqdm(opened.check_shards(), total=len(shards), desc="checking", unit="shard", leave=None)
+        damaged = [file for file, whole in checks if not whole]
+    common.write_json(json_file, {"store": str(store), "bytes": size, "damaged": damaged, **rows, **metadata})
+    if damaged:
+        raise ValueError(
+            f"{len(damaged)} of {len(shards)} shards of {store} are damaged or missing, the first is {damaged[0]}: "
+            "collect again with resume=False"
+        )
+    if check:
+        print("All shards are as they were written.")

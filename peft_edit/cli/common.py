@@ -27,7 +27,7 @@ PromptFormat = Annotated[str, typer.Option(help="auto, chat or plain.")]
 Adapter = Annotated[str | None, typer.Option(help="Adapter to load: id on the Hub or local folder.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of the base model on the Hub.")]
 Dtype = Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")]
-DeviceMap = Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, ...")]
+DeviceMap = Annotated[str, typer.Option(help="Where the model runs: auto (several GPUs too), cpu, cuda:1, ...")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the results to this file too.")]
 AllowMismatch = Annotated[
     bool, typer.Option("--allow-fingerprint-mismatch", help="Go on although the files say they are of another model.")
@@ -40,11 +40,17 @@ def load_model(name: str, *, revision: str | None = None, dtype: str = "auto", d
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ..processes import processes
+
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if device_map.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device-map is {device_map!r} and this machine has no CUDA device: pass auto or cpu")
     check_local(name, "config.json")
+    # Each of several processes has the whole model on a device of its own.
+    own_device = processes().device
+    if device_map == "auto" and own_device is not None:
+        device_map = str(own_device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name,
@@ -153,6 +159,17 @@ def parse_layers(text: str | None) -> list[int] | None:
             raise ValueError(f"--layers must be numbers and rising ranges such as 0-3,7, got {text!r}")
         layers.update(range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1))
     return sorted(layers)
+
+
+def format_layers(layers: list[int]) -> str:
+    """[0, 1, 2, 3, 7] -> "0-3,7"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def write_json(path: Path | None, results: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ def fit_sea(
     model: common.Model,
     store: Annotated[Path, typer.Argument(help="Store that collect wrote.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="Folder of the adapter.", show_default=False)],
+    site: Annotated[str | None, typer.Option(help="Of a store with several: mlp or block. Default: mlp.")] = None,
     target_modules: Annotated[
         str | None, typer.Option(help="Comma-separated names of other modules, as given to collect.")
     ] = None,
@@ -39,13 +40,14 @@ def fit_sea(
     from peft import TaskType, get_peft_model
 
     from .. import fitting
+    from ..processes import processes
     from ..saving import check_adapter_folder, save_adapter
     from ..store import ActivationStore
     from ..tuners.sea import SEAConfig
 
     common.check_json(json_file)
     check_adapter_folder(out, "SEA")
-    opened = ActivationStore(store)
+    opened = ActivationStore(store, site)
     config = SEAConfig(
         task_type=TaskType.CAUSAL_LM,
         site=opened.site,
@@ -64,6 +66,8 @@ def fit_sea(
     base, _ = common.load_model(model, revision=revision, dtype=dtype, device_map=device_map)
     adapted = get_peft_model(base, config)
     fit = fitting.fit_sea(adapted, opened, allow_fingerprint_mismatch=allow_fingerprint_mismatch)
+    if not processes().is_main:
+        return
     results = fit.to_dict()
     save_adapter(adapted, out, {"sea_fit.json": json.dumps(results, indent=2) + "\n"})
     common.write_json(json_file, results)

@@ -1,0 +1,112 @@
+"""Run the batches of a plan and keep rows of what the modules of its sites give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from .inference import cache_name, input_device, pad, prompt_cache, select_rows
+from .plan import Batch, Plan
+from .tuners.editing import EditLayer
+
+
+class Runner:
+    """Runs batches. The cache of a bucket's prompts is made by the first of its batches."""
+
+    def __init__(self, model: nn.Module, plan: Plan, recorder: Recorder):
+        self.model, self.plan, self.recorder = model, plan, recorder
+        self._bucket: int | None = None
+        self._cache: Cache | None = None
+        self._rows: dict[tuple[int, ...], int] = {}
+
+    def run(self, batch: Batch) -> dict[str, Tensor]:
+        """Name of each tensor to the kept rows of a batch, (r, d), in the order of its sequences and positions."""
+        plan, cut = self.plan, self.plan.cuts[batch.bucket][1]
+        cache = None
+        if cut:
+            self._enter(batch.bucket)
+            cache = select_rows(self._cache, [self._rows[plan.prompt(i, batch.bucket)] for i in batch.sequences])
+        ids, mask = pad([plan.ids(i)[cut:] for i in batch.sequences], input_device(self.model))
+        kept = torch.zeros_like(ids, dtype=torch.bool)
+        for row, i in zip(kept, batch.sequences, strict=True):
+            start, stop = plan.spans[i]
+            row[start - cut : stop - cut] = True
+        mask = torch.cat((mask.new_ones(len(mask), cut), mask), dim=1)
+        with self.recorder.keeping(kept) as rows:
+            # The model without its LM head, whose logits nobody reads.
+            cached = {} if cache is None else {cache_name(self.model): cache}
+            self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **cached)
+        return rows
+
+    def _enter(self, bucket: int) -> None:
+        if bucket != self._bucket:
+            self._cache = None  # before the next one takes its memory
+            prompts = self.plan.prompts(bucket)
+            self._cache = prompt_cache(self.model, prompts, common=self.plan.cuts[bucket][0])
+            self._rows = {prompt: row for row, prompt in enumerate(prompts)}
+            self._bucket = bucket
+
+
+class Recorder:
+    """Hooks that keep rows of the outputs of modules, while rows are asked for.
+
+    Args:
+        model: the modules' model.
+        names: name of the tensor to name of the module.
+        mean: keep the mean of the rows of each sequence instead of the rows.
+    """
+
+    def __init__(self, model: nn.Module, names: dict[str, str], mean: bool):
+        self.model, self.names, self.mean = model, names, mean
+        self._kept: Tensor | None = None
+        self._rows: dict[str, Tensor] = {}
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Recorder:
+        for name, module_name in self.names.items():
+            module = _before_edit(self.model.get_submodule(module_name))
+            # First of the hooks: the edit of a block is a hook too.
+            handle = module.register_forward_hook(partial(self._keep, name), prepend=True)
+            self._hooks.callback(handle.remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
+
+    @contextmanager
+    def keeping(self, kept: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Keep the positions where `kept`, (b, s) bool, is true in the forward pass inside the `with` block."""
+        self._kept, self._rows = kept, {}
+        try:
+            yield self._rows
+        finally:
+            self._kept, self._rows = None, {}
+
+    def _keep(self, name: str, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        if self._kept is None:  # a prompt, whose rows nobody wants
+            return
+        h = output[0] if isinstance(output, tuple) else output
+        h = h.reshape(*self._kept.shape, -1)  # OPT flattens batch and sequence before its MLP
+        kept = self._kept.to(h.device)
+        if self.mean:
+            h = h.to(torch.promote_types(h.dtype, torch.float32))
+            weights = kept.to(h.dtype) / kept.sum(dim=1, keepdim=True)
+            self._rows[name] = torch.einsum("bs,bsd->bd", weights, h)
+        else:
+            self._rows[name] = h[kept]
+
+
+def _before_edit(module: nn.Module) -> nn.Module:
+    """The module whose output the edit of a site receives: what the edit wraps, other methods' adapters included."""
+    inner = module
+    while isinstance(inner, BaseTunerLayer):
+        if isinstance(inner, EditLayer):
+            return inner.base_layer
+        inner = inner.base_layer
+    return module

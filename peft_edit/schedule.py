@@ -1,0 +1,193 @@
+"""In which order and in which batches the sequences of a collection are run, and which shards their rows fill.
+
+It depends on the sequences and the arguments only, never on time, memory or the number of processes, so that a
+collection which is interrupted, or done by several processes, ends with the same bytes.
+
+Answers to one question begin with the same prompt. Where that means fewer tokens, questions with prompts of about one
+length make a bucket: their prompts are run once, and the key-value cache serves all their answers, which follow in
+batches of similar length. A beginning that all prompts of a bucket have in common, such as examples before the
+question, is run once for all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy
+import torch
+from torch import Tensor
+
+
+# What a forward pass costs beside its tokens, in tokens: below it a pass is bound by launching its operators.
+FORWARD_TOKENS = 256
+# A shard is full when it holds so many bytes or sequences: what an interruption can lose.
+SHARD_BYTES = 256 * 2**20
+SHARD_SEQUENCES = 1024
+
+
+class SequenceTable:
+    """Unique sequences of token ids, in the order in which they were added, without a Python object for each id."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.stops: list[int] = []
+        self.groups: list[int] = []
+        self._ids = array("i")
+        self._ends: list[int] = [0]
+        self._numbers: dict[bytes, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def add(self, ids: Sequence[int], start: int, stop: int, group: int) -> int:
+        """Number of the sequence whose rows from `start` to `stop` are kept; a question's sequences are a group."""
+        content = array("i", ids)
+        digest = hashlib.blake2b(array("i", (start, stop)).tobytes() + content.tobytes(), digest_size=16).digest()
+        number = self._numbers.setdefault(digest, len(self))
+        if number == len(self):
+            self._ids += content
+            self._ends.append(len(self._ids))
+            self.starts.append(start)
+            self.stops.append(stop)
+            self.groups.append(group)
+        return number
+
+    def ids(self, number: int) -> numpy.ndarray:
+        """Of one sequence, int32; while such a view is alive, nothing can be added."""
+        return numpy.frombuffer(self._ids, numpy.int32)[self._ends[number] : self._ends[number + 1]]
+
+    def lengths(self) -> numpy.ndarray:
+        return numpy.diff(self._ends)
+
+
+@dataclass
+class Schedule:
+    """What is run, in order.
+
+    Attributes:
+        order: numbers of the sequences.
+        batch_sizes: number of sequences in each batch.
+        bucket_batches: number of batches in each bucket.
+        bucket_cuts: for each bucket the length of what all its sequences have in common, and that of the prompts whose
+            cache its batches go on from; (0, 0) for none.
+        cost: tokens that are run, padding included, and FORWARD_TOKENS for each forward pass.
+    """
+
+    order: list[int] = field(default_factory=list)
+    batch_sizes: list[int] = field(default_factory=list)
+    bucket_batches: list[int] = field(default_factory=list)
+    bucket_cuts: list[tuple[int, int]] = field(default_factory=list)
+    cost: int = 0
+
+    def add_bucket(
+        self, numbers: list[int], lengths: numpy.ndarray, limits: tuple[int | None, int], *, common=0, cut=0, prompts=0
+    ) -> None:
+        """Append sequences, the longest first, that go on from the cache of `prompts` prompts."""
+        if cut:
+            self.cost += FORWARD_TOKENS + prompts * (cut - common)
+            self.cost += FORWARD_TOKENS + common if common else 0
+        ordered = sorted(numbers, key=lambda number: -lengths[number])
+        before = len(self.batch_sizes)
+        for batch in batches([int(lengths[number]) for number in ordered], *limits):
+            self.batch_sizes.append(len(batch))
+            self.cost += FORWARD_TOKENS + len(batch) * (int(lengths[ordered[batch[0]]]) - cut)
+        self.order += ordered
+        self.bucket_batches.append(len(self.batch_sizes) - before)
+        self.bucket_cuts.append((common, cut))
+
+    def tensors(self, rows: numpy.ndarray, row_bytes: int) -> dict[str, Tensor]:
+        """For the index of a store; `rows` counts the kept rows of each sequence in the order in which it is run."""
+        return {
+            "batch_sizes": torch.tensor(self.batch_sizes),
+            "bucket_batches": torch.tensor(self.bucket_batches),
+            "bucket_cuts": torch.tensor(self.bucket_cuts),
+            "shard_batches": torch.tensor(list(_shards(self.batch_sizes, rows, row_bytes))),
+        }
+
+
+def make_schedule(table: SequenceTable, *, share: bool, batch_size: int | None, max_tokens: int) -> Schedule:
+    """The cheaper of plain batches, and of batches that go on from the caches of their prompts.
+
+    Args:
+        table: the sequences.
+        share: whether caches can be shared at all.
+        batch_size: most sequences in a batch; None for no limit.
+        max_tokens: most tokens in a batch, those in the cache and padding included.
+    """
+    limits = (batch_size, max_tokens)
+    lengths = table.lengths()
+    plain = Schedule()
+    plain.add_bucket(list(range(len(table))), lengths, limits)
+    if not share:
+        return plain
+    shared = Schedule()
+    for groups, cut in _buckets(table, *limits):
+        numbers = [number for group in groups for number in group]
+        common = _common_prefix(table, [group[0] for group in groups], cut)
+        # A pass of its own has to save more than it costs.
+        if len(groups) == 1 or (len(groups) - 1) * common <= FORWARD_TOKENS:
+            common = 0
+        if (len(numbers) - len(groups)) * cut <= FORWARD_TOKENS:
+            common = cut = 0
+        shared.add_bucket(numbers, lengths, limits, common=common, cut=cut, prompts=len(groups))
+    return min(plain, shared, key=lambda schedule: schedule.cost)
+
+
+def _buckets(table: SequenceTable, batch_size: int | None, max_tokens: int) -> Iterator[tuple[list[list[int]], int]]:
+    """Groups of sequences whose prompts are of about one length, and the length up to which they are run once."""
+    members: dict[int, list[int]] = {}
+    for number, group in enumerate(table.groups):
+        members.setdefault(group, []).append(number)
+    groups = list(members.values())
+    cuts = [_common_prefix(table, group, min(table.starts[number] for number in group)) for group in groups]
+    bucket: list[list[int]] = []
+    # Of a bucket: sum over its groups of the answers beyond the first, and of those times the length of their prompt.
+    answers = prompts = 0
+    cut = 0
+    for i in sorted(range(len(groups)), key=lambda i: -cuts[i]):
+        more = len(groups[i]) - 1
+        # What cutting the longer prompts at this one's length would run again, against the passes of a new bucket.
+        waste = prompts - answers * cuts[i]
+        full = len(bucket) == batch_size or (len(bucket) + 1) * cut > max_tokens
+        if bucket and (full or waste > 2 * FORWARD_TOKENS):
+            yield bucket, cut
+            bucket, answers, prompts = [], 0, 0
+        bucket.append(groups[i])
+        cut, answers, prompts = cuts[i], answers + more, prompts + more * cuts[i]
+    if bucket:
+        yield bucket, cut
+
+
+def _common_prefix(table: SequenceTable, numbers: list[int], limit: int) -> int:
+    """Number of leading ids, at most `limit`, that some sequences have in common."""
+    first = table.ids(numbers[0])[:limit]
+    for number in numbers[1:]:
+        other = table.ids(number)[: len(first)]
+        first = first[: len(other)]
+        differs = (first != other).nonzero()[0]
+        first = first[: differs[0]] if len(differs) else first
+    return len(first)
+
+
+def batches(lengths: list[int], batch_size: int | None, max_tokens: int) -> Iterator[range]:
+    """Consecutive places, as many as fit: lengths fall, so the first of a batch is its longest."""
+    first = 0
+    for i in range(1, len(lengths) + 1):
+        if i == len(lengths) or (i + 1 - first) * lengths[first] > max_tokens or i - first == batch_size:
+            yield range(first, i)
+            first = i
+
+
+def _shards(batch_sizes: list[int], rows: numpy.ndarray, row_bytes: int) -> Iterator[int]:
+    """Number of batches in each shard."""
+    ends = numpy.cumsum(batch_sizes)
+    rows_until = numpy.concatenate(([0], numpy.cumsum(rows)))
+    first_batch = first = 0
+    for batch, end in enumerate(ends.tolist(), start=1):
+        size = int(rows_until[end] - rows_until[first]) * row_bytes
+        if size >= SHARD_BYTES or end - first >= SHARD_SEQUENCES or batch == len(batch_sizes):
+            yield batch - first_batch
+            first_batch, first = batch, end

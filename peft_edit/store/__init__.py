@@ -1,0 +1,34 @@
+"""Activations on disk: memory-mapped safetensors shards, an index of rows, and meta.json that says what they are.
+
+    meta.json           what was collected, from which model, and the manifest of the shards
+    index.safetensors   which row belongs to which demonstration; the token ids that were run, and in which batches
+    shard-00000.safetensors, ...   one tensor per site and layer, "mlp.0": (rows of this shard, d)
+
+Each unique sequence is run and stored once; the index refers to its rows as often as it is needed. Each shard holds a
+checksum of its tensors, and appears under its name complete or not at all, so that it can be written by any process and
+checked by itself.
+"""
+
+from .layout import FORMAT_VERSION, INDEX, META, ROW_TOKENS, check_folder, read_index, read_manifest, read_metadata
+from .reader import ActivationStore, Store, open_pairs
+from .shards import ShardFile, StoreShape
+from .writer import StoreWriter, locked
+
+
+__all__ = [
+    "FORMAT_VERSION",
+    "INDEX",
+    "META",
+    "ROW_TOKENS",
+    "ActivationStore",
+    "ShardFile",
+    "Store",
+    "StoreShape",
+    "StoreWriter",
+    "check_folder",
+    "locked",
+    "open_pairs",
+    "read_index",
+    "read_manifest",
+    "read_metadata",
+]

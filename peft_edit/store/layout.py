@@ -1,0 +1,128 @@
+"""Files of a store and what stands in its meta.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+FORMAT_VERSION = 2
+META, INDEX, LOCK = "meta.json", "index.safetensors", ".lock"
+ROW_TOKENS = ("last", "mean", "random")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+# What reading needs of meta.json.
+REQUIRED = (
+    *("complete", "sites", "tokens", "hidden_size", "dtype", "modules", "shards"),
+    *("model", "fingerprint", "active_adapters"),
+)
+# A file of a store, or a hidden one that was being written when a run was killed. Generated answers are there only
+# until the index is.
+STORE_FILE = re.compile(r"(\.)?(meta\.json|(index|shard-\d+)\.safetensors|generated-\d+\.json)(?(1)\.tmp)|\.lock")
+AGAIN = "collect again with resume=False"
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Contents of a store's meta.json, of whatever format version.
+
+    Raises:
+        ValueError: the folder is no store, or its meta.json is damaged or of another program.
+    """
+    file = path / META
+    try:
+        metadata = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{path} is no activation store: it has no {META}; pass the folder that collect wrote"
+        ) from None
+    except ValueError as error:
+        raise _damaged(file, str(error)) from error
+    if not isinstance(metadata, dict) or "format_version" not in metadata:
+        raise _damaged(file, "no format_version")
+    return metadata
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Contents of a store's meta.json, which this release can read.
+
+    Raises:
+        ValueError: the folder is no store, of another format version, or its meta.json is damaged.
+    """
+    file, metadata = path / META, read_manifest(path)
+    version = metadata["format_version"]
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}: collect again")
+    if missing := [name for name in REQUIRED if name not in metadata]:
+        raise _damaged(file, f"no {missing[0]}")
+    dtype, sites, modules, shards = (metadata[name] for name in ("dtype", "sites", "modules", "shards"))
+    if dtype not in DTYPES:
+        raise _damaged(file, f"dtype is {dtype!r}")
+    if not isinstance(sites, list) or not sites or not isinstance(modules, dict) or set(modules) != set(sites):
+        raise _damaged(file, f"sites are {sites!r}, modules are {modules!r:.80}")
+    layers = [sorted(of_site) for of_site in modules.values() if isinstance(of_site, dict)]
+    if len(layers) < len(sites) or not layers[0] or any(of_site != layers[0] for of_site in layers):
+        raise _damaged(file, f"modules are {modules!r:.80}")
+    if not all(layer.isdigit() for layer in layers[0]):
+        raise _damaged(file, f"layers are {layers[0]!r:.80}")
+    if not isinstance(shards, list) or not all(
+        isinstance(shard, dict) and {"file", "first_row", "rows", "sha256"} <= set(shard) for shard in shards
+    ):
+        raise _damaged(file, f"shards are {shards!r:.80}")
+    return metadata
+
+
+def _damaged(file: Path, what: str) -> ValueError:
+    return ValueError(f"{file} is damaged ({what}): collect again into another folder")
+
+
+def read_index(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of a store's index.safetensors; of `names` those that are there, None for all."""
+    try:
+        with safe_open(path / INDEX, framework="pt") as tensors:
+            found = tensors.keys()
+            wanted = found if names is None else [name for name in names if name in found]
+            return {name: tensors.get_tensor(name) for name in wanted}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path / INDEX} cannot be read ({error}): {AGAIN}") from error
+
+
+def check_folder(path: Path) -> None:
+    """Raise ValueError where `path` is a file, or a folder with files that are no part of a store."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: choose a folder")
+    names = sorted(file.name for file in path.iterdir()) if path.exists() else []
+    foreign = [name for name in names if not STORE_FILE.fullmatch(name)]
+    # What a run leaves that was killed before it wrote its manifest is hidden.
+    if META not in names and (foreign or any(not name.startswith(".") for name in names)):
+        raise ValueError(f"{path} is not empty: choose another folder")
+    if foreign:
+        raise ValueError(f"{path} also holds {foreign[0]}, which is no part of a store: choose another folder")
+
+
+def dtype_of(metadata: dict[str, Any]) -> torch.dtype:
+    return getattr(torch, metadata["dtype"])
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a written file its name, so that after a crash the whole of it is there under that name, or nothing."""
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def publish_text(final: Path, text: str) -> None:
+    temporary = final.with_name(f".{final.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    publish(temporary, final)

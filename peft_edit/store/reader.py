@@ -1,0 +1,310 @@
+"""Reading a store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..sites import normalise_layers
+from .layout import AGAIN, INDEX, ROW_TOKENS, dtype_of, read_index, read_metadata
+from .shards import StoreShape, shard_digest
+
+
+# What reading needs of the index; the rest says what was run.
+DEMONSTRATIONS = ("positive", "negative", "neutral", "answer_pairs", "question")
+
+
+class ActivationStore:
+    """Reads the activations that `collect_activations` or `ActivationStore.from_tensors` wrote.
+
+    Args:
+        path: folder of the store.
+        site: "mlp" or "block"; None for the only or the first one of the store.
+
+    Attributes:
+        path: the folder.
+        metadata: contents of meta.json.
+        sites: the sites that were collected; `site` is the one that is read, see `at`.
+        modules: layer to the name of the module that was collected, None where that is the default of the site.
+        layers: indices of the decoder blocks, in increasing order.
+        tokens: which tokens of an answer were kept: "last", "mean", "random" (one row an answer) or "answer" (all).
+        hidden_size: d, width of a row.
+
+    `len(store)` is the number of demonstrations, or of token pairs for `tokens="answer"`. Reading is memory-mapped
+    and no call loads more than one layer.
+
+    Raises:
+        ValueError: the folder is no store, is of another format version, its collection did not finish, or it does not
+            have the site.
+    """
+
+    def __init__(self, path: str | os.PathLike, site: str | None = None):
+        self.path = Path(path)
+        self.metadata = read_metadata(self.path)
+        if not self.metadata["complete"]:
+            raise ValueError(
+                f"{self.path} was not collected completely: collect again with the same arguments to finish"
+            )
+        self.sites: list[str] = self.metadata["sites"]
+        self.site: str = self.sites[0] if site is None else site
+        if self.site not in self.sites:
+            raise ValueError(
+                f"{self.path} holds {' and '.join(map(repr, self.sites))}, got {site!r}: collect that site"
+            )
+        self.modules: dict[int, str | None] = {int(i): n for i, n in self.metadata["modules"][self.site].items()}
+        self.layers: list[int] = sorted(self.modules)
+        self.tokens: str = self.metadata["tokens"]
+        self.hidden_size: int = self.metadata["hidden_size"]
+        self._index = read_index(self.path, DEMONSTRATIONS)
+        self._first_rows = torch.tensor([shard["first_row"] for shard in self.metadata["shards"]], dtype=torch.int64)
+        self._dtype = dtype_of(self.metadata)
+        # Shards that are memory-mapped, once each, and by shard and layer their tensors, which take no memory.
+        self._files: dict[int, Any] = {}
+        self._tensors: dict[tuple[int, int], Tensor] = {}
+        self._check()
+
+    def _check(self) -> None:
+        """Raise ValueError unless the index and the manifest agree, so that no row is read from nowhere."""
+        needed = ("answer_pairs", "question") if self.tokens == "answer" else ("positive", "negative", "question")
+        if missing := [name for name in needed if name not in self._index]:
+            raise self._bad_index(f"no {missing[0]}")
+        if wrong := [name for name, numbers in self._index.items() if numbers.dtype != torch.int64]:
+            raise self._bad_index(f"{wrong[0]} is no integer")
+        shapes = {name: tuple(tensor.shape) for name, tensor in self._index.items()}
+        n = len(self._index["question"])
+        expected = {name: (n, 3) if name == "answer_pairs" else (n,) for name in shapes}
+        if shapes != expected:
+            raise self._bad_index(f"shapes are {shapes}")
+        rows = sum(shard["rows"] for shard in self.metadata["shards"])
+        for name, numbers in self._index.items():
+            if name == "question" or not n:
+                continue
+            last = numbers[:, :2] + numbers[:, 2:] - 1 if name == "answer_pairs" else numbers
+            if int(numbers.min()) < 0 or int(last.max()) >= rows:
+                raise self._bad_index(
+                    f"{name} names rows from {int(numbers.min())} to {int(last.max())}, the store has {rows}"
+                )
+
+    def _bad_index(self, what: str) -> ValueError:
+        return ValueError(f"{self.path / INDEX} is damaged ({what}): {AGAIN}")
+
+    def __len__(self) -> int:
+        return int(self._index["answer_pairs"][:, 2].sum()) if self.tokens == "answer" else len(self._index["positive"])
+
+    def __repr__(self) -> str:
+        return (
+            f"ActivationStore({str(self.path)!r}, site={self.site!r}, tokens={self.tokens!r}, "
+            f"{len(self)} {'pairs' if self.tokens == 'answer' else 'demonstrations'}, {len(self.layers)} layers, "
+            f"hidden_size={self.hidden_size})"
+        )
+
+    def at(self, site: str) -> ActivationStore:
+        """This store, reading another of its sites."""
+        return self if site == self.site else ActivationStore(self.path, site)
+
+    def positive(self, layer: int) -> Tensor:
+        """Activations of the positive answers at a layer, (n, d)."""
+        return self._rows(layer, self.pairs()[:, 1] if self.tokens == "answer" else self._index["positive"])
+
+    def negative(self, layer: int) -> Tensor:
+        """Activations of the negative answers at a layer, (n, d); row i belongs to row i of `positive`."""
+        return self._rows(layer, self.pairs()[:, 0] if self.tokens == "answer" else self._index["negative"])
+
+    def neutral(self, layer: int) -> Tensor:
+        """Neutral activations at a layer, (n, d); row i belongs to row i of `positive`."""
+        if "neutral" not in self._index:
+            raise ValueError(
+                f"{self.path} has no neutral activations (tokens={self.tokens!r}): "
+                "collect again with tokens='last' and neutral='auto'"
+            )
+        return self._rows(layer, self._index["neutral"])
+
+    def answer_tokens(self, layer: int) -> Tensor:
+        """Activations of every answer token at a layer, (t, d), each unique answer once. Needs `tokens="answer"`."""
+        self._require_answer_tokens()
+        tensors = [self._tensor(number, layer) for number in range(len(self.metadata["shards"]))]
+        return torch.cat(tensors)
+
+    def pairs(self) -> Tensor:
+        """Rows of `answer_tokens` that belong together, (p, 2) int64: negative token, positive token at the same
+        place of its answer. Places before the first differing token are left out. Needs `tokens="answer"`."""
+        self._require_answer_tokens()
+        return self._pairs
+
+    @cached_property
+    def _pairs(self) -> Tensor:
+        first_rows, places = self._index["answer_pairs"].split((2, 1), dim=1)  # of the two answers, and how many
+        starts = (places.cumsum(dim=0) - places).squeeze(dim=1)
+        repeats = places.squeeze(dim=1)
+        place = torch.arange(int(repeats.sum())) - starts.repeat_interleave(repeats)
+        return first_rows.repeat_interleave(repeats, dim=0) + place.unsqueeze(dim=1)
+
+    def questions(self) -> Tensor:
+        """Id of the contrast set's row that each demonstration or pair comes from, (n,) int64."""
+        if self.tokens != "answer":
+            return self._index["question"]
+        return self._index["question"].repeat_interleave(self._index["answer_pairs"][:, 2])
+
+    def _require_answer_tokens(self) -> None:
+        if self.tokens != "answer":
+            raise ValueError(
+                f"{self.path} holds one row an answer (tokens={self.tokens!r}): collect with tokens='answer'"
+            )
+
+    def gather(self, rows: Tensor, layers: Iterable[int]) -> Tensor:
+        """Activations of single rows, as `pairs` numbers them, at several layers: (number of layers, r, d).
+
+        Of the files only the pages with these rows are read; `rows` is (r,) int64, in any order.
+        """
+        layers, rows = list(layers), torch.as_tensor(rows).contiguous()
+        shard_of = torch.searchsorted(self._first_rows, rows, right=True) - 1
+        gathered = torch.empty(len(layers), len(rows), self.hidden_size, dtype=self._dtype)
+        for number in shard_of.unique().tolist():
+            here = (shard_of == number).nonzero().squeeze(dim=1)
+            local = rows[here] - self._first_rows[number]
+            for out, layer in zip(gathered, layers, strict=True):
+                tensor = self._tensor(number, layer)
+                if len(here) == len(rows):
+                    torch.index_select(tensor, 0, local, out=out)
+                else:
+                    out[here] = tensor[local]
+        return gathered
+
+    def _rows(self, layer: int, rows: Tensor) -> Tensor:
+        return self.gather(rows, [layer])[0]
+
+    def _tensor(self, number: int, layer: int) -> Tensor:
+        """Rows of a shard at a layer, mapped once. Not for callers of this class, who may write to what they get."""
+        if (number, layer) not in self._tensors:
+            self._tensors[number, layer] = self._map(number, layer)
+        return self._tensors[number, layer]
+
+    def _map(self, number: int, layer: int) -> Tensor:
+        """Rows of a shard at a layer, (rows, d), memory-mapped."""
+        if layer not in self.modules:
+            raise ValueError(f"{self.path} has layers {self.layers}, got {layer}")
+        shard = self.metadata["shards"][number]
+        file = self.path / shard["file"]
+        try:
+            if number not in self._files:
+                self._files[number] = safe_open(file, framework="pt")
+            tensor = self._files[number].get_tensor(f"{self.site}.{layer}")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read ({error}): {AGAIN}") from error
+        if tensor.shape != (shard["rows"], self.hidden_size) or tensor.dtype != self._dtype:
+            raise ValueError(
+                f"{file} is damaged: layer {layer} is {tuple(tensor.shape)} {tensor.dtype} there, by the manifest "
+                f"{(shard['rows'], self.hidden_size)} {self._dtype}; {AGAIN}"
+            )
+        return tensor
+
+    def check_shards(self) -> Iterator[tuple[str, bool]]:
+        """Compare each shard with its checksum: yields its file name, and whether it is whole. Reads all of them."""
+        shape = StoreShape.of(self.metadata)
+        for shard in self.metadata["shards"]:
+            yield shard["file"], shard_digest(self.path / shard["file"], shape, shard["rows"]) == shard["sha256"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Worker processes map the files for themselves.
+        return {**self.__dict__, "_files": {}, "_tensors": {}}
+
+    @classmethod
+    def from_tensors(
+        cls,
+        path: str | os.PathLike,
+        *,
+        positive: Mapping[int, Tensor],
+        negative: Mapping[int, Tensor],
+        neutral: Mapping[int, Tensor],
+        site: str = "mlp",
+        tokens: str = "last",
+        modules: Mapping[int, str] | None = None,
+    ) -> ActivationStore:
+        """Store row-aligned activations that you already have.
+
+        Args:
+            path: folder to write; must not exist or be empty.
+            positive, negative, neutral: layer to activations, (n, d), all of one floating dtype; row i of the three is
+                one demonstration.
+            site: "mlp" or "block".
+            tokens: "last", "mean" or "random".
+            modules: layer to the name of the module they come from; None where that is the default of the site.
+
+        Raises:
+            ValueError: layers, shapes or dtypes differ, an unknown name, or a folder that is not empty.
+        """
+        from .writer import StoreWriter, locked
+
+        if site not in ("mlp", "block"):
+            raise ValueError(f"site must be one of 'mlp', 'block', got {site!r}")
+        if tokens not in ROW_TOKENS:
+            raise ValueError(f"tokens must be one of {', '.join(map(repr, ROW_TOKENS))}, got {tokens!r}")
+        layers = normalise_layers(list(positive))
+        if not set(layers) == set(negative) == set(neutral):
+            raise ValueError(
+                "positive, negative and neutral must have the same layers, got "
+                f"{layers}, {list(negative)} and {list(neutral)}"
+            )
+        shape, dtype = positive[layers[0]].shape, positive[layers[0]].dtype
+        for name, tensors in (("positive", positive), ("negative", negative), ("neutral", neutral)):
+            for layer, tensor in tensors.items():
+                if not isinstance(tensor, Tensor):
+                    raise ValueError(f"every value must be a tensor, got {name}[{layer}] of {type(tensor).__name__}")
+                if tensor.dim() != 2 or tensor.shape != shape:
+                    raise ValueError(
+                        f"every tensor must be (demonstrations, hidden size) = {tuple(shape)}, "
+                        f"got {name}[{layer}] of shape {tuple(tensor.shape)}"
+                    )
+                if not tensor.is_floating_point() or tensor.dtype != dtype:
+                    raise ValueError(
+                        f"every tensor must be of one floating dtype, got {name}[{layer}] of {tensor.dtype} "
+                        f"and positive[{layers[0]}] of {dtype}"
+                    )
+        n, d = shape
+        rows = torch.arange(3 * n).view(3, n)
+        settings = {
+            "sites": [site],
+            "tokens": tokens,
+            "hidden_size": d,
+            "modules": {site: {str(layer): (modules or {}).get(layer) for layer in layers}},
+            "dtype": str(dtype).removeprefix("torch."),
+            "model": None,
+            "revision": None,
+            "fingerprint": None,
+            "active_adapters": [],
+        }
+        index = {"positive": rows[0], "negative": rows[1], "neutral": rows[2], "question": torch.arange(n)}
+        path = Path(path)
+        with locked(path):
+            if any(not file.name.startswith(".") for file in path.iterdir()):
+                raise ValueError(f"{path} is not empty: choose another folder")
+            writer = StoreWriter(path, settings)
+            writer.begin()
+            writer.write_index(index)
+            writer.add({f"{site}.{i}": torch.cat((positive[i], negative[i], neutral[i])) for i in layers})
+            return writer.finish()
+
+
+# What functions take for a store: it or its folder.
+Store = ActivationStore | str | os.PathLike
+
+
+def open_pairs(store: Store) -> ActivationStore:
+    """The store, opened; raises ValueError unless it holds token pairs."""
+    if not isinstance(store, ActivationStore):
+        store = ActivationStore(store)
+    if store.tokens != "answer":
+        raise ValueError(
+            f"{store.path} holds one row an answer (tokens={store.tokens!r}): collect with site='block' and "
+            "tokens='answer' for HPR"
+        )
+    if len(store) == 0:
+        raise ValueError(f"{store.path} holds no token pair: no two answers differ in a token that both have")
+    return store

@@ -1,0 +1,142 @@
+"""One shard of a store: a safetensors file whose tensors are written a few rows at a time.
+
+Its layout follows from the store's sites, layers, width, dtype and the number of rows, so that nothing but the batch at
+hand is in memory, and so that a damaged header is noticed. The library writes whole tensors only; the format is
+https://huggingface.co/docs/safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import dtype_of, publish
+
+
+SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+UNKNOWN_DIGEST = "0" * 64
+READ_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class StoreShape:
+    """What all shards of a store have in common.
+
+    Attributes:
+        names: of the tensors, "site.layer".
+        width: d.
+        dtype: of all of them.
+    """
+
+    names: tuple[str, ...]
+    width: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> StoreShape:
+        """Of the store with this meta.json."""
+        modules = metadata["modules"]
+        names = [f"{site}.{layer}" for site in metadata["sites"] for layer in sorted(modules[site], key=int)]
+        return cls(tuple(names), metadata["hidden_size"], dtype_of(metadata))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row over all tensors."""
+        return len(self.names) * self.width * self.dtype.itemsize
+
+    def header(self, rows: int, digest: str = UNKNOWN_DIGEST) -> bytes:
+        """First bytes of a shard with so many rows, up to its tensors."""
+        size = rows * self.width * self.dtype.itemsize
+        entries: dict[str, Any] = {"__metadata__": {"sha256": digest}}
+        for i, name in enumerate(self.names):
+            entries[name] = {
+                "dtype": SAFETENSORS_DTYPES[self.dtype],
+                "shape": [rows, self.width],
+                "data_offsets": [i * size, (i + 1) * size],
+            }
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+        return len(text).to_bytes(8, "little") + text
+
+
+class ShardFile:
+    """Writes one shard: `write` rows in any order, then `finish`. As a context manager it leaves nothing half-written.
+
+    Args:
+        path: of the finished shard; until then it has a hidden name.
+        shape: of the store.
+        rows: of this shard.
+
+    Raises:
+        OSError: the disk is full, which is noticed before the first row is written.
+    """
+
+    def __init__(self, path: Path, shape: StoreShape, rows: int):
+        self.path, self.shape, self.rows = path, shape, rows
+        self.start = len(shape.header(rows))
+        self.size = self.start + rows * shape.row_bytes
+        self._temporary = path.with_name(f".{path.name}.tmp")
+
+    def __enter__(self) -> ShardFile:
+        self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            if hasattr(os, "posix_fallocate"):  # macOS has none
+                os.posix_fallocate(self._file, 0, self.size)
+            else:
+                os.truncate(self._file, self.size)
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+        return self
+
+    def write(self, name: str, first_row: int, rows: Tensor) -> None:
+        """Write rows, (r, d), of one tensor from `first_row` on."""
+        rows = rows.detach().to("cpu", self.shape.dtype).contiguous()
+        width = self.shape.width * self.shape.dtype.itemsize
+        place = self.start + (self.shape.names.index(name) * self.rows + first_row) * width
+        data = memoryview(rows.view(torch.uint8).numpy()).cast("B") if rows.numel() else memoryview(b"")
+        while data:
+            written = os.pwrite(self._file, data, place)
+            data, place = data[written:], place + written
+
+    def finish(self) -> None:
+        """Write the header, sync, and give the file its name."""
+        os.pwrite(self._file, self.shape.header(self.rows, _digest(self._file, self.start)), 0)
+        publish(self._temporary, self.path)
+
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        os.close(self._file)
+        if kind is not None:
+            self._temporary.unlink(missing_ok=True)
+
+
+def shard_digest(path: Path, shape: StoreShape, rows: int) -> str | None:
+    """Checksum of a shard's tensors; None where the file is missing, truncated or altered in any byte."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        start = len(shape.header(rows))
+        if os.fstat(file).st_size != start + rows * shape.row_bytes:
+            return None
+        digest = _digest(file, start)
+        return digest if os.pread(file, start, 0) == shape.header(rows, digest) else None
+    finally:
+        os.close(file)
+
+
+def _digest(file: int, place: int) -> str:
+    digest = hashlib.sha256()
+    while data := os.pread(file, READ_BYTES, place):
+        digest.update(data)
+        place += len(data)
+    return digest.hexdigest()

@@ -1,0 +1,151 @@
+"""Writing a store, by one process or several."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .layout import FORMAT_VERSION, INDEX, LOCK, META, STORE_FILE, check_folder, publish, publish_text, read_metadata
+from .reader import ActivationStore
+from .shards import ShardFile, StoreShape, shard_digest
+
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let no other run write to the folder `path`, which is created. The lock of a killed run is free at once.
+
+    Raises:
+        ValueError: another run has the folder, it cannot be written to, or holds something else than a store.
+    """
+    check_folder(path)
+    made = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / LOCK)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"another run is collecting into {path}: wait for it, or choose another folder") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written to ({error.strerror}): choose another folder") from error
+    try:
+        yield
+    finally:
+        # While it is held, so that a run that waits for nobody finds either this lock or a new one.
+        (path / LOCK).unlink(missing_ok=True)
+        lock.release()
+        if made and not any(path.iterdir()):
+            path.rmdir()
+
+
+class StoreWriter:
+    """Writes a store shard by shard. A killed run is continued by the next one with the same settings, and ends with
+    the same bytes.
+
+    Args:
+        path: folder, see `locked`.
+        settings: JSON values that say what is collected; `sites`, `modules`, `hidden_size` and `dtype` say what the
+            shards hold.
+    """
+
+    def __init__(self, path: str | os.PathLike, settings: dict[str, Any]):
+        self.path = Path(path)
+        self.metadata = {"format_version": FORMAT_VERSION, **settings, "complete": False, "shards": []}
+        self.shape = StoreShape.of(self.metadata)
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike) -> StoreWriter:
+        """Go on with the store at `path`."""
+        writer = cls.__new__(cls)
+        writer.path = Path(path)
+        writer.metadata = read_metadata(writer.path)
+        writer.shape = StoreShape.of(writer.metadata)
+        return writer
+
+    def begin(self) -> None:
+        """Write the settings; what a store with other settings has left there is removed."""
+        for file in sorted(self.path.iterdir(), key=lambda file: file.name == META):
+            if STORE_FILE.fullmatch(file.name) and file.name != LOCK:
+                file.unlink()
+        self._write_metadata()
+
+    def write_index(self, index: dict[str, Tensor]) -> None:
+        temporary = self.path / f".{INDEX}.tmp"
+        save_file({name: tensor.contiguous() for name, tensor in index.items()}, temporary)
+        publish(temporary, self.path / INDEX)
+
+    def shard(self, number: int) -> Path:
+        return self.path / f"shard-{number:05d}.safetensors"
+
+    def digest(self, number: int, rows: int) -> str | None:
+        """Checksum of a shard; None where it is not there, or damaged."""
+        return shard_digest(self.shard(number), self.shape, rows)
+
+    def open_shard(self, number: int, rows: int) -> ShardFile:
+        return ShardFile(self.shard(number), self.shape, rows)
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        """Write the next shard at once: "site.layer" to (rows, d)."""
+        rows = len(next(iter(tensors.values())))
+        number = len(self.metadata["shards"])
+        with self.open_shard(number, rows) as shard:
+            for name, tensor in tensors.items():
+                shard.write(name, 0, tensor)
+            shard.finish()
+        self.list_shard(rows, self.digest(number, rows))
+
+    def list_shard(self, rows: int, digest: str) -> None:
+        """Append a written shard to the manifest."""
+        shards = self.metadata["shards"]
+        first_row = shards[-1]["first_row"] + shards[-1]["rows"] if shards else 0
+        file = self.shard(len(shards)).name
+        shards.append({"file": file, "first_row": first_row, "rows": rows, "sha256": digest})
+
+    def finish(self) -> ActivationStore:
+        """Write the manifest: from now on the store can be read."""
+        for file in self.path.iterdir():
+            if file.name.startswith((".", "generated-")) and STORE_FILE.fullmatch(file.name) and file.name != LOCK:
+                file.unlink()
+        self.metadata["complete"] = True
+        self._write_metadata()
+        return ActivationStore(self.path)
+
+    def _write_metadata(self) -> None:
+        publish_text(self.path / META, json.dumps(self.metadata, indent=2) + "\n")
+
+
+@contextmanager
+def reporting_full_disk(path: Path, needed: int, kept: str) -> Iterator[None]:
+    """Say of an error of a full disk what is needed, what is free, and what is kept.
+
+    Args:
+        path: folder that is written to.
+        needed: bytes that the next file takes.
+        kept: what the next run need not do again.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise OSError(f"{no_space(path, needed)}; {kept}") from error
+
+
+def no_space(path: Path, needed: int) -> str:
+    free = shutil.disk_usage(path).free
+    return (
+        f"no space left for {path}: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free; free some, then "
+        "run the same again"
+    )
