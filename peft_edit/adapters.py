@@ -79,7 +79,7 @@ def check_store(
     """
     if site not in store.sites:
         held = " and ".join(map(repr, store.sites))
-        raise ValueError(f"{store.path} holds site {held}, the adapter edits {site!r}: collect that site")
+        raise ValueError(f"{store.path} holds the output of {held}, the adapter edits {site!r}: collect that site")
     store = store.at(site)
     if missing := sorted(set(layers) - set(store.layers)):
         raise ValueError(

@@ -25,7 +25,7 @@ from torch import Tensor
 FORWARD_TOKENS = 256
 # A shard is full when it holds so many bytes or sequences: what an interruption can lose.
 SHARD_BYTES = 256 * 2**20
-SHARD_SEQUENCES = 1024
+SHARD_SEQUENCES = 512
 
 
 class SequenceTable:
@@ -126,13 +126,14 @@ def make_schedule(table: SequenceTable, *, share: bool, batch_size: int | None, 
     shared = Schedule()
     for groups, cut in _buckets(table, *limits):
         numbers = [number for group in groups for number in group]
+        prompts = len({table.ids(group[0])[:cut].tobytes() for group in groups})
         common = _common_prefix(table, [group[0] for group in groups], cut)
         # A pass of its own has to save more than it costs.
-        if len(groups) == 1 or (len(groups) - 1) * common <= FORWARD_TOKENS:
+        if (prompts - 1) * common <= FORWARD_TOKENS:
             common = 0
-        if (len(numbers) - len(groups)) * cut <= FORWARD_TOKENS:
+        if (len(numbers) - prompts) * cut <= FORWARD_TOKENS:
             common = cut = 0
-        shared.add_bucket(numbers, lengths, limits, common=common, cut=cut, prompts=len(groups))
+        shared.add_bucket(numbers, lengths, limits, common=common, cut=cut, prompts=prompts)
     return min(plain, shared, key=lambda schedule: schedule.cost)
 
 

@@ -912,7 +912,7 @@ def row_store(path):
 
 BAD_STORES = {
     "rows": (row_store, ("one row an answer", "tokens='answer'")),
-    "site": (lambda path: write_store(path, site="mlp"), ("site 'mlp'", "'block'", "collect")),
+    "site": (lambda path: write_store(path, site="mlp"), ("the output of 'mlp'", "'block'", "collect")),
     "width": (
         lambda path: write_store(path, {layer: torch.randn(8, 16) for layer in LAYERS}),
         ("hidden size 16", "has 32", "another model"),

@@ -55,9 +55,8 @@ class ActivationStore:
         self.sites: list[str] = self.metadata["sites"]
         self.site: str = self.sites[0] if site is None else site
         if self.site not in self.sites:
-            raise ValueError(
-                f"{self.path} holds {' and '.join(map(repr, self.sites))}, got {site!r}: collect that site"
-            )
+            held = " and ".join(map(repr, self.sites))
+            raise ValueError(f"{self.path} holds {held}, asked for is {site!r}: collect that site")
         self.modules: dict[int, str | None] = {int(i): n for i, n in self.metadata["modules"][self.site].items()}
         self.layers: list[int] = sorted(self.modules)
         self.tokens: str = self.metadata["tokens"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .layout import FORMAT_VERSION, INDEX, LOCK, META, STORE_FILE, check_folder, publish, publish_text, read_metadata
@@ -83,7 +83,8 @@ class StoreWriter:
 
     def write_index(self, index: dict[str, Tensor]) -> None:
         temporary = self.path / f".{INDEX}.tmp"
-        save_file({name: tensor.contiguous() for name, tensor in index.items()}, temporary)
+        # Not by save_file, which lets only the owner read.
+        temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in index.items()}))
         publish(temporary, self.path / INDEX)
 
     def shard(self, number: int) -> Path:
