@@ -261,7 +261,7 @@ class _Collection:
         ]
         files = [self.writer.path / f"generated-{number:05d}.json" for number in range(len(all_batches))]
         mine = self.together.share(range(len(all_batches)))
-        missing = [number for number in mine if not files[number].exists()]
+        missing = [number for number in mine if _read_answers(files[number], all_batches[number]) is None]
         done = sum(len(all_batches[number]) for number in mine) - sum(len(all_batches[number]) for number in missing)
         with self._progress("generating neutral answers", sum(len(all_batches[n]) for n in mine), done) as progress:
             wanted = [all_batches[number] for number in missing]
@@ -273,7 +273,7 @@ class _Collection:
         self.together.wait()
         answers: list[list[int]] = [[]] * len(draft.prompts)
         for file, batch in zip(files, all_batches, strict=True):
-            for place, answer in zip(batch, json.loads(file.read_text(encoding="utf-8")), strict=True):
+            for place, answer in zip(batch, _read_answers(file, batch), strict=True):
                 answers[place] = answer
         return answers
 
@@ -324,6 +324,15 @@ class _Collection:
         # Bars of several processes would overwrite each other.
         hidden = not self.together.is_main
         return tqdm(total=total, initial=done, desc=what, unit="seq", leave=None, disable=hidden or total == 0)
+
+
+def _read_answers(file: Path, batch: list[int]) -> list[list[int]] | None:
+    """Generated answers of a batch; None where they are not there, or damaged."""
+    try:
+        answers = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return answers if isinstance(answers, list) and len(answers) == len(batch) else None
 
 
 class _Meter:

@@ -94,6 +94,43 @@ def test_commands_make_store_adapter_and_results(fitted, run, tmp_path):
     assert status == 0 and zero == base != out
 
 
+def test_inspect_shows_and_checks_a_store(fitted, run, tmp_path):
+    status, out, _ = run("inspect", fitted / "store", "--json", tmp_path / "inspect.json")
+    shown = dict(line.split(":", 1) for line in out.splitlines() if ":" in line)
+    found = json.loads((tmp_path / "inspect.json").read_text())
+    assert status == 0 and "All shards are as they were written." in out
+    assert shown["layers"].strip() == "0-4" and shown["demonstrations"].strip() == shown["questions"].strip() == "400"
+    assert found["damaged"] == [] and found["bytes"] == sum(f.stat().st_size for f in (fitted / "store").iterdir())
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(fitted / "store", damaged)
+    shard = sorted(damaged.glob("shard-*"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert run("inspect", damaged, "--no-check")[0] == 0
+    status, out, err = run("inspect", damaged)
+    assert (
+        status == 2 and "demonstrations:" in out and f"the first is {shard.name}: collect again with --no-resume" in err
+    )
+    shard.unlink()
+    assert run("inspect", damaged)[0] == 2
+
+    metadata = json.loads((damaged / "meta.json").read_text())
+    (damaged / "meta.json").write_text(json.dumps(metadata | {"complete": False, "shards": []}))
+    assert "not collected completely" in refused(run, "inspect", damaged)
+    assert "is no activation store" in refused(run, "inspect", tmp_path)
+
+
+def test_both_sites_are_collected_in_one_pass(run, tmp_path):
+    arguments = [MODEL, ASSETS / "demonstrations.jsonl", tmp_path / "store", "--site", "mlp,block", "--limit", 40]
+    assert run("collect", *arguments)[0] == 0
+    for site in ("mlp", "block"):
+        assert run("fit-sea", MODEL, tmp_path / "store", tmp_path / site, "--site", site, "--centered")[0] == 0
+        assert json.loads((tmp_path / site / "adapter_config.json").read_text())["site"] == site
+    assert "sites: mlp, block" in " ".join(run("inspect", tmp_path / "store")[1].split())
+
+
 def test_commands_can_be_run_again(fitted, run):
     before = (fitted / "sea" / "adapter_model.safetensors").read_bytes()
     (fitted / "sea" / "README.md").write_text("mine")

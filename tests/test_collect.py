@@ -18,7 +18,6 @@ from peft_edit import ActivationStore, SEAConfig, activations, collect_activatio
 from peft_edit.contrast import CONTRAST_FEATURES
 from peft_edit.inference import greedy_answers
 from peft_edit.store import FORMAT_VERSION, ShardFile, layout, shards
-from peft_edit.store import writer as store_writer
 
 
 # The word "w5" is token 5, so that the tests know every id without the tokenizer.
@@ -631,7 +630,7 @@ def test_a_file_that_was_half_written_is_written_again(tmp_path, llama, whole, m
 
     path = tmp_path / "killed"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        for module in (layout, store_writer, shards):
+        for module in (layout, shards):
             patch.setattr(module, "publish", publish)
         collect_activations(llama, TOKENIZER, contrast(), path, **SMALL)
     assert not (path / name).exists()

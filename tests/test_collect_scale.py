@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import multiprocessing
 import os
 import random
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from filelock import FileLock
 from peft import get_peft_model
 from test_collect import BLOCKS, MLP_OUTPUTS, QUESTIONS, TOKENIZER, Literal, close, contrast, expected_pairs, files
@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, JambaConfig, MistralConfig, Phi3C
 
 import peft_edit.activations
 from peft_edit import ActivationStore, HPRConfig, SEAConfig, collect_activations, fit_sea, schedule
-from peft_edit.inference import can_share_prompts, prompt_cache, select_rows
-from peft_edit.store import ShardFile, locked, read_index, shards, writer
+from peft_edit.inference import cache_name, can_share_prompts, prompt_cache, select_rows
+from peft_edit.store import ShardFile, StoreWriter, locked, read_index, shards, writer
 
 
 GENERATED = {"batch_size": 2, "neutral": "generated", "answers": "all", "max_new_tokens": 3}
@@ -136,7 +136,7 @@ def test_selecting_rows_of_a_cache_leaves_it_as_it_is(llama):
         cache = prompt_cache(llama, [(3, 4), (5, 6)])
         before = [layer.keys.clone() for layer in cache.layers]
         selected = select_rows(cache, [1, 1, 0])
-        llama.model(input_ids=torch.tensor([[7]] * 3), past_key_values=selected, use_cache=True)
+        llama.model(input_ids=torch.tensor([[7]] * 3), use_cache=True, **{cache_name(llama): selected})
     assert selected.get_seq_length() == 3 and cache.get_seq_length() == 2
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
 
@@ -241,8 +241,6 @@ def test_the_token_that_begins_every_text_is_not_cut_off(tmp_path):
 
 
 def collect_slowly(path, arguments):
-    """Runs in a child process; long enough to be killed somewhere."""
-    logging.disable()
     collect_activations(tiny_model(), TOKENIZER, contrast(), path, **arguments)
 
 
@@ -272,6 +270,39 @@ def test_twenty_kills_at_random_instants_leave_the_same_bytes(tmp_path, sharing,
     assert kills >= 10
     collect_slowly(killed, arguments)
     assert files(killed) == files(whole)
+
+
+def test_a_store_that_was_being_replaced_is_not_taken_for_complete(tmp_path, llama, monkeypatch):
+    options = {"neutral": "prompt"}
+    collect_activations(llama, TOKENIZER, contrast(), tmp_path, **options)
+    before = files(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Path, "unlink", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("killed")))
+        StoreWriter(tmp_path, json.loads(before["meta.json"])).begin()
+    with pytest.raises(ValueError, match="not collected completely"):
+        ActivationStore(tmp_path)
+    collect_activations(llama, TOKENIZER, contrast(), tmp_path, **options)
+    assert files(tmp_path) == before
+
+
+def test_damaged_answers_are_generated_again(tmp_path, small_shards, monkeypatch, llama):
+    collect_activations(llama, TOKENIZER, contrast(), tmp_path / "whole", **GENERATED)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(StoreWriter, "write_index", lambda *args: (_ for _ in ()).throw(RuntimeError("killed")))
+        collect_activations(llama, TOKENIZER, contrast(), tmp_path / "a", **GENERATED)
+    (tmp_path / "a" / "generated-00000.json").write_text("[[1")
+    (tmp_path / "a" / "generated-00001.json").write_text("[]")
+    collect_activations(llama, TOKENIZER, contrast(), tmp_path / "a", **GENERATED)
+    assert files(tmp_path / "a") == files(tmp_path / "whole")
+
+
+def test_an_offloaded_model_gives_the_same(tmp_path, sharing, llama):
+    options = {"site": ("mlp", "block"), "tokens": "answer"}
+    whole = collect_activations(llama, TOKENIZER, contrast(), tmp_path / "whole", **options)
+    offloaded = cpu_offload(tiny_model(), execution_device=torch.device("cpu"))
+    found = collect_activations(offloaded, TOKENIZER, contrast(), tmp_path / "offloaded", **options)
+    for site in ("mlp", "block"):
+        assert torch.equal(found.at(site).positive(1), whole.at(site).positive(1))
 
 
 def test_a_full_disk_is_said_and_the_store_goes_on(tmp_path, small_shards, monkeypatch, llama):

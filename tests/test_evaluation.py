@@ -76,11 +76,10 @@ def test_prompts_and_answers_are_run_once(llama, batch_size):
 
     def record(module, args, kwargs):
         rows = kwargs["input_ids"].tolist()
-        (prompts if kwargs["use_cache"] and kwargs["past_key_values"] is None else answers).append(rows)
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # whatever this release of Transformers calls it
+        (prompts if kwargs["use_cache"] and cache is None else answers).append(rows)
 
-    llama.model.register_forward_pre_hook(
-        lambda module, args, kwargs: record(module, args, {"past_key_values": None} | kwargs), with_kwargs=True
-    )
+    llama.model.register_forward_pre_hook(record, with_kwargs=True)
     llama.lm_head.register_forward_pre_hook(lambda module, args: heads.append(len(args[0])))
     evaluate_multiple_choice(llama, TOKENIZER, data, batch_size=batch_size)
     # the last token of a prompt runs with its answers, whose first token it predicts

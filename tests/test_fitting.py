@@ -325,7 +325,9 @@ def test_stores_that_are_no_store_of_rows(tmp_path, llama):
 def test_stores_of_other_sites_layers_and_widths(tmp_path, llama):
     model = get_peft_model(llama, SEAConfig())
     one_line_error(
-        model, random_store(tmp_path / "a", site="block"), "holds site 'block', the adapter edits 'mlp': collect that"
+        model,
+        random_store(tmp_path / "a", site="block"),
+        "holds the output of 'block', the adapter edits 'mlp': collect that",
     )
     one_line_error(
         model, random_store(tmp_path / "b", layers=(1,)), r"has layers \[1\], the adapter also edits \[0, 2\]"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -58,26 +59,30 @@ def collect(
     base, tokenizer = common.load_model(model, revision=revision, dtype=dtype, device_map=device_map)
     if adapter is not None:
         base = common.load_adapter(base, adapter, allow_fingerprint_mismatch)
-    store = collect_activations(
-        base,
-        tokenizer,
-        contrast,
-        out,
-        site=site.split(","),
-        target_modules=None if target_modules is None else target_modules.split(","),
-        layers=common.parse_layers(layers),
-        tokens=tokens,
-        neutral=None if neutral == "none" else neutral,
-        answers=answers,
-        prompt_format=prompt_format,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        max_tokens_per_batch=max_tokens_per_batch,
-        dtype=store_dtype,
-        seed=seed,
-        truncate=truncate,
-        resume=resume,
-    )
+    try:
+        store = collect_activations(
+            base,
+            tokenizer,
+            contrast,
+            out,
+            site=site.split(","),
+            target_modules=None if target_modules is None else target_modules.split(","),
+            layers=common.parse_layers(layers),
+            tokens=tokens,
+            neutral=None if neutral == "none" else neutral,
+            answers=answers,
+            prompt_format=prompt_format,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            max_tokens_per_batch=max_tokens_per_batch,
+            dtype=store_dtype,
+            seed=seed,
+            truncate=truncate,
+            resume=resume,
+        )
+    except KeyboardInterrupt:
+        print("peft-edit: interrupted; run the same command again to go on", file=sys.stderr)
+        raise
     if not processes().is_main:
         return
     size = sum(file.stat().st_size for file in out.iterdir())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,10 @@ from torch import Tensor
 from .layout import dtype_of, publish
 
 
-SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+SAFETENSORS_DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
+    **{torch.int64: "I64", torch.int32: "I32"},
+}
 UNKNOWN_DIGEST = "0" * 64
 READ_BYTES = 2**20
 
@@ -54,17 +58,37 @@ class StoreShape:
 
     def header(self, rows: int, digest: str = UNKNOWN_DIGEST) -> bytes:
         """First bytes of a shard with so many rows, up to its tensors."""
-        size = rows * self.width * self.dtype.itemsize
-        entries: dict[str, Any] = {"__metadata__": {"sha256": digest}}
-        for i, name in enumerate(self.names):
-            entries[name] = {
-                "dtype": SAFETENSORS_DTYPES[self.dtype],
-                "shape": [rows, self.width],
-                "data_offsets": [i * size, (i + 1) * size],
-            }
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
-        return len(text).to_bytes(8, "little") + text
+        return _header(dict.fromkeys(self.names, (self.dtype, (rows, self.width))), {"sha256": digest})
+
+
+def _header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """First bytes of a file with tensors of these dtypes and shapes, one after the other."""
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    place = 0
+    for name, (dtype, shape) in tensors.items():
+        end = place + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to a safetensors file without the copies of them that the library makes."""
+    # The widest first, as the library does: then each begins at a multiple of the size of its elements.
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(_header({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, {}))
+        for tensor in tensors.values():
+            file.write(_bytes(tensor))
+    publish(temporary, path)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a tensor on the CPU."""
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
 
 
 class ShardFile:
@@ -99,10 +123,9 @@ class ShardFile:
 
     def write(self, name: str, first_row: int, rows: Tensor) -> None:
         """Write rows, (r, d), of one tensor from `first_row` on."""
-        rows = rows.detach().to("cpu", self.shape.dtype).contiguous()
         width = self.shape.width * self.shape.dtype.itemsize
         place = self.start + (self.shape.names.index(name) * self.rows + first_row) * width
-        data = memoryview(rows.view(torch.uint8).numpy()).cast("B") if rows.numel() else memoryview(b"")
+        data = _bytes(rows.detach().to("cpu", self.shape.dtype))
         while data:
             written = os.pwrite(self._file, data, place)
             data, place = data[written:], place + written

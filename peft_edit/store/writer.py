@@ -12,12 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors.torch import save
 from torch import Tensor
 
-from .layout import FORMAT_VERSION, INDEX, LOCK, META, STORE_FILE, check_folder, publish, publish_text, read_metadata
+from .layout import (
+    FORMAT_VERSION,
+    INDEX,
+    LOCK,
+    META,
+    STORE_FILE,
+    check_folder,
+    publish_text,
+    read_manifest,
+    read_metadata,
+)
 from .reader import ActivationStore
-from .shards import ShardFile, StoreShape, shard_digest
+from .shards import ShardFile, StoreShape, shard_digest, write_tensors
 
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -76,16 +85,21 @@ class StoreWriter:
 
     def begin(self) -> None:
         """Write the settings; what a store with other settings has left there is removed."""
-        for file in sorted(self.path.iterdir(), key=lambda file: file.name == META):
-            if STORE_FILE.fullmatch(file.name) and file.name != LOCK:
+        if (self.path / META).exists():
+            # First, so that what a killed run leaves of a store does not pass for all of it.
+            self._write_metadata(read_manifest(self.path) | {"complete": False})
+        for file in self._files():
+            if file.name != META:
                 file.unlink()
-        self._write_metadata()
+        self._write_metadata(self.metadata)
+
+    def _files(self) -> list[Path]:
+        """Files of the store, the index first: without it shards are nothing."""
+        files = [file for file in self.path.iterdir() if STORE_FILE.fullmatch(file.name) and file.name != LOCK]
+        return sorted(files, key=lambda file: file.name != INDEX)
 
     def write_index(self, index: dict[str, Tensor]) -> None:
-        temporary = self.path / f".{INDEX}.tmp"
-        # Not by save_file, which lets only the owner read.
-        temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in index.items()}))
-        publish(temporary, self.path / INDEX)
+        write_tensors(self.path / INDEX, index)
 
     def shard(self, number: int) -> Path:
         return self.path / f"shard-{number:05d}.safetensors"
@@ -116,15 +130,15 @@ class StoreWriter:
 
     def finish(self) -> ActivationStore:
         """Write the manifest: from now on the store can be read."""
-        for file in self.path.iterdir():
-            if file.name.startswith((".", "generated-")) and STORE_FILE.fullmatch(file.name) and file.name != LOCK:
+        for file in self._files():
+            if file.name.startswith((".", "generated-")):
                 file.unlink()
         self.metadata["complete"] = True
-        self._write_metadata()
+        self._write_metadata(self.metadata)
         return ActivationStore(self.path)
 
-    def _write_metadata(self) -> None:
-        publish_text(self.path / META, json.dumps(self.metadata, indent=2) + "\n")
+    def _write_metadata(self, metadata: dict[str, Any]) -> None:
+        publish_text(self.path / META, json.dumps(metadata, indent=2) + "\n")
 
 
 @contextmanager
