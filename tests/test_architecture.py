@@ -25,7 +25,7 @@ ALLOWED = {
     "sites": set(),
     "store": {"sites"},
     "prompts": set(),
-    "contrast": {"prompts"},
+    "contrast": {"contrast", "prompts"},
     "plan": {"prompts"},
     "saving": set(),
     "fingerprint": {"sites"},
