@@ -215,7 +215,7 @@ def test_several_files_and_folders_are_one_data_set(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no file of the types"):
         load_contrast_set("halueval", data_files=tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match=r"there is no .*missing"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file or folder .*missing: change data_files"):
         load_contrast_set("halueval", data_files=tmp_path / "missing")
 
 

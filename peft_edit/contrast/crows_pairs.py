@@ -1,9 +1,9 @@
 """CrowS-Pairs (EMNLP 2020): positive is the sentence that stereotypes less, negative the one that stereotypes more.
 
-The prompt is empty, so that the likelihoods are those of the whole sentences. From the Hub comes the revised English
-part of `jannalu/crows_pairs_multilingual`, 1,677 pairs with corrections, which lm-evaluation-harness uses too; the
-original's 1,508 pairs are `crows_pairs_anonymized.csv`, whose repository on the Hub is a loading script, which current
-releases of `datasets` do not run.
+The prompt is empty, so that the likelihoods are those of the whole sentences. Take `prompt_format="plain"`: a chat
+template would make an empty turn of it. From the Hub comes the English part of `jannalu/crows_pairs_multilingual`, a
+corrected version that lm-evaluation-harness uses too. The original's 1,508 pairs are `crows_pairs_anonymized.csv`; its
+repository on the Hub is a loading script, which current releases of `datasets` do not run.
 """
 
 from .reading import Request, in_category, read_known, refuse

@@ -62,7 +62,7 @@ def read_local(request: Request) -> list[dict]:
     records = []
     for path in map(Path, files):
         if not path.exists():
-            raise FileNotFoundError(f"there is no {path}, of data_files: pass a file or a folder that is there")
+            raise FileNotFoundError(f"there is no file or folder {path}: change data_files")
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in FILE_TYPES) if path.is_dir() else [path]
         if not found:
             raise ValueError(f"the folder {path} has no file of the types {', '.join(FILE_TYPES)}: pass another")
