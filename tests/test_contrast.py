@@ -95,9 +95,10 @@ def test_ids_select_rows_in_their_order_and_within_the_split(whole_csv):
     "content, message",
     [
         ("Question,Best\na,b\n", "lacks the columns Category, Best Answer, .*; it has Question, Best"),
-        (CSV_HEADER + "A,C,Q,best,good,,s\n", "row 0: negatives has no answers"),
-        (CSV_HEADER + "A,C,Q,one,one,one,s\n", "row 0: positives has no answers after 1 that stand in both lists"),
-        (CSV_HEADER + "A,C,Q, ,good,bad,s\n", "row 0: positives has an empty answer"),
+        (CSV_HEADER + "A,C,Q,best,good,,s\n", "row 0: Incorrect Answers must be text, got empty text"),
+        (CSV_HEADER + "A,C,Q,best,good,;,s\n", "row 0: negatives has no answers"),
+        (CSV_HEADER + "A,C,Q,one,one,one,s\n", "no rows"),
+        (CSV_HEADER + "A,C,Q, ,good,bad,s\n", "row 0: Best Answer must be text, got empty text"),
         (CSV_HEADER + "A,C,Q,best,good\n", "row 0 of .* must have 7 cells"),
         (CSV_HEADER + "A,C,Q,best,good,bad,s,t\n", "row 0 of .* must have 7 cells"),
         (CSV_HEADER + 'A,C,Q,best,"good,bad,s\n', "after line 1: not CSV"),

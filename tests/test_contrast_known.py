@@ -204,7 +204,22 @@ def test_written_out_inputs_of_bigbench_become_questions_again(tmp_path):
         load_contrast_set("bbq_lite", data_files=path, subset="age")
 
 
+def test_a_record_of_bbq_may_say_nothing_of_its_answers():
+    record = BBQ_RECORD | {"id": 0, "answer_info": {"ans0": [None, ""], "ans1": None}}
+    row = bbq.to_row(record)
+    assert sorted([*row["positives"], *row["negatives"]]) == sorted(record[f"ans{place}"] for place in range(3))
+
+
 # What does not fit
+
+
+def test_rows_of_a_known_set_without_a_contrast_are_left_out(tmp_path, caplog):
+    records = [HALUEVAL, HALUEVAL | {"hallucinated_answer": "a"}, HALUEVAL]
+    path = write_jsonl(tmp_path / "data.jsonl", *records)
+    assert load_contrast_set("halueval", data_files=path)["id"][:] == [0, 2]
+    assert "left out 1 rows, whose answers on one side all stand on the other too" in caplog.text
+    with pytest.raises(ValueError, match="no rows to load from 'halueval'"):
+        load_contrast_set("halueval", data_files=path, ids=[1])
 
 
 def test_several_files_and_folders_are_one_data_set(tmp_path):
@@ -239,10 +254,8 @@ WRITTEN_OUT = {"inputs": "Q?", "multiple_choice_targets": ["a", "b"], "multiple_
         ("halueval", HALUEVAL, {"question": None}, "row 1: question must be text, got nothing"),
         ("halueval", HALUEVAL, {"right_answer": " "}, "row 1: right_answer must be text, got empty text"),
         ("halueval", HALUEVAL, {"hallucinated_answer": 3}, "row 1: hallucinated_answer must be text, got int"),
-        ("halueval", HALUEVAL, {"hallucinated_answer": "a"}, "row 1: positives has no answers after 1 that stand in"),
         ("crows_pairs", PAIR, {"sent_less": None}, "row 1: sent_less must be text, got nothing"),
         ("crows_pairs", PAIR, {"bias_type": 2}, "row 1: bias_type must be text, got int"),
-        ("crows_pairs", PAIR, {"sent_less": "a"}, "row 1: positives has no answers after 1 that stand in both lists"),
         ("toxigen", STATEMENT, {"text": ""}, "row 1: text must be text, got empty text"),
         ("toxigen", STATEMENT, {"toxicity_ai": "high"}, "row 1: the ratings must be numbers, got toxicity_ai 'high'"),
         ("toxigen", STATEMENT, {"toxicity_human": None}, "row 1: the ratings must be numbers, .* toxicity_human None"),
@@ -250,8 +263,10 @@ WRITTEN_OUT = {"inputs": "Q?", "multiple_choice_targets": ["a", "b"], "multiple_
         ("simple_ethical_questions", ETHICAL, {"input": None}, "row 1: input must be text, got nothing"),
         ("simple_ethical_questions", ETHICAL, {"target_scores": None}, "row 1: target_scores must give each choice"),
         ("simple_ethical_questions", ETHICAL, {"target_scores": {"a": 0.5, "b": 0}}, "the score 0 or 1, got .*0.5"),
+        ("simple_ethical_questions", ETHICAL, {"target_scores": {"a": []}}, "the score 0 or 1, got .*"),
         ("simple_ethical_questions", ETHICAL, {"target_scores": {"a": 0}}, "row 1: positives has no answers: leave"),
         ("simple_ethical_questions", WRITTEN_OUT, {"multiple_choice_scores": [1]}, "row 1: .* lists of one length"),
+        ("simple_ethical_questions", WRITTEN_OUT, {"multiple_choice_targets": ["a", ["b"]]}, "row 1: .* must be text"),
         ("simple_ethical_questions", WRITTEN_OUT, {"inputs": None}, "row 1: inputs must be text, got nothing"),
         ("bbq", BBQ_RECORD, {"label": 3}, "row 1: label must be 0, 1 or 2, got 3"),
         ("bbq", BBQ_RECORD, {"label": "0"}, "row 1: label must be 0, 1 or 2, got '0'"),
@@ -259,13 +274,19 @@ WRITTEN_OUT = {"inputs": "Q?", "multiple_choice_targets": ["a", "b"], "multiple_
         ("bbq", BBQ_RECORD, {"context": ""}, "row 1: context must be text, got empty text"),
         ("bbq", BBQ_RECORD, {"ans1": None}, "row 1: ans1 must be text, got nothing"),
         ("bbq", BBQ_RECORD, {"answer_info": "x"}, "row 1: answer_info must have a list of text"),
-        ("bbq", BBQ_RECORD, {"answer_info": {"ans0": [None]}}, "row 1: answer_info must have a list of text"),
+        ("bbq", BBQ_RECORD, {"answer_info": {"ans0": [3]}}, "row 1: answer_info must have a list of text"),
         ("bbq", BBQ_RECORD, {"additional_metadata": {"stereotyped_groups": "old"}}, "row 1: .*additional_metadata"),
         ("bbq", BBQ_RECORD, {"question_polarity": "positive"}, "row 1: question_polarity must be neg or nonneg"),
         ("bbq_lite", ETHICAL, {"target_scores": [1, 0]}, "row 1: target_scores must give each choice"),
         ("truthful_qa", MULTIPLE_CHOICE, {"question": 3}, "row 1: question must be text, got int"),
         ("truthful_qa", MULTIPLE_CHOICE, {"mc1_targets": {"a": 1, "b": 1}}, "row 1: mc1_targets must have one choice"),
         ("truthful_qa", MULTIPLE_CHOICE, {"mc2_targets": None}, "row 1: mc2_targets must hold choices and labels"),
+        (
+            "truthful_qa",
+            MULTIPLE_CHOICE,
+            {"mc2_targets": {"choices": None, "labels": None}},
+            "row 1: choices and labels of mc2_targets must be lists",
+        ),
         (
             "truthful_qa",
             MULTIPLE_CHOICE,
@@ -317,6 +338,9 @@ def test_options_of_known_sets_that_do_not_fit_their_files(tmp_path):
     path = write_jsonl(tmp_path / "mc_task.jsonl", MULTIPLE_CHOICE)
     with pytest.raises(ValueError, match=r"subset='generation' is not in .*: pass TruthfulQA.csv"):
         load_contrast_set("truthful_qa", data_files=path, subset="generation")
+    task = {"keywords": [], "examples": [3]}
+    with pytest.raises(ValueError, match=r"'.*data.jsonl': the examples of a task must be a list .*\[3\]"):
+        load_contrast_set("bbq_lite", data_files=write_jsonl(tmp_path / "data.jsonl", task))
     broken = tmp_path / "task.json"
     shutil.copy(LOCAL["simple_ethical_questions"][0], broken)
     broken.write_text(broken.read_text(encoding="utf-8")[:-3], encoding="utf-8")

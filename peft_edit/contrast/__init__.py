@@ -41,7 +41,7 @@ def load_contrast_set(
 ) -> Dataset:
     """Loads questions with their positive and negative answers.
 
-    What is positive and what is negative in a known data set says its module in `peft_edit.contrast`.
+    The module of a known data set in `peft_edit.contrast` says what is positive and what is negative in it.
 
     Preference data have the columns `prompt`, `chosen`, `rejected`: text, or conversations in TRL's format. `prompt`
     may be missing where `chosen` and `rejected` begin with the same messages, or are dialogues in one text, as in
@@ -71,7 +71,7 @@ def load_contrast_set(
     Returns:
         A data set with the columns `CONTRAST_FEATURES`. `id` is the row in the source; a contrast set's own `id` is
         kept where there is one. Within a row, answers that are repeated are kept once, and those that stand in both
-        lists are dropped from both, with a count in the log.
+        lists are dropped from both, with a count in the log; so are rows of a known data set that have no answers left.
 
     Raises:
         ValueError: the name, split, subset, revision or an option has no meaning, columns are missing, ids are unknown
@@ -80,18 +80,17 @@ def load_contrast_set(
         FileNotFoundError: there is no such file or data set.
         ConnectionError: a known data set is to come from the Hub, which cannot be reached.
     """
-    request = Request(name, subset, data_files, split, revision)
-    if isinstance(name, str) and name in KNOWN:
+    request, known = Request(name, subset, data_files, split, revision), isinstance(name, str) and name in KNOWN
+    if known:
         records, to_row = KNOWN[name](request)
     else:
         records, to_row = preferences.load(request, list(KNOWN)), preferences.to_row
     parts = [f"{option} {value!r}" for option, value in (("split", split), ("subset", subset)) if value is not None]
     records = select(records, ids, " and ".join(parts) or "the rows")
-    if not records:
-        raise ValueError(f"no rows to load from {describe(name)}: it is empty, or ids is")
     progress = tqdm(records, desc=f"reading {describe(name)}", unit="row", leave=None, delay=2)
-    rows = [checked(to_row(record)) for record in progress]
-    drop_shared_answers(rows)
+    rows = drop_shared_answers([checked(to_row(record)) for record in progress], known)
+    if not rows:
+        raise ValueError(f"no rows to load from {describe(name)}: it is empty, or ids is")
     return Dataset.from_list(rows, features=CONTRAST_FEATURES)
 
 

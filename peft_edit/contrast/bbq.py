@@ -73,6 +73,7 @@ def _wanted(request: Request) -> tuple[str | None, str | None]:
 
 def _in_subset(records: list[dict], wanted: tuple[str | None, str | None], request: Request) -> list[dict]:
     category, condition = wanted
+    source = "the data set on the Hub" if request.data_files is None else describe(request.data_files)
     if category is condition is None:
         return records
     if category is not None and any(_category(record) is None for record in records):
@@ -83,15 +84,20 @@ def _in_subset(records: list[dict], wanted: tuple[str | None, str | None], reque
     found = [
         record
         for record in records
-        if (category is None or _category(record).lower() == category) and condition in (None, _condition(record))
+        if (category is None or _category(record).lower() == category)
+        and (condition is None or _condition(record) == condition)
     ]
     if records and not found:
-        raise ValueError(f"subset={request.subset!r} of {request.name!r} has no rows in {describe(request.data_files)}")
+        raise ValueError(f"subset={request.subset!r} of {request.name!r} has no rows in {source}: pass another subset")
     return found
 
 
 def _category(record: dict) -> str | None:
-    return text(record, "category") if "category" in record else (record.get("comment") or {}).get("category")
+    if "category" in record:
+        return text(record, "category")
+    comment = record.get("comment")
+    category = comment.get("category") if isinstance(comment, dict) else None
+    return category if isinstance(category, str) else None
 
 
 def _condition(record: dict) -> str:
@@ -147,18 +153,16 @@ def _stereotyped(record: dict) -> int | None:
 
 
 def _group_names(record: dict) -> list[list[str]]:
-    """The stereotyped groups, and what the metadata say of each answer."""
-    info, metadata = (record[column] or {} for column in ("answer_info", "additional_metadata"))
-    try:
-        lists = [metadata["stereotyped_groups"], *(info[answer] for answer in _ANSWERS)]
-    except (KeyError, TypeError):
-        lists = [None]
-    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
-        raise ValueError(
-            f"row {record['id']}: answer_info must have a list of text for each of {', '.join(_ANSWERS)}, and "
-            "additional_metadata one as stereotyped_groups: leave the row out"
-        )
-    return lists
+    """The stereotyped groups, and what the metadata say of each answer, which is nothing in a few records."""
+    info, metadata = record["answer_info"], record["additional_metadata"]
+    if isinstance(info, dict) and isinstance(metadata, dict):
+        lists = [names or [] for names in (metadata.get("stereotyped_groups"), *map(info.get, _ANSWERS))]
+        if all(isinstance(names, list) and all(isinstance(name, str | None) for name in names) for names in lists):
+            return [[name for name in names if name] for names in lists]
+    raise ValueError(
+        f"row {record['id']}: answer_info must have a list of text for each of {', '.join(_ANSWERS)}, and "
+        "additional_metadata one as stereotyped_groups: leave the row out"
+    )
 
 
 def _names(info: list[str]) -> set[str]:

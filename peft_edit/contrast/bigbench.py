@@ -18,7 +18,7 @@ _WRITTEN_OUT = re.compile(r"\s*(?:[\w-]+:\s*)?Q: (.*?)(?:\n\s*choice: .*)?\s*\nA
 
 def load_simple_ethical_questions(request: Request):
     """Records of the questions, and what makes rows of them."""
-    refuse("'simple_ethical_questions', which has no parts", subset=request.subset, split=request.split)
+    refuse("'simple_ethical_questions', which has neither parts nor splits", subset=request.subset, split=request.split)
     return read_task(request, "simple_ethical_questions"), to_row
 
 
@@ -32,10 +32,13 @@ def read_task(request: Request, task: str) -> list[dict]:
 
 def unpacked(records: list[dict], source: str) -> list[dict]:
     """The examples of task.json files, or the rows of the Hub, numbered."""
-    # a task of several parts has one more file, which only describes it
-    examples = [
-        part for record in records for part in (record.get("examples", ()) if "keywords" in record else [record])
-    ]
+    examples = []
+    for record in records:
+        # a task of several parts has one more file, which describes them and has no examples
+        found = record.get("examples", []) if "keywords" in record else [record]
+        if not isinstance(found, list) or not all(isinstance(example, dict) for example in found):
+            raise ValueError(f"{source}: the examples of a task must be a list of JSON objects, got {found!r:.60}")
+        examples += found
     columns = columns_of(examples)
     if examples:
         require_columns(columns, _HUB_COLUMNS if "inputs" in columns else ("input", "target_scores"), source)
@@ -47,7 +50,7 @@ def to_row(record: dict) -> dict:
     if "inputs" in record:
         record = _from_hub(record)
     scores = record["target_scores"]
-    if not isinstance(scores, dict) or not set(scores.values()) <= {0, 1}:
+    if not isinstance(scores, dict) or any(score not in (0, 1) for score in scores.values()):
         raise ValueError(f"row {record['id']}: target_scores must give each choice the score 0 or 1, got {scores!r}")
     return {
         "id": record["id"],
@@ -62,8 +65,8 @@ def _from_hub(record: dict) -> dict:
     plain = _WRITTEN_OUT.fullmatch(text(record, "inputs"))
     choices, scores = record["multiple_choice_targets"], record["multiple_choice_scores"]
     if not (isinstance(choices, list) and isinstance(scores, list) and len(choices) == len(scores)):
-        raise ValueError(
-            f"row {record['id']}: multiple_choice_targets and multiple_choice_scores must be lists of one length"
-        )
+        raise ValueError(f"row {record['id']}: {' and '.join(_HUB_COLUMNS[1:])} must be lists of one length")
+    if not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f"row {record['id']}: multiple_choice_targets must be text, got {choices!r}")
     question = plain[1] if plain else record["inputs"]
     return {"id": record["id"], "input": question, "target_scores": dict(zip(choices, scores, strict=True))}

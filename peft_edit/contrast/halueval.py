@@ -10,7 +10,7 @@ from .rows import text
 
 def load(request: Request):
     """Records of the questions, and what makes rows of them."""
-    refuse("'halueval', of which the questions and answers are read", subset=request.subset, split=request.split)
+    refuse("'halueval', which has neither parts nor splits", subset=request.subset, split=request.split)
     columns = ("question", "right_answer", "hallucinated_answer")
     return read_known(request, "pminervini/HaluEval", "qa", "data", local="qa_data.json", columns=columns), to_row
 

@@ -31,7 +31,7 @@ class Request:
 
 
 def read_known(
-    request: Request, repository: str, config: str | None, split: str, *, local: str, columns: Iterable[str] = ()
+    request: Request, repository: str, config: str, split: str | None, *, local: str, columns: Iterable[str]
 ) -> list[dict]:
     """Records of a known data set: of the local copy where there is one, else of the Hub. Their `id` is their row.
 
@@ -162,7 +162,7 @@ def numbered(records: list[dict]) -> list[dict]:
 
 def in_category(records: list[dict], column: str, request: Request) -> list[dict]:
     """The records whose `column` is the subset that was asked for; all of them for None."""
-    if request.subset is None:
+    if request.subset is None or not records:
         return records
     found = [record for record in records if record.get(column) == request.subset]
     if not found:
@@ -173,6 +173,8 @@ def in_category(records: list[dict], column: str, request: Request) -> list[dict
 
 def describe(name) -> str:
     """A source, for error messages."""
+    if isinstance(name, (list, tuple)):
+        return ", ".join(map(describe, name))
     return repr(str(name)) if isinstance(name, (str, os.PathLike)) else f"a {type(name).__name__}"
 
 

@@ -100,16 +100,25 @@ def conversation(value, row_id: int, column: str) -> list[Message]:
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
-def drop_shared_answers(rows: list[dict]) -> None:
-    """Remove answers that stand in both lists of a row from both, with a count in the log."""
-    dropped = 0
+def drop_shared_answers(rows: list[dict], known: bool) -> list[dict]:
+    """Remove answers that stand in both lists of a row from both, with a count in the log.
+
+    A row that has none left on one side contrasts nothing: of a `known` data set, which its user did not write, it is
+    left out with a count in the log too; of others it is an error.
+    """
+    dropped, kept = 0, []
     for row in rows:
         shared = set(row["positives"]) & set(row["negatives"])
         dropped += len(shared)
         for column in ("positives", "negatives"):
             row[column] = [answer for answer in row[column] if answer not in shared]
-            if not row[column]:
+            if not row[column] and not (known and shared):
                 also = f" after {len(shared)} that stand in both lists were dropped" if shared else ""
                 raise ValueError(f"row {row['id']}: {column} has no answers{also}: leave the row out")
+        if row["positives"] and row["negatives"]:
+            kept.append(row)
     if dropped:
         logger.warning("dropped from both lists: %d answers that stand in the positives and in the negatives", dropped)
+    if left_out := len(rows) - len(kept):
+        logger.warning("left out %d rows, whose answers on one side all stand on the other too", left_out)
+    return kept

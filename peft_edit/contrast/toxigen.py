@@ -26,7 +26,7 @@ def load(request: Request):
             f"split={request.split!r} has no meaning for a local copy of 'toxigen': pass that split's file"
         )
     records = []
-    for split in SPLITS if request.data_files is None else ("file",):
+    for split in SPLITS if request.data_files is None else (None,):
         part = read_known(
             request,
             "skg/toxigen-data",

@@ -12,13 +12,9 @@ logger = logging.getLogger(__name__)
 
 REPOSITORY = "truthfulqa/truthful_qa"
 SUBSETS = ("generation", "mc1", "mc2")
-_GENERATION_COLUMNS = {
-    "category": "Category",
-    "question": "Question",
-    "best_answer": "Best Answer",
-    "correct_answers": "Correct Answers",
-    "incorrect_answers": "Incorrect Answers",
-}
+_CHOICE_COLUMNS = ("question", "mc1_targets", "mc2_targets")
+_GENERATION_COLUMNS = ("category", "question", "best_answer", "correct_answers", "incorrect_answers")
+_CSV_COLUMNS = ("Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers")
 
 
 def load(request: Request):
@@ -31,13 +27,16 @@ def load(request: Request):
         if split_ids is None:
             known = ", ".join(_paper_splits())
             raise ValueError(f"split of 'truthful_qa' must be one of {known} or None, got {request.split!r}")
-    records, has_choices = _from_hub(request) if request.data_files is None else _from_file(request)
-    records = select(records, split_ids, "'truthful_qa'")
-    if has_choices and request.subset != "generation":
+    records = _from_hub(request) if request.data_files is None else _from_file(request)
+    columns = columns_of(records)
+    records = select(numbered(records), split_ids, "'truthful_qa'")
+    if "mc1_targets" in columns and request.subset != "generation":
         return records, lambda record: _multiple_choice_row(record, request.subset)
-    answered = [record for record in records if record.get("best_answer") is not None]
+    if "Best Answer" in columns:
+        return records, _csv_row
+    answered = [record for record in records if record["best_answer"] is not None]
     if len(answered) < len(records):
-        logger.warning("left out %d questions without answers in 'generation'", len(records) - len(answered))
+        logger.warning("left out %d questions that have no answers in 'generation'", len(records) - len(answered))
     return answered, _generation_row
 
 
@@ -45,34 +44,32 @@ def _paper_splits() -> dict[str, list[int]]:
     return json.loads(resources.files("peft_edit").joinpath("data/truthfulqa_hpr_splits.json").read_bytes())
 
 
-def _from_hub(request: Request) -> tuple[list[dict], bool]:
+def _from_hub(request: Request) -> list[dict]:
     """The rows of `multiple_choice`, with what `generation`, in which they may be in another order, says of them."""
     configurations = ("multiple_choice", "generation")
     questions, generation = (
         read_known_hub(request, REPOSITORY, config, "validation", local="TruthfulQA.csv") for config in configurations
     )
-    require_columns(columns_of(questions), ["question", "mc1_targets", "mc2_targets"], f"{REPOSITORY} multiple_choice")
+    require_columns(columns_of(questions), _CHOICE_COLUMNS, f"{REPOSITORY} multiple_choice")
     require_columns(columns_of(generation), _GENERATION_COLUMNS, f"{REPOSITORY} generation")
     by_question = {record["question"]: record for record in generation}
-    return numbered([by_question.get(record["question"], {}) | record for record in questions]), True
+    return [by_question.get(record["question"], {}) | record for record in questions]
 
 
-def _from_file(request: Request) -> tuple[list[dict], bool]:
-    """Of `TruthfulQA.csv`, or of `mc_task.json` and the Hub's files."""
+def _from_file(request: Request) -> list[dict]:
+    """The rows of `TruthfulQA.csv`, of `mc_task.json`, or of the Hub's files of either configuration."""
     records, path = read_local(request), describe(request.data_files)
     columns = columns_of(records)
+    if not records:
+        return []
     if "mc1_targets" in columns:
-        require_columns(columns, ["question", "mc1_targets", "mc2_targets"], path)
+        require_columns(columns, _CHOICE_COLUMNS, path)
         if request.subset == "generation":
             raise ValueError(f"subset='generation' is not in {path}: pass TruthfulQA.csv, or leave data_files out")
-        return numbered(records), True
+        return records
     if request.subset in ("mc1", "mc2"):
         raise ValueError(f"subset={request.subset!r} is not in {path}: pass mc_task.json, or leave data_files out")
-    if records and "best_answer" not in columns:
-        require_columns(columns, _GENERATION_COLUMNS.values(), path)
-        records = [_from_csv_row(record) for record in records]
-    elif records:
-        require_columns(columns, _GENERATION_COLUMNS, path)
+    require_columns(columns, _GENERATION_COLUMNS if "best_answer" in columns else _CSV_COLUMNS, path)
     if request.split is not None:
         logger.warning(
             "split=%r of %s has the size of the HPR paper's split and not its questions: the paper's ids number "
@@ -80,17 +77,21 @@ def _from_file(request: Request) -> tuple[list[dict], bool]:
             request.split,
             request.data_files,
         )
-    return numbered(records), False
+    return records
 
 
-def _from_csv_row(record: dict) -> dict:
-    row = {column: record[name] for column, name in _GENERATION_COLUMNS.items()}
-    lists = {column: _split_answers(row[column]) for column in ("correct_answers", "incorrect_answers")}
-    return row | {"best_answer": row["best_answer"].strip()} | lists
+def _csv_row(record: dict) -> dict:
+    return {
+        "id": record["id"],
+        "prompt": text(record, "Question"),
+        "positives": [text(record, "Best Answer").strip(), *_split_answers(record, "Correct Answers")],
+        "negatives": _split_answers(record, "Incorrect Answers"),
+        "category": record["Category"],
+    }
 
 
-def _split_answers(cell: str) -> list[str]:
-    return [answer.strip() for answer in cell.split(";") if answer.strip()]
+def _split_answers(record: dict, column: str) -> list[str]:
+    return [answer.strip() for answer in text(record, column).split(";") if answer.strip()]
 
 
 def _generation_row(record: dict) -> dict:
@@ -132,6 +133,8 @@ def _by_label(record: dict, column: str) -> tuple[list[str], list[str]]:
         choices, labels = targets["choices"], targets["labels"]
     else:
         choices, labels = list(targets), list(targets.values())
+    if not (isinstance(choices, list) and isinstance(labels, list)):
+        raise ValueError(f"row {record['id']}: choices and labels of {column} must be lists, got {targets!r}")
     if len(choices) != len(labels):
         raise ValueError(f"row {record['id']}: {column} has {len(choices)} choices and {len(labels)} labels")
     return tuple([choice for choice, its in zip(choices, labels, strict=True) if its == label] for label in (0, 1))
