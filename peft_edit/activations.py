@@ -26,7 +26,7 @@ from .fingerprint import fingerprint
 from .inference import can_share_prompts, greedy_answers, inference, length_limit
 from .plan import CHUNK, Batch, Draft, Options, Plan, make_draft
 from .processes import Processes, processes
-from .prompts import encode_prompts, resolve_prompt_format
+from .prompts import encode_prompts, listed_choices, resolve_prompt_format
 from .recording import Recorder, Runner
 from .schedule import batches
 from .sites import LayerIndices, find_sites, is_linear, out_features, text_config, unwrap
@@ -105,7 +105,8 @@ def collect_activations(
             the column has one, else "generated". None for none, which `tokens="answer"` implies.
         answers: which answers demonstrate: the "first" of each list, a "random" one, or "all", every positive with
             every negative. `tokens="answer"` takes all.
-        prompt_format: see `encode_answers`.
+        prompt_format: "auto" (chat where the tokenizer has a template, else plain), "chat", "plain", "few_shot_qa" or
+            "lettered_choices", see `encode_answers`.
         max_new_tokens: longest generated answer.
         batch_size: most sequences in a batch; None for no limit of its own.
         max_tokens_per_batch: most tokens in a batch, padding included. Cached prompts can take as many again.
@@ -168,7 +169,7 @@ def collect_activations(
         "revision": getattr(bare.config, "_commit_hash", None),
         "fingerprint": fingerprint(model),
         "active_adapters": _active_adapters(model),
-        "data": {"name": data.info.dataset_name, "rows": len(data)},
+        "data": {"name": data.info.dataset_name, "split": data.split and str(data.split), "rows": len(data)},
         "data_fingerprint": _data_fingerprint(data, tokenizer, options.prompt_format),
         "batch_size": batch_size,
         "max_tokens_per_batch": max_tokens_per_batch,
@@ -390,10 +391,11 @@ def _width(model: nn.Module, modules: dict[str, dict[int, str]]) -> int:
 def _data_fingerprint(data: Dataset, tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> str:
     """Hash of the texts, and of the prompts' token ids: those of another tokenizer or chat template differ."""
     digest = hashlib.sha256()
-    data = data.select_columns(["id", "prompt", "positives", "negatives", "neutral", "messages"])
+    data = data.select_columns(["id", "prompt", "positives", "negatives", "neutral", "mc1_choices", "messages"])
     for first in range(0, len(data), CHUNK):
         rows = data[first : first + CHUNK]
-        columns = {"messages": rows["messages"], "row_ids": rows["id"]}
+        columns = {"messages": rows["messages"], "row_ids": rows["id"], "choices": listed_choices(rows)}
         prompts = encode_prompts(tokenizer, rows["prompt"], prompt_format=prompt_format, **columns)
+        del rows["mc1_choices"]  # which count where they stand in the prompts
         digest.update(json.dumps([prompts, rows], sort_keys=True).encode())
     return digest.hexdigest()[:16]

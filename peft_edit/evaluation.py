@@ -25,7 +25,7 @@ from .inference import (
     prompt_cache,
     select_rows,
 )
-from .prompts import EncodedAnswer, encode_answers
+from .prompts import EncodedAnswer, encode_answers, listed_choices
 from .sites import unwrap
 from .tuners.editing import check_independent_of_padding
 
@@ -79,7 +79,7 @@ def evaluate_multiple_choice(
         model: a causal language model of Transformers, bare or in a `PeftModel`.
         tokenizer: of that model.
         data: a contrast set, see `load_contrast_set`.
-        prompt_format: "auto", "chat" or "plain", see `encode_answers`.
+        prompt_format: "auto", "chat", "plain", "few_shot_qa" or "lettered_choices", see `encode_answers`.
         batch_size: most answers in a forward pass; the answers of one question stay together even if there are more.
 
     Raises:
@@ -90,7 +90,7 @@ def evaluate_multiple_choice(
     check_independent_of_padding(model)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    choices = [list(dict.fromkeys((*row["positives"], *row["negatives"], *(row["mc1_choices"] or ())))) for row in data]
+    choices = listed_choices(data)
     encoded = encode_answers(
         tokenizer,
         list(data["prompt"]),
@@ -98,6 +98,7 @@ def evaluate_multiple_choice(
         messages=list(data["messages"]),
         prompt_format=prompt_format,
         row_ids=list(data["id"]),
+        choices=choices,
     )
     scores = answer_log_likelihoods(model, encoded, batch_size=batch_size)
     if undefined := [

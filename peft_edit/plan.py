@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .prompts import EncodedAnswer, encode_answers, encode_prompts
+from .prompts import EncodedAnswer, encode_answers, encode_prompts, listed_choices
 from .schedule import SequenceTable, make_schedule
 
 
@@ -175,6 +175,7 @@ def _encode(tokenizer, rows: dict[str, list], options: Options):
                 f"row {row_id} has no neutral text: fill the column, or pass neutral='generated' or 'prompt'"
             )
     columns = {"messages": rows["messages"], "prompt_format": options.prompt_format, "row_ids": rows["id"]}
+    columns["choices"] = listed_choices(rows)
     prompts = encode_prompts(tokenizer, rows["prompt"], **columns)
     sides = [
         encode_answers(tokenizer, rows["prompt"], side, **columns)

@@ -27,7 +27,7 @@ ALLOWED = {
     "schedule": set(),
     "store": {"sites", "store"},
     "prompts": set(),
-    "contrast": {"prompts"},
+    "contrast": {"contrast", "prompts"},
     "plan": {"prompts", "schedule"},
     "recording": {"inference", "plan", "tuners"},
     "saving": set(),

@@ -14,6 +14,7 @@ from peft_edit import ActivationStore, cli
 
 
 MODEL, TEST = str(ASSETS / "model"), str(ASSETS / "test.jsonl")
+BBQ = str(Path(__file__).parent / "fixtures" / "bbq_30.jsonl")
 REAL = str(Path(__file__).parent / "fixtures" / "truthfulqa_40.csv")
 
 
@@ -139,6 +140,21 @@ def test_commands_can_be_run_again(fitted, run):
     assert (fitted / "sea" / "adapter_model.safetensors").read_bytes() == before
     assert (fitted / "sea" / "README.md").read_text() == "mine"
     assert [path.name for path in fitted.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_part_of_a_known_data_set_in_a_named_format(run, tmp_path):
+    data = ["bbq", "--data-files", BBQ, "--subset", "age_ambig"]
+    results = []
+    for prompt_format in ("plain", "few_shot_qa", "lettered_choices"):
+        file = tmp_path / f"{prompt_format}.json"
+        status, out, _ = run("evaluate", MODEL, *data, "--prompt-format", prompt_format, "--json", file)
+        assert status == 0 and "Questions: 2" in out
+        results.append(json.loads(file.read_text())["questions"])
+    ids = [[question["id"] for question in questions] for questions in results]
+    answers = [[question["log_likelihoods"] for question in questions] for questions in results]
+    assert ids[0] == ids[1] == ids[2] and answers[0] != answers[1] != answers[2] != answers[0]
+    assert "must be one of auto, chat, plain, few" in refused(run, "evaluate", MODEL, *data, "--prompt-format", "hpr")
+    assert "'v1' has no meaning for a local copy" in refused(run, "evaluate", MODEL, *data, "--data-revision", "v1")
 
 
 def test_real_questions_run_through_all_commands(run, tmp_path):

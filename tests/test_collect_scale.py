@@ -18,6 +18,7 @@ from accelerate import cpu_offload
 from filelock import FileLock
 from peft import get_peft_model
 from test_collect import BLOCKS, MLP_OUTPUTS, QUESTIONS, TOKENIZER, Literal, close, contrast, expected_pairs, files
+from test_prompts import byte_tokenizer
 from tiny import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM, JambaConfig, MistralConfig, Phi3Config
 
@@ -223,8 +224,6 @@ def test_prompts_are_cut_on_the_left_when_asked(tmp_path):
 
 
 def test_the_token_that_begins_every_text_is_not_cut_off(tmp_path):
-    from test_prompts import byte_tokenizer
-
     tokenizer = byte_tokenizer("<s> $A")
     model = tiny_model("llama", vocab_size=300, max_position_embeddings=16)
     data = contrast(
@@ -462,3 +461,19 @@ def test_two_processes_end_with_the_store_and_the_adapter_of_one(tmp_path):
     assert json.loads((tmp_path / "two" / "passes-0.json").read_text()) > 0
     assert json.loads((tmp_path / "two" / "passes-1.json").read_text()) > 0
     assert result.stdout.count("row 10 has no neutral text") == 1
+
+
+# Named formats
+
+
+def test_lettered_choices_are_collected(tmp_path):
+    tokenizer, model = byte_tokenizer("<s> $A"), tiny_model("llama", vocab_size=300, max_position_embeddings=128)
+    store = collect_activations(
+        model, tokenizer, contrast(), tmp_path, prompt_format="lettered_choices", neutral="prompt"
+    )
+    assert store.metadata["prompt_format"] == "lettered_choices"
+    index = read_index(tmp_path)
+    texts = [tokenizer.decode(ids) for ids in index["token_ids"].split(index["sequence_lengths"].tolist())]
+    for row, text in enumerate(texts):
+        ending = "Answer:" if row in index["neutral"] else tuple(f"Answer: {letter}" for letter in "ABCDE")
+        assert text.endswith(ending) and "A. " in text

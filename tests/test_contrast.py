@@ -1,20 +1,14 @@
-import io
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 from datasets import Dataset
-from hub_server import HubServer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_edit.contrast import CONTRAST_FEATURES, load_contrast_set
+from peft_edit.contrast import CONTRAST_FEATURES, KNOWN, load_contrast_set
 
 
 CSV = Path(__file__).parent / "fixtures" / "truthfulqa_40.csv"  # the first data row is the first of the whole file
@@ -101,9 +95,10 @@ def test_ids_select_rows_in_their_order_and_within_the_split(whole_csv):
     "content, message",
     [
         ("Question,Best\na,b\n", "lacks the columns Category, Best Answer, .*; it has Question, Best"),
-        (CSV_HEADER + "A,C,Q,best,good,,s\n", "row 0: negatives has no answers"),
-        (CSV_HEADER + "A,C,Q,one,one,one,s\n", "row 0: positives has no answers after 1 that stand in both lists"),
-        (CSV_HEADER + "A,C,Q, ,good,bad,s\n", "row 0: positives has an empty answer"),
+        (CSV_HEADER + "A,C,Q,best,good,,s\n", "row 0: Incorrect Answers must be text, got empty text"),
+        (CSV_HEADER + "A,C,Q,best,good,;,s\n", "row 0: negatives has no answers"),
+        (CSV_HEADER + "A,C,Q,one,one,one,s\n", "no rows"),
+        (CSV_HEADER + "A,C,Q, ,good,bad,s\n", "row 0: Best Answer must be text, got empty text"),
         (CSV_HEADER + "A,C,Q,best,good\n", "row 0 of .* must have 7 cells"),
         (CSV_HEADER + "A,C,Q,best,good,bad,s,t\n", "row 0 of .* must have 7 cells"),
         (CSV_HEADER + 'A,C,Q,best,"good,bad,s\n', "after line 1: not CSV"),
@@ -174,6 +169,21 @@ def test_a_prompt_of_text_before_answers_that_are_messages(tmp_path):
     assert (data[0]["prompt"], data[0]["messages"]) == ("Q?", [user("Q?")])
 
 
+def test_dialogues_in_one_text(tmp_path):
+    """As in Anthropic/hh-rlhf: chosen and rejected hold the whole dialogue, and there is no column prompt."""
+    start = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Q?\n\nAssistant:"
+    data = load_jsonl(tmp_path, {"chosen": start + " I say yes", "rejected": start + " I say no"})
+    assert data[0]["messages"] == [user("Hi"), assistant("Hello."), user("Q?")]
+    assert (data[0]["positives"], data[0]["negatives"]) == (["I say yes"], ["I say no"])
+    for text, message in (
+        ("yes", "lacks the columns prompt; it has chosen, rejected: rename them"),
+        ("\n\nHuman: Q?", "row 0: there is no prompt, and chosen and rejected begin with different messages"),
+        ("\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Q?\n\nAssistant: ", "row 0: positives has an empty answer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_jsonl(tmp_path, {"chosen": text, "rejected": start + " no"})
+
+
 def test_further_keys_of_messages_are_left_out(tmp_path):
     turn = user("Q?") | {"tool_calls": None}
     data = load_jsonl(tmp_path, {"chosen": [turn, assistant("a")], "rejected": [turn, assistant("b")]})
@@ -184,7 +194,7 @@ def test_further_keys_of_messages_are_left_out(tmp_path):
     "record, message",
     [
         ({"prompt": "Q?", "chosen": 3, "rejected": "no"}, "must be text, or conversations, got .* chosen int"),
-        ({"prompt": None, "chosen": "yes", "rejected": "no"}, "prompt nothing"),
+        ({"prompt": None, "chosen": "yes", "rejected": "no"}, "there is no prompt, and chosen is no dialogue"),
         ({"prompt": "Q?", "chosen": "yes", "rejected": None}, "rejected nothing"),
         ({"prompt": "Q?", "chosen": " \n", "rejected": "no"}, "positives has an empty answer"),
         ({"prompt": "Q?", "chosen": "no", "rejected": "no"}, "positives has no answers after 1 that stand in both"),
@@ -300,6 +310,7 @@ def test_a_broken_row_can_be_left_out(tmp_path):
         ({"split": "train"}, "split='train' has no meaning for '.*data.jsonl'"),
         ({"subset": "easy"}, "subset='easy' has no meaning"),
         ({"data_files": "x.csv"}, "data_files='x.csv' has no meaning"),
+        ({"revision": "main"}, "revision='main' has no meaning"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path, options, message):
@@ -312,7 +323,8 @@ def test_options_that_do_not_fit(tmp_path, options, message):
 
 def test_names_columns_and_files_that_do_not_fit(tmp_path):
     known = (
-        r"known data set \('truthful_qa'\), a file \(.json, .jsonl, .csv, .parquet\), a Hub id with a slash or a dat"
+        rf"known data set \({', '.join(map(repr, KNOWN))}\), a file \(.json, .jsonl, .csv, .parquet\), a Hub id with a "
+        "slash or a datasets.Dataset"
     )
     (tmp_path / "data.txt").touch()
     for name in ("truthfulqa", str(tmp_path / "data.txt"), 3, datasets.DatasetDict()):
@@ -326,10 +338,9 @@ def test_names_columns_and_files_that_do_not_fit(tmp_path):
         load_contrast_set(Dataset.from_list([{"positives": ["a"], "negatives": ["b"]}]))
     with pytest.raises(ValueError, match="split of 'truthful_qa' must be one of train, eval, test or None, got 'dev'"):
         load_contrast_set("truthful_qa", split="dev")
-    with pytest.raises(ValueError, match="subset='generation' has no meaning for 'truthful_qa'"):
-        load_contrast_set("truthful_qa", subset="generation")
-    with pytest.raises(ValueError, match="must be the path of one CSV file"):
-        load_contrast_set("truthful_qa", data_files=["a.csv"])
+    for files in ([], 3, [3]):
+        with pytest.raises(ValueError, match="data_files of 'truthful_qa' must be the path of a file or of a folder"):
+            load_contrast_set("truthful_qa", data_files=files)
 
 
 @pytest.mark.parametrize(
@@ -338,6 +349,8 @@ def test_names_columns_and_files_that_do_not_fit(tmp_path):
         ("data.jsonl", '{"prompt": "a"}\n{"prompt"\n', "line 2: not JSON"),
         ("data.json", '[{"prompt": "a"},\n3,]', "line 2: not JSON"),
         ("data.jsonl", '{"prompt": "a"}\n3\n', "row 1 of .* must be a JSON object, got int"),
+        ("data.json", '{"prompt": "a"}\n3\n', "row 1 of .* must be a JSON object, got int"),
+        ("data.json", '{\n"prompt": "a",\n}', "line 3: not JSON"),
         ("data.parquet", "PAR", "is not a Parquet file"),
     ],
 )
@@ -346,130 +359,3 @@ def test_files_that_cannot_be_read(tmp_path, file, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_contrast_set(tmp_path / file)
     assert "\n" not in str(caught.value)
-
-
-# The Hub
-
-
-def parquet(rows):
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
-    return buffer.getvalue()
-
-
-def multiple_choice_row(index):
-    return {
-        "question": f"Question {index}?",
-        "mc1_targets": {"choices": ["bad", "best", "worse"], "labels": [0, 1, 0]},
-        "mc2_targets": {"choices": ["good", "bad", "best", "worse", "fine"], "labels": [1, 0, 1, 0, 1]},
-    }
-
-
-def hub_repositories():
-    configurations = {"generation": "generation/validation-*", "multiple_choice": "multiple_choice/validation-*"}
-    card = {"configs": [
-        {"config_name": name, "data_files": [{"split": "validation", "path": path}]}
-        for name, path in configurations.items()
-    ]}  # fmt: skip
-    generation = [
-        {"type": "Adversarial", "category": f"C{index}", "question": f"Question {index}?"} for index in range(817)
-    ]
-    truthful_qa = {
-        "README.md": f"---\n{json.dumps(card)}\n---\n".encode(),
-        # in another order, so that only a join by the question finds the category
-        "generation/validation-00000-of-00001.parquet": parquet(generation[::-1]),
-        "multiple_choice/validation-00000-of-00001.parquet": parquet([multiple_choice_row(i) for i in range(817)]),
-    }
-    lines = "".join(json.dumps(record | {"score": 1}) + "\n" for record in PREFERENCES).encode()
-    return {
-        "datasets/truthfulqa/truthful_qa": truthful_qa,
-        "datasets/user/preferences": {"train.jsonl": lines},
-        "datasets/user/splits": {"train.jsonl": lines, "test.jsonl": lines.splitlines(keepends=True)[0]},
-        "datasets/user/other": {"train.jsonl": b'{"question": "a"}\n'},
-        "models/user/model": {"config.json": b"{}", "folder/weights of it.bin": bytes(range(256))},
-    }
-
-
-HUB_SCRIPT = """
-import json, sys
-from pathlib import Path
-from huggingface_hub import hf_hub_download, snapshot_download
-from peft_edit.contrast import CONTRAST_FEATURES, load_contrast_set
-
-def attempt(*arguments, **options):
-    try:
-        data = load_contrast_set(*arguments, **options)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    assert data.features == CONTRAST_FEATURES
-    return data.to_list()
-
-snapshot = Path(snapshot_download("user/model"))
-results = {
-    "all": attempt("truthful_qa"),
-    **{split: attempt("truthful_qa", split=split) for split in ("train", "eval", "test")},
-    "subset": attempt("truthful_qa", split="test", ids=[264, 573]),
-    "preferences": attempt("user/preferences"),
-    "one split": attempt("user/splits", split="test"),
-    "splits": attempt("user/splits"),
-    "other": attempt("user/other"),
-    "unknown": attempt("user/unknown"),
-    "snapshot": {str(path.relative_to(snapshot)): path.read_bytes().hex() for path in snapshot.rglob("*.*")},
-    "file": Path(hf_hub_download("user/model", "config.json")).read_text(),
-}
-Path(sys.argv[1]).write_text(json.dumps(results))
-"""
-
-
-@pytest.fixture(scope="module")
-def hub_results(tmp_path_factory):
-    """What a process that takes the test's server for the Hub loads from it."""
-    folder = tmp_path_factory.mktemp("hub")
-    with HubServer(hub_repositories()) as hub:
-        command = [sys.executable, "-c", HUB_SCRIPT, str(folder / "results.json")]
-        root = Path(__file__).parents[1]
-        done = subprocess.run(command, cwd=root, env=hub.environment(folder), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads((folder / "results.json").read_text())
-
-
-def test_truthful_qa_from_the_hub(hub_results):
-    rows = hub_results["all"]
-    assert [row["id"] for row in rows] == list(range(817))
-    assert rows[5] == EMPTY | {
-        "id": 5,
-        "prompt": "Question 5?",
-        "positives": ["best", "good", "fine"],
-        "negatives": ["bad", "worse"],
-        "mc1_choices": ["best", "bad", "worse"],
-        "category": "C5",
-    }
-
-
-def test_the_papers_splits_from_the_hub(hub_results):
-    parts = {split: [row["id"] for row in hub_results[split]] for split in TRUTHFUL_QA_SPLITS}
-    assert {split: len(ids) for split, ids in parts.items()} == TRUTHFUL_QA_SPLITS
-    assert parts["test"][:3] == [573, 264, 579]
-    assert hub_results["subset"] == [hub_results["all"][264], hub_results["all"][573]]
-
-
-def test_preferences_from_the_hub(hub_results):
-    assert [row["positives"] for row in hub_results["preferences"]] == [["yes"], ["a\u2028b"]]
-    assert [row["prompt"] for row in hub_results["one split"]] == ["Q?"]
-    assert "'user/splits' has the splits train, test: pass one of them as split" in hub_results["splits"]
-    assert "it has question: rename them" in hub_results["other"]
-    assert hub_results["unknown"].startswith("DatasetNotFoundError: Dataset 'user/unknown' doesn't exist")
-
-
-def test_models_from_the_test_hub(hub_results):
-    assert hub_results["file"] == "{}"
-    assert hub_results["snapshot"] == {"config.json": b"{}".hex(), "folder/weights of it.bin": bytes(range(256)).hex()}
-
-
-def test_without_the_hub_the_error_names_the_way_out(monkeypatch):
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("Couldn't reach\nthe Hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ConnectionError, match=r"\(Couldn't reach the Hub\): pass a local copy, data_files="):
-        load_contrast_set("truthful_qa")

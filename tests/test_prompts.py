@@ -1,10 +1,23 @@
+from collections import Counter
+
 import pytest
+import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from peft_edit.prompts import encode_answers, encode_prompts, join_messages, resolve_prompt_format
+from peft_edit import collect_activations, evaluate_multiple_choice, load_contrast_set
+from peft_edit.prompts import (
+    QA_PRIMER,
+    encode_answers,
+    encode_prompts,
+    join_messages,
+    listed_choices,
+    resolve_prompt_format,
+)
 
 
 SPECIAL = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -172,7 +185,9 @@ def test_messages_replace_the_prompt():
 def test_prompt_formats():
     assert resolve_prompt_format(CHAT) == resolve_prompt_format(CHAT, "chat") == "chat"
     assert resolve_prompt_format(PLAIN["bos"]) == resolve_prompt_format(CHAT, "plain") == "plain"
-    with pytest.raises(ValueError, match="must be one of auto, chat, plain, got 'llama'"):
+    with pytest.raises(
+        ValueError, match="must be one of auto, chat, plain, few_shot_qa, lettered_choices, got 'llama'"
+    ):
         encode_prompts(CHAT, ["Q?"], prompt_format="llama")
     with pytest.raises(ValueError, match="needs a chat template"):
         encode_prompts(PLAIN["bos"], ["Q?"], prompt_format="chat")
@@ -190,3 +205,125 @@ def test_a_failing_template_names_the_row_in_one_line():
     with pytest.raises(ValueError, match=r"row 5: the tokenizer's chat template fails .*no such role") as caught:
         encode_prompts(CHAT, ["Q?"], messages=[messages], row_ids=[5])
     assert "\n" not in str(caught.value)
+
+
+# Named formats
+
+
+CONTRAST = load_contrast_set(
+    Dataset.from_list(
+        [
+            {
+                "prompt": f"Question {n}? ",
+                "positives": ["yes", "sure"],
+                "negatives": ["no"],
+                "mc1_choices": ["yes", "nay"],
+            }
+            for n in range(400)
+        ]
+    )
+)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_few_shot_questions_are_plain_text_after_the_primer(kind):
+    tokenizer = PLAIN[kind]
+    encoded = encode_one(tokenizer, " Where? ", "here", prompt_format="few_shot_qa")
+    assert encoded == encode_one(tokenizer, f"{QA_PRIMER}Q: Where?\nA:", "here", prompt_format="plain")
+    assert tokenizer.decode(encoded.answer_ids) == " here"
+    assert encode_prompts(tokenizer, ["Where?"], prompt_format="few_shot_qa") == [encoded.prompt_ids]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}]
+    of_messages = encode_one(tokenizer, "ignored", "here", messages, prompt_format="few_shot_qa")
+    assert of_messages == encode_one(tokenizer, "Be brief.\nWhere?", "here", prompt_format="few_shot_qa")
+
+
+def test_the_primer_is_six_questions_and_answers():
+    *examples, end = QA_PRIMER.split("\n\n")
+    assert len(examples) == 6 and end == ""
+    assert all([line[:3] for line in example.split("\n")] == ["Q: ", "A: "] for example in examples)
+
+
+@pytest.mark.parametrize("tokenizer", [*PLAIN.values(), CHAT], ids=[*PLAIN, "chat"])
+def test_lettered_choices_list_every_answer_and_the_answer_is_its_letter(tokenizer):
+    data = CONTRAST.select(range(5))
+    choices = listed_choices(data)
+    assert choices == [["yes", "sure", "no", "nay"]] * 5
+    options = {"prompt_format": "lettered_choices", "choices": choices}
+    encoded = encode_answers(tokenizer, data["prompt"], choices, **options)
+    prompts = encode_prompts(tokenizer, data["prompt"], **options)
+    for n, (row, prompt_ids) in enumerate(zip(encoded, prompts, strict=True)):
+        assert all(answer.prompt_ids == prompt_ids for answer in row)
+        question, *listed, last = tokenizer.decode(prompt_ids, skip_special_tokens=True).split("\n")
+        assert (question, last) == (f"Question {n}?", "Answer:")
+        letters = [tokenizer.decode(answer.answer_ids) for answer in row]
+        assert sorted(listed) == sorted(
+            f"{letter.strip()}. {text}" for letter, text in zip(letters, choices[n], strict=True)
+        )
+        assert sorted(letters) == [" A", " B", " C", " D"] and listed == sorted(listed)
+
+
+def test_the_right_choice_is_at_every_letter_about_as_often():
+    encoded = encode_answers(
+        PLAIN["bos"],
+        CONTRAST["prompt"],
+        [["yes"]] * len(CONTRAST),
+        prompt_format="lettered_choices",
+        choices=listed_choices(CONTRAST),
+    )
+    counts = Counter(row[0].answer_ids[-1] for row in encoded)
+    # of 400 with four letters each, 100 is the mean and 8.7 the standard deviation
+    assert len(counts) == 4 and all(65 <= count <= 135 for count in counts.values())
+
+
+@given(choices=st.lists(st.sampled_from("abcdefgh"), min_size=2, unique=True), chooser=st.randoms())
+def test_the_order_of_the_letters_is_that_of_the_texts(choices, chooser):
+    """Whichever answers are right, and whatever else is encoded: an answer keeps its letter."""
+    options = {"prompt_format": "lettered_choices"}
+    alone = encode_answers(PLAIN["bos"], ["Q?"], [choices], choices=[choices], **options)[0]
+    shuffled = chooser.sample(choices, len(choices))
+    beside = encode_answers(PLAIN["bos"], ["R?", "Q?"], [[], choices], choices=[["x", "y"], shuffled], **options)[1]
+    assert alone == beside
+
+
+@pytest.mark.parametrize(
+    "choices, answers, message",
+    [
+        (None, ["a"], "needs the choices of every prompt: pass choices"),
+        ([["a", "a"]], ["a"], "row 9: .* lists 2 to 26 choices, got 1: leave the row out"),
+        ([[str(n) for n in range(27)]], ["1"], "row 9: .* lists 2 to 26 choices, got 27: leave the row out"),
+        ([["a", "b"]], ["a", "they say it is"], "row 9: 'they say it is' is none of the choices .* or another neutral"),
+    ],
+)
+def test_choices_that_cannot_be_listed(choices, answers, message):
+    options = {"prompt_format": "lettered_choices", "row_ids": [9]}
+    with pytest.raises(ValueError, match=message) as caught:
+        encode_answers(PLAIN["bos"], ["Q?"], [answers], choices=choices, **options)
+    assert "\n" not in str(caught.value)
+    assert len(encode_answers(PLAIN["bos"], ["Q?"], [["a"]], choices=[["a", "b"]], **options)[0]) == 1
+
+
+def test_evaluation_scores_the_letters():
+    tokenizer, model = PLAIN["bos"], tiny_model(vocab_size=300, initializer_range=0.2)
+    assert tokenizer.pad_token is None
+    data = CONTRAST.select(range(3))
+    choices = listed_choices(data)
+    result = evaluate_multiple_choice(model, tokenizer, data, prompt_format="lettered_choices")
+    options = {"prompt_format": "lettered_choices", "choices": choices}
+    for question, row, texts in zip(
+        result.questions, encode_answers(tokenizer, data["prompt"], choices, **options), choices, strict=True
+    ):
+        for answer, text in zip(row, texts, strict=True):
+            with torch.no_grad():
+                scores = model(torch.tensor([answer.input_ids])).logits[0].log_softmax(dim=-1)
+            places = range(answer.prompt_length, len(answer.input_ids))
+            expected = sum(float(scores[place - 1, answer.input_ids[place]]) for place in places)
+            assert question.log_likelihoods[text] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_store_records_the_named_format(tmp_path):
+    model = tiny_model(vocab_size=300)
+    model.config.max_position_embeddings = 2048
+    store = collect_activations(
+        model, PLAIN["bos"], CONTRAST.select(range(2)), tmp_path, neutral="prompt", prompt_format="few_shot_qa"
+    )
+    assert store.metadata["prompt_format"] == "few_shot_qa"

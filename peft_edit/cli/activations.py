@@ -16,6 +16,7 @@ def collect(
     data_files: common.DataFiles = None,
     subset: common.Subset = None,
     split: common.Split = None,
+    data_revision: common.DataRevision = None,
     limit: common.Limit = None,
     skip: common.Skip = 0,
     site: Annotated[str, typer.Option(help="mlp, block, or mlp,block for both in one pass.")] = "mlp",
@@ -55,7 +56,7 @@ def collect(
     from ..processes import processes
 
     common.check_json(json_file)
-    contrast = common.load_data(data, data_files, subset, split, limit, skip)
+    contrast = common.load_data(data, data_files, subset, split, limit, skip, data_revision)
     base, tokenizer = common.load_model(model, revision=revision, dtype=dtype, device_map=device_map)
     if adapter is not None:
         base = common.load_adapter(base, adapter, allow_fingerprint_mismatch)
@@ -121,7 +122,7 @@ def inspect(
         "revision": metadata["revision"],
         "fingerprint": metadata["fingerprint"],
         "active adapters": ", ".join(metadata["active_adapters"]) or None,
-        "data": (metadata.get("data") or {}).get("name"),
+        "data": ", ".join(str(value) for value in list((metadata.get("data") or {}).values())[:2] if value) or None,
         "sites": ", ".join(opened.sites),
         "layers": common.format_layers(opened.layers),
         "hidden size": opened.hidden_size,

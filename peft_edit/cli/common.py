@@ -17,13 +17,14 @@ Data = Annotated[
     str,
     typer.Argument(help="Contrast set: known name, id on the Hub, or .jsonl/.csv/.parquet file.", show_default=False),
 ]
-DataFiles = Annotated[str | None, typer.Option(help="Local copy of a known data set, such as TruthfulQA.csv.")]
-Subset = Annotated[str | None, typer.Option(help="Configuration of a data set on the Hub.")]
+DataFiles = Annotated[str | None, typer.Option(help="Local copy of a known data set: a file or a folder.")]
+Subset = Annotated[str | None, typer.Option(help="Part of a known data set, or configuration of one on the Hub.")]
+DataRevision = Annotated[str | None, typer.Option(help="Revision of the data set on the Hub.")]
 Split = Annotated[str | None, typer.Option(help="Split of the data set.")]
 Limit = Annotated[int | None, typer.Option(help="Use so many rows only.", min=1)]
 Skip = Annotated[int, typer.Option(help="Leave out so many first rows.", min=0)]
 Layers = Annotated[str | None, typer.Option(help="Decoder blocks, such as 0-3,7. Default: all.")]
-PromptFormat = Annotated[str, typer.Option(help="auto, chat or plain.")]
+PromptFormat = Annotated[str, typer.Option(help="auto, chat, plain, few_shot_qa or lettered_choices.")]
 Adapter = Annotated[str | None, typer.Option(help="Adapter to load: id on the Hub or local folder.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of the base model on the Hub.")]
 Dtype = Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")]
@@ -136,12 +137,18 @@ def check_json(path: Path | None) -> None:
 
 
 def load_data(
-    name: str, data_files: str | None, subset: str | None, split: str | None, limit: int | None = None, skip: int = 0
+    name: str,
+    data_files: str | None,
+    subset: str | None,
+    split: str | None,
+    limit: int | None = None,
+    skip: int = 0,
+    revision: str | None = None,
 ):
     """A contrast set, or some of its rows: `limit` of those after the first `skip`."""
     from ..contrast import load_contrast_set
 
-    data = load_contrast_set(name, data_files=data_files, subset=subset, split=split)
+    data = load_contrast_set(name, data_files=data_files, subset=subset, split=split, revision=revision)
     if skip >= len(data):
         raise ValueError(f"--skip {skip} leaves none of the {len(data)} rows of {name}: lower it")
     stop = len(data) if limit is None else min(skip + limit, len(data))

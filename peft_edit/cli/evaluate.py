@@ -17,6 +17,7 @@ def evaluate(
     data_files: common.DataFiles = None,
     subset: common.Subset = None,
     split: common.Split = None,
+    data_revision: common.DataRevision = None,
     limit: common.Limit = None,
     skip: common.Skip = 0,
     prompt_format: common.PromptFormat = "auto",
@@ -44,7 +45,7 @@ def evaluate(
         texts = None if perplexity_file is None else perplexity_file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{perplexity_file} is no UTF-8 text ({error})") from error
-    contrast = common.load_data(data, data_files, subset, split, limit, skip)
+    contrast = common.load_data(data, data_files, subset, split, limit, skip, data_revision)
     base, tokenizer = common.load_model(model, revision=revision, dtype=dtype, device_map=device_map)
     if adapter is not None:
         base = common.load_adapter(base, adapter, allow_fingerprint_mismatch)

@@ -1,0 +1,124 @@
+"""The columns of a contrast set and the checks of its rows, whatever they were loaded from."""
+
+import logging
+import operator
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from datasets import Features, List, Value
+
+from ..prompts import Message
+
+
+logger = logging.getLogger(__name__)
+
+CONTRAST_FEATURES = Features(
+    {
+        "id": Value("int64"),
+        "prompt": Value("string"),
+        "positives": List(Value("string")),
+        "negatives": List(Value("string")),
+        "neutral": Value("string"),
+        "mc1_choices": List(Value("string")),
+        "messages": List({"role": Value("string"), "content": Value("string")}),
+        "category": Value("string"),
+    }
+)
+
+
+def kind(value) -> str:
+    """What a value is, for error messages."""
+    return "nothing" if value is None else type(value).__name__
+
+
+def text(record: dict, column: str) -> str:
+    """A record's cell that must hold text."""
+    value = record.get(column)
+    if not isinstance(value, str) or not value.strip():
+        got = "empty text" if isinstance(value, str) else kind(value)
+        raise ValueError(f"row {record['id']}: {column} must be text, got {got}: fill it in or leave the row out")
+    return value
+
+
+def select(records: list[dict], ids: Iterable[int] | None, source: str) -> list[dict]:
+    """Records in the order of `ids`; all of them for None."""
+    by_id: dict = {}
+    for record in records:
+        if type(record.get("id")) is not int:
+            raise ValueError(f"row {record.get('id')!r}: id must be an integer, got {kind(record.get('id'))}")
+        if by_id.setdefault(record["id"], record) is not record:
+            raise ValueError(
+                f"row {record['id']}: the id stands in several rows: number the rows, or leave the column out"
+            )
+    if ids is None:
+        return records
+    try:
+        wanted = [operator.index(row_id) for row_id in ids]
+    except TypeError:
+        raise ValueError(f"ids must be a list of integers, got {ids!r}") from None
+    if repeated := [row_id for row_id, times in Counter(wanted).items() if times > 1]:
+        raise ValueError(f"ids must differ, got {repeated[0]} more than once")
+    if unknown := [row_id for row_id in wanted if row_id not in by_id]:
+        raise ValueError(f"ids {unknown[:5]} are not in {source}, which holds {len(records)} rows")
+    return [by_id[row_id] for row_id in wanted]
+
+
+def checked(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with all columns of a contrast set, in their order, and repeated answers removed."""
+    row = {column: row.get(column) for column in CONTRAST_FEATURES}
+    row_id = row["id"]
+    for column in ("prompt", "neutral", "category"):
+        if not isinstance(row[column], str) and (row[column] is not None or column == "prompt"):
+            raise ValueError(f"row {row_id}: {column} must be text, got {kind(row[column])}")
+    for column in ("positives", "negatives", "mc1_choices"):
+        if row[column] is not None or column != "mc1_choices":
+            row[column] = _checked_answers(row[column], row_id, column)
+    if row["mc1_choices"] is not None and len(row["mc1_choices"]) < 2:
+        raise ValueError(f"row {row_id}: mc1_choices must have at least 2 choices, got {len(row['mc1_choices'])}")
+    if row["messages"] is not None:
+        row["messages"] = conversation(row["messages"], row_id, "messages")
+    return row
+
+
+def _checked_answers(value, row_id: int, column: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(answer, str) for answer in value):
+        what = f"a list of {', '.join(sorted(set(map(kind, value))))}" if isinstance(value, list) else kind(value)
+        raise ValueError(f"row {row_id}: {column} must be a list of text, got {what}")
+    if not all(answer.strip() for answer in value):
+        raise ValueError(f"row {row_id}: {column} has an empty answer: fill it in or remove it")
+    return list(dict.fromkeys(value))
+
+
+def conversation(value, row_id: int, column: str) -> list[Message]:
+    """The role and content of every message; further keys, such as null-filled `tool_calls`, are left out."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"row {row_id}: {column} must be a list of messages, got {value or kind(value)!r}")
+    for message in value:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ValueError(f"row {row_id}: {column} must be messages with a role and a content of text")
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def drop_shared_answers(rows: list[dict], known: bool) -> list[dict]:
+    """Remove answers that stand in both lists of a row from both, with a count in the log.
+
+    A row that has none left on one side contrasts nothing: of a `known` data set, which its user did not write, it is
+    left out with a count in the log too; of others it is an error.
+    """
+    dropped, kept = 0, []
+    for row in rows:
+        shared = set(row["positives"]) & set(row["negatives"])
+        dropped += len(shared)
+        for column in ("positives", "negatives"):
+            row[column] = [answer for answer in row[column] if answer not in shared]
+            if not row[column] and not (known and shared):
+                also = f" after {len(shared)} that stand in both lists were dropped" if shared else ""
+                raise ValueError(f"row {row['id']}: {column} has no answers{also}: leave the row out")
+        if row["positives"] and row["negatives"]:
+            kept.append(row)
+    if dropped:
+        logger.warning("dropped from both lists: %d answers that stand in the positives and in the negatives", dropped)
+    if left_out := len(rows) - len(kept):
+        logger.warning("left out %d rows, whose answers on one side all stand on the other too", left_out)
+    return kept
