@@ -17,6 +17,9 @@ from torch import Tensor, nn
 class EditLayer(BaseTunerLayer):
     """Applies the active adapters, in their order, to the output of a module."""
 
+    # Name of that module in the model, and the width of its output.
+    site: str
+    features: int
     # Factor on the strength of every adapter, see `edit_strength`.
     strength_factor: float = 1.0
     # Whether that is going on, also at a factor of 1: what is temporary must not be merged.
@@ -37,11 +40,17 @@ class EditLayer(BaseTunerLayer):
         return False
 
     def edit_output(self, output: Tensor | tuple) -> Tensor | tuple:
-        """Edit a module's output: a tensor, (..., d), or a tuple that begins with one."""
-        if isinstance(output, tuple):
-            return (self.edit_output(output[0]), *output[1:])
+        """Edit a module's output: a tensor, (..., d), or a tuple or list that begins with one."""
+        if type(output) in (tuple, list):
+            return type(output)((self.edit_output(output[0]), *output[1:]))
         if self.disable_adapters:
             return output
+        if not isinstance(output, Tensor) or output.shape[-1] != self.features:
+            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"the edit at {self.site} needs a tensor of width {self.features}, the module gives {found}: "
+                "choose another site or target_modules"
+            )
         if self.row_adapters is not None:
             return self._edit_rows(output, self.row_adapters)
         for name in self.active_adapters:
