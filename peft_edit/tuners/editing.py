@@ -68,7 +68,8 @@ class EditLayer(BaseTunerLayer):
         rows = output.reshape(len(names), -1, *output.shape[1:]).clone()
         for name in dict.fromkeys(names):
             if self.has_adapter(name):  # "__base__" is no adapter
-                chosen = torch.tensor([n == name for n in names], device=output.device)
+                # Indices and not a mask, whose number of rows would be known on the device alone.
+                chosen = torch.tensor([i for i, n in enumerate(names) if n == name], device=output.device)
                 rows[chosen] = self.edit(rows[chosen], name)
         return rows.reshape(output.shape)
 
