@@ -266,8 +266,13 @@ class SEALinear(nn.Module, SEALayer):
                 f"cannot merge adapter {adapter_name!r} at {self.site}: another adapter, "
                 f"{type(self.base_layer).__name__}, lies between it and the weights; merge that one first"
             )
-        if not self.weight.is_floating_point():
-            raise ValueError(f"cannot merge adapter {adapter_name!r} into the quantised weights of {self.site}")
+        kind = type(self.weight.data)
+        if not self.weight.is_floating_point() or kind is not Tensor:  # torchao's and sharded weights are subclasses
+            kind = str(self.weight.dtype) if kind is Tensor else kind.__name__
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot be merged: the weights of {self.site} are quantised or sharded "
+                f"({kind}); keep it as an adapter, or merge into a plain model"
+            )
 
     def _merged(self, tensor: Tensor, name: str) -> Tensor:
         config = self.sea_config[name]
