@@ -109,6 +109,12 @@ class HPRLayer(nn.Module, BlockEditLayer):
                 f"the modules of HPR adapter {adapter_name!r} at {self.site} are wrapped by FSDP one by one: "
                 "wrap whole decoder blocks, or use fully_shard"
             )
+        if probe.weight.is_meta and not h.is_meta:
+            raise ValueError(
+                f"HPR adapter {adapter_name!r} at {self.site} was not loaded: the adapter file lacks it, or "
+                "load_adapter was given an offloaded model; load the complete adapter with PeftModel.from_pretrained "
+                "or train again"
+            )
         w = probe.weight[0]
 
         def angle(a: Tensor) -> Tensor:

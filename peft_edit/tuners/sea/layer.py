@@ -46,7 +46,10 @@ class SEAProjection(nn.Module):
     def _problem(self, weight: Tensor) -> str | None:
         # Still on meta where the model was loaded with low_cpu_mem_usage, else still NaN.
         if weight.is_meta or (weight.numel() and weight.isnan().all()):
-            return f"the {self.label} was not loaded: the adapter file lacks it; load the complete adapter or fit again"
+            return (
+                f"the {self.label} was not loaded: the adapter file lacks it, or load_adapter was given an offloaded "
+                "model; load the complete adapter with PeftModel.from_pretrained or fit again"
+            )
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if not wide.isfinite().all():
             return (
