@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 
@@ -250,15 +251,20 @@ class EditModel(BaseTuner):
         layers = edit_layers(self.model)
         # `generate` gives its inputs here, and repeats them for its beams later; a forward pass of a causal language
         # model does not.
-        handle = None
+        handles = []
         if not _check_rows(adapter_names, args, kwargs):
-            handle = self.model.register_forward_pre_hook(partial(_check_forward, adapter_names), with_kwargs=True)
+            check = partial(_check_forward, adapter_names)
+            handles.append(self.model.register_forward_pre_hook(check, with_kwargs=True))
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                mix = partial(_mix_modules_to_save, adapter_names)
+                handles.append(module.register_forward_hook(mix, with_kwargs=True))
         try:
             for layer in layers:
                 layer.row_adapters = list(adapter_names)
             yield
         finally:
-            if handle:
+            for handle in handles:
                 handle.remove()
             for layer in layers:
                 layer.row_adapters = None
@@ -283,3 +289,17 @@ def _check_rows(adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -
 def _check_forward(adapter_names: list[str], model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a model."""
     _check_rows(adapter_names, args, kwargs)
+
+
+def _mix_modules_to_save(
+    adapter_names: list[str], wrapper: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any], output: Tensor
+) -> Tensor:
+    """Forward hook of a module that adapters have copies of: each row of the batch by its own adapter's copy.
+
+    Not by a pre-hook as in LoRA, where rows of an adapter are lost as long as the active one has no copy.
+    """
+    if wrapper.disable_adapters:
+        return output
+    repeats = len(output) // len(adapter_names)  # beam search
+    names = [name if name in wrapper._adapters else "__base__" for name in adapter_names for _ in range(repeats)]
+    return wrapper._mixed_batch_forward(*args, adapter_names=names, **kwargs)
