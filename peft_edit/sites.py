@@ -68,23 +68,27 @@ def layer_index(name: str) -> int | None:
 def decoder_blocks(model: nn.Module) -> dict[int, str]:
     """Block index to module name, for every decoder block of a Transformers model.
 
-    The blocks are the outermost list of as many modules as the configuration has layers; where several fit (a vision
-    tower of the same depth), the one inside `get_decoder()`.
+    The blocks are the outermost list of as many modules as the configuration has layers or, without one (LongCat counts
+    two layers a block), of modules that the model itself calls its blocks. Where several fit (a vision tower of the
+    same depth), it is the one inside `get_decoder()`.
     """
-    count = text_config(model).num_hidden_layers
-    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    outermost = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
+    count = getattr(text_config(model), "num_hidden_layers", None)
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    found = [n for n, m in lists.items() if len(m) == count]
+    found = found or [n for n, m in lists.items() if {type(block).__name__ for block in m} <= kinds]
+    outermost = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
     if len(outermost) > 1 and hasattr(model, "get_decoder"):
         decoder = model.get_decoder()
         prefix = next((n for n, m in model.named_modules() if m is decoder), "")
         outermost = [n for n in outermost if n.startswith(f"{prefix}.")] or outermost
+    outermost = [n for n in outermost if not re.search(r"vision|visual|image|audio", n)] or outermost
     if len(outermost) != 1:
-        found = ", ".join(outermost) or "none"
         raise ValueError(
-            f"cannot tell which modules of {type(model).__name__} are its {count} decoder blocks "
-            f"(lists of that length: {found}): pass target_modules"
+            f"cannot tell which modules of {type(model).__name__} are its decoder blocks "
+            f"({count} layers, lists that could be them: {', '.join(outermost) or 'none'}): pass target_modules"
         )
-    return {i: f"{outermost[0]}.{i}" for i in range(count)}
+    return {i: f"{outermost[0]}.{i}" for i in range(len(lists[outermost[0]]))}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -100,26 +104,32 @@ def out_features(module: nn.Module) -> int:
     return base.nf if isinstance(base, Conv1D) else base.out_features
 
 
+# Children of a decoder block that are no MLP, nor a part of one, by their names or their classes.
+_NO_MLP_NAME = re.compile("attn|attention|adapter")
+_NO_MLP_CLASS = re.compile("(Attention|Mixer|Norm)$")
+_MLP_NAME = re.compile(r"(.*\.)?(\w*mlp|ffn?|feed_?forward|\w*moe)\.")
+
+
 def _mlp_output(block: nn.Module, hidden_size: int) -> str | None:
-    """Name within the block of the module whose output is the MLP's.
+    """Name within the block of the module whose output is the MLP's, None if there is no such module.
 
     It is the last linear layer as wide as the model inside the child that is named as an MLP or, without one, outside
-    attention. A mixture of experts has no single such layer: there it is the child that holds the experts.
+    attention. A mixture of experts has no single such layer: there it is the child that holds the experts, unless
+    another MLP stands beside it (Granite's shared one), so that no module gives the whole output.
     """
-    inside = tuple(f"{n}." for n, m in block.named_modules() if n and isinstance(m, BaseTunerLayer))
-    names = [
-        n
-        for n, _ in block.named_modules()
-        if n and not n.startswith(inside) and "attn" not in n and "attention" not in n
-    ]
+    modules = {n: m for n, m in block.named_modules() if n}
+    inside = tuple(
+        f"{n}." for n, m in modules.items() if isinstance(m, BaseTunerLayer) or _NO_MLP_CLASS.search(type(m).__name__)
+    )
+    names = [n for n in modules if not _NO_MLP_NAME.search(n) and not n.startswith(inside)]
+    linear = [n for n in names if is_linear(modules[n]) and out_features(modules[n]) == hidden_size]
     if experts := next((n for n in names if re.search(r"(^|\.)\w*experts?($|\.)", n)), None):
-        return experts.split(".")[0]
-    linear = [
-        n for n in names if is_linear(block.get_submodule(n)) and out_features(block.get_submodule(n)) == hidden_size
-    ]
+        mixture = experts.split(".")[0]
+        return None if any(not n.startswith(f"{mixture}.") for n in linear) else mixture
     # Gemma 4 has a further linear layer of that width after the MLP.
-    in_mlp = [n for n in linear if re.match(r"(mlp|ffn?|feed_?forward)\.", n)]
-    return (in_mlp or linear or [None])[-1]
+    in_mlp = [n for n in linear if _MLP_NAME.match(n)]
+    whole = [n for n in names if _MLP_NAME.match(f"{n}.")]  # JetMoe's experts are no linear layers
+    return (in_mlp or linear or whole[:1] or [None])[-1]
 
 
 def find_sites(
@@ -171,7 +181,10 @@ def find_sites(
     outputs = {i: _mlp_output(model.get_submodule(name), hidden_size) for i, name in blocks.items()}
     missing = [i for i, output in outputs.items() if output is None]
     if missing:
-        raise ValueError(f"no MLP output projection found in layers {missing}: pass target_modules or site='block'")
+        raise ValueError(
+            f"no module of layers {missing} gives the output of their MLP: pass layers_to_transform without them, "
+            "target_modules or site='block'"
+        )
     return {i: f"{blocks[i]}.{output}" for i, output in outputs.items()}
 
 

@@ -348,7 +348,10 @@ def without(*parts):
     return lambda tensors: {n: t for n, t in tensors.items() if not all(part in n for part in parts)}
 
 
-LACKING = "was not loaded: the adapter file lacks it; load the complete adapter or fit again"
+LACKING = (
+    "was not loaded: the adapter file lacks it, or load_adapter was given an offloaded model; "
+    "load the complete adapter with PeftModel.from_pretrained or fit again"
+)
 DAMAGED = "the adapter file is damaged; load it again or fit again"
 DAMAGES = {
     "one factor missing": (without(".0.", "positive"), LACKING),

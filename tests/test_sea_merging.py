@@ -388,6 +388,29 @@ def test_inside_edit_strength():
         assert refused(model, "^cannot merge inside edit_strength")
 
 
+class Wrapped(torch.Tensor):
+    """Of another class and still floating, as torchao's quantised weights and FSDP's sharded ones are."""
+
+
+@pytest.mark.parametrize(
+    "change, kind",
+    [
+        (lambda weight: torch.nn.Parameter(weight.data.to(torch.int8), requires_grad=False), r"torch\.int8"),
+        (lambda weight: torch.nn.Parameter(weight.data.as_subclass(Wrapped), requires_grad=False), "Wrapped"),
+    ],
+    ids=["bytes", "subclass"],
+)
+def test_weights_that_are_no_plain_tensors(change, kind):
+    model = edited_model(rescale="none")
+    base = model.get_base_model().model.layers[1].mlp.down_proj.base_layer
+    base.weight = change(base.weight)
+    match = rf"^adapter 'default' cannot be merged: the weights of model\.layers\.1\.mlp\.down_proj are .*\({kind}\)"
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=match):
+            merge()
+    assert not any(layer.merged for layer in model.modules() if isinstance(layer, SEALayer))
+
+
 def test_wrong_names():
     model = edited_model()
     assert refused(model, "cannot merge adapter 'absent': this model has 'default'", adapter_names=["absent"])

@@ -17,6 +17,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     MixtralConfig,
     Qwen2MoeConfig,
+    XLMConfig,
 )
 
 from peft_edit import SEAConfig, fingerprint
@@ -174,11 +175,61 @@ class ExpertsInAttention(nn.Module):
         self.mlp = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(32, 32)])})
 
 
-@pytest.mark.parametrize("block, expected", [(WithOtherLinear, "mlp.down_proj"), (ExpertsInAttention, "mlp")])
+class Attention(nn.Module):
+    """Attention by the name of its class alone, as in Nemotron-H."""
+
+    def __init__(self):
+        super().__init__()
+        self.o_proj = nn.Linear(32, 32)
+
+
+class OnlyAttention(nn.Module):
+    """A decoder block without an MLP."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixer = Attention()
+
+
+class LastByName(nn.Module):
+    """A decoder block with a language adapter and attention behind the MLP, as in X-MOD."""
+
+    def __init__(self):
+        super().__init__()
+        self.output = nn.ModuleDict({"dense": nn.Linear(48, 32), "adapter": nn.Linear(8, 32)})
+        self.mixer = Attention()
+
+
+@pytest.mark.parametrize(
+    "block, expected",
+    [(WithOtherLinear, "mlp.down_proj"), (ExpertsInAttention, "mlp"), (LastByName, "output.dense")],
+)
 def test_other_modules_are_not_taken_for_the_mlp(llama, block, expected):
     for i in range(3):
         llama.model.layers[i] = block()
     assert find_sites(llama, "mlp") == {i: f"model.layers.{i}.{expected}" for i in range(3)}
+
+
+class MixtureBesideMLP(nn.Module):
+    """A decoder block that adds the outputs of a mixture of experts and of an MLP, as in Granite's hybrids."""
+
+    def __init__(self):
+        super().__init__()
+        self.moe = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(32, 32)])})
+        self.shared_mlp = nn.Linear(32, 32)
+
+
+@pytest.mark.parametrize("block", [MixtureBesideMLP, OnlyAttention])
+def test_half_of_an_mlp_is_not_taken_for_the_whole(llama, block):
+    llama.model.layers[1] = block()
+    with pytest.raises(ValueError, match=r"no module of layers \[1\] gives the output of their MLP"):
+        find_sites(llama, "mlp")
+
+
+def test_blocks_of_another_number_than_configured(llama):
+    """LongCat counts two layers a block."""
+    llama.config.num_hidden_layers = 6
+    assert find_sites(llama, "block") == expected_sites("llama", "block")
 
 
 @every_family
@@ -290,8 +341,12 @@ def test_one_site_in_a_block(llama, target_modules, match):
 @pytest.mark.parametrize("block", [nn.Identity, lambda: nn.Linear(32, 48)])
 def test_no_mlp_in_a_block(llama, block):
     llama.model.layers[1] = block()
-    with pytest.raises(ValueError, match=r"in layers \[1\]: pass target_modules or site='block'$"):
+    match = (
+        r"no module of layers \[1\] gives the output of their MLP: pass layers_to_transform without them, target_mod"
+    )
+    with pytest.raises(ValueError, match=match):
         find_sites(llama, "mlp")
+    assert find_sites(llama, "mlp", layers=[0, 2]) == expected_sites("llama", "mlp", [0, 2])
 
 
 @pytest.mark.parametrize(
@@ -299,16 +354,14 @@ def test_no_mlp_in_a_block(llama, block):
     [
         (nn.Linear(2, 2), "^Linear has no Transformers configuration: pass target_modules$"),
         (
-            AutoModelForCausalLM.from_config(LlamaConfig(**GROUPED)),
-            "cannot tell which modules .*: pass target_modules$",
+            AutoModelForCausalLM.from_config(XLMConfig(emb_dim=32, n_layers=3, n_heads=4, n_words=64)),
+            "cannot tell which modules of XLMWithLMHeadModel are .*blocks .*attentions.*: pass target_modules$",
         ),
     ],
-    ids=["no configuration", "other depth"],
+    ids=["no configuration", "lists of layers' parts"],
 )
 @every_site
 def test_models_without_decoder_blocks(model, match, site):
-    if hasattr(model, "config"):
-        model.config.num_hidden_layers = 5
     with pytest.raises(ValueError, match=match) as error:
         find_sites(model, site)
     assert one_line(error)

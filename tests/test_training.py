@@ -3,18 +3,14 @@
 import gc
 import json
 import math
-import os
 import pickle
-import socket
-import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import train_hpr_processes
+from launching import launch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from stores import write_pair_store
@@ -439,34 +435,6 @@ def test_resuming_with_evaluations_and_selected_layers(tmp_path, store, held_out
     assert logged(trainer, "eval_loss") == logged(expected, "eval_loss")
 
 
-def launch(processes, *args):
-    """Run `train_hpr_processes.py` as torchrun does; after two minutes its processes are killed."""
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
-    tests = Path(__file__).parent
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(tests.parent), os.environ.get("PYTHONPATH")])),
-        "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
-    running = []
-    try:
-        for rank in map(str, range(processes)):
-            own = {**environment, "RANK": rank, "LOCAL_RANK": rank}
-            running.append(subprocess.Popen([sys.executable, tests / "train_hpr_processes.py", *args], env=own))
-        end = time.monotonic() + 120
-        assert [process.wait(timeout=end - time.monotonic()) for process in running] == [0] * processes
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-
-
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     """Weights and logs of the same training in one process and in two, which cannot share the evaluation evenly."""
@@ -476,7 +444,7 @@ def processes(tmp_path_factory):
         for name, n, seed in (("train", PAIRS, 0), ("eval", 21, 1))
     ]
     results = []
-    for name, run in (("one", train_hpr_processes.train), ("two", partial(launch, 2))):
+    for name, run in (("one", train_hpr_processes.train), ("two", partial(launch, "train_hpr_processes.py", 2))):
         out = folder / name
         out.mkdir()
         run(*stores, out)

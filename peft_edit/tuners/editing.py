@@ -11,12 +11,16 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 
 class EditLayer(BaseTunerLayer):
     """Applies the active adapters, in their order, to the output of a module."""
 
+    # Name of that module in the model, and the width of its output.
+    site: str
+    features: int
     # Factor on the strength of every adapter, see `edit_strength`.
     strength_factor: float = 1.0
     # Whether that is going on, also at a factor of 1: what is temporary must not be merged.
@@ -37,11 +41,17 @@ class EditLayer(BaseTunerLayer):
         return False
 
     def edit_output(self, output: Tensor | tuple) -> Tensor | tuple:
-        """Edit a module's output: a tensor, (..., d), or a tuple that begins with one."""
-        if isinstance(output, tuple):
-            return (self.edit_output(output[0]), *output[1:])
+        """Edit a module's output: a tensor, (..., d), or a tuple or list that begins with one."""
+        if type(output) in (tuple, list):
+            return type(output)((self.edit_output(output[0]), *output[1:]))
         if self.disable_adapters:
             return output
+        if not isinstance(output, Tensor) or output.shape[-1] != self.features:
+            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"the edit at {self.site} needs a tensor of width {self.features}, the module gives {found}: "
+                "choose another site or target_modules"
+            )
         if self.row_adapters is not None:
             return self._edit_rows(output, self.row_adapters)
         for name in self.active_adapters:
@@ -59,7 +69,8 @@ class EditLayer(BaseTunerLayer):
         rows = output.reshape(len(names), -1, *output.shape[1:]).clone()
         for name in dict.fromkeys(names):
             if self.has_adapter(name):  # "__base__" is no adapter
-                chosen = torch.tensor([n == name for n in names], device=output.device)
+                # Indices and not a mask, whose number of rows would be known on the device alone.
+                chosen = torch.tensor([i for i, n in enumerate(names) if n == name], device=output.device)
                 rows[chosen] = self.edit(rows[chosen], name)
         return rows.reshape(output.shape)
 
@@ -240,15 +251,20 @@ class EditModel(BaseTuner):
         layers = edit_layers(self.model)
         # `generate` gives its inputs here, and repeats them for its beams later; a forward pass of a causal language
         # model does not.
-        handle = None
+        handles = []
         if not _check_rows(adapter_names, args, kwargs):
-            handle = self.model.register_forward_pre_hook(partial(_check_forward, adapter_names), with_kwargs=True)
+            check = partial(_check_forward, adapter_names)
+            handles.append(self.model.register_forward_pre_hook(check, with_kwargs=True))
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                mix = partial(_mix_modules_to_save, adapter_names)
+                handles.append(module.register_forward_hook(mix, with_kwargs=True))
         try:
             for layer in layers:
                 layer.row_adapters = list(adapter_names)
             yield
         finally:
-            if handle:
+            for handle in handles:
                 handle.remove()
             for layer in layers:
                 layer.row_adapters = None
@@ -273,3 +289,17 @@ def _check_rows(adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -
 def _check_forward(adapter_names: list[str], model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a model."""
     _check_rows(adapter_names, args, kwargs)
+
+
+def _mix_modules_to_save(
+    adapter_names: list[str], wrapper: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any], output: Tensor
+) -> Tensor:
+    """Forward hook of a module that adapters have copies of: each row of the batch by its own adapter's copy.
+
+    Not by a pre-hook as in LoRA, where rows of an adapter are lost as long as the active one has no copy.
+    """
+    if wrapper.disable_adapters:
+        return output
+    repeats = len(output) // len(adapter_names)  # beam search
+    names = [name if name in wrapper._adapters else "__base__" for name in adapter_names for _ in range(repeats)]
+    return wrapper._mixed_batch_forward(*args, adapter_names=names, **kwargs)

@@ -102,7 +102,20 @@ class HPRLayer(nn.Module, BlockEditLayer):
         return self._rotate(h, adapter_name, config, alpha)
 
     def _rotate(self, h: Tensor, adapter_name: str, config: HPRConfig, alpha: float) -> Tensor:
-        w = self.hpr_probe[adapter_name].weight[0]
+        probe = self.hpr_probe[adapter_name]
+        if hasattr(probe, "_fsdp_wrapped_module"):
+            # The angle network runs where there are negative tokens: processes would wait for each other for ever.
+            raise ValueError(
+                f"the modules of HPR adapter {adapter_name!r} at {self.site} are wrapped by FSDP one by one: "
+                "wrap whole decoder blocks, or use fully_shard"
+            )
+        if probe.weight.is_meta and not h.is_meta:
+            raise ValueError(
+                f"HPR adapter {adapter_name!r} at {self.site} was not loaded: the adapter file lacks it, or "
+                "load_adapter was given an offloaded model; load the complete adapter with PeftModel.from_pretrained "
+                "or train again"
+            )
+        w = probe.weight[0]
 
         def angle(a: Tensor) -> Tensor:
             return reflection_angle(a, w) if config.rotation == "reflection" else self.angles(a, adapter_name)

@@ -46,7 +46,10 @@ class SEAProjection(nn.Module):
     def _problem(self, weight: Tensor) -> str | None:
         # Still on meta where the model was loaded with low_cpu_mem_usage, else still NaN.
         if weight.is_meta or (weight.numel() and weight.isnan().all()):
-            return f"the {self.label} was not loaded: the adapter file lacks it; load the complete adapter or fit again"
+            return (
+                f"the {self.label} was not loaded: the adapter file lacks it, or load_adapter was given an offloaded "
+                "model; load the complete adapter with PeftModel.from_pretrained or fit again"
+            )
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if not wide.isfinite().all():
             return (
@@ -266,8 +269,13 @@ class SEALinear(nn.Module, SEALayer):
                 f"cannot merge adapter {adapter_name!r} at {self.site}: another adapter, "
                 f"{type(self.base_layer).__name__}, lies between it and the weights; merge that one first"
             )
-        if not self.weight.is_floating_point():
-            raise ValueError(f"cannot merge adapter {adapter_name!r} into the quantised weights of {self.site}")
+        kind = type(self.weight.data)
+        if not self.weight.is_floating_point() or kind is not Tensor:  # torchao's and sharded weights are subclasses
+            kind = str(self.weight.dtype) if kind is Tensor else kind.__name__
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot be merged: the weights of {self.site} are quantised or sharded "
+                f"({kind}); keep it as an adapter, or merge into a plain model"
+            )
 
     def _merged(self, tensor: Tensor, name: str) -> Tensor:
         config = self.sea_config[name]

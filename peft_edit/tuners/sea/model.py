@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 
 from torch import nn
 
@@ -124,6 +125,7 @@ class SEAModel(EditModel):
         """Refuse what cannot be merged before any layer is changed, and warn of what merges inexactly."""
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        uses = Counter(id(parameter) for _, parameter in self.model.named_parameters(remove_duplicate=False))
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name not in self.peft_config:
                 names = ", ".join(map(repr, self.peft_config))
@@ -133,6 +135,11 @@ class SEAModel(EditModel):
             for layer in self.model.modules():
                 if isinstance(layer, SEALayer) and layer.is_fitted(name) and name not in layer.merged_adapters:
                     layer.check_mergeable(name)
+                    if any(uses[id(parameter)] > 1 for parameter in layer.get_base_layer().parameters(recurse=False)):
+                        raise ValueError(
+                            f"adapter {name!r} cannot be merged: the weights of {layer.site} are shared with another "
+                            "module, which would be edited too; keep it as an adapter"
+                        )
                     if config.rescale == "token":
                         errors[layer.site] = layer.statistic(config, "relative_error")
             if errors:

@@ -1,0 +1,113 @@
+"""The README's table of architectures is what examples/architectures.py finds."""
+
+import re
+import sys
+from dataclasses import astuple
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+
+from peft_edit import HPRConfig, SEAConfig
+from peft_edit.sites import find_sites
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.append(str(REPOSITORY / "examples"))
+from architectures import FAMILIES, NOT_TRIED, Row, edited, logits, reason, table, tiny_model, try_family  # noqa: E402
+
+
+SECTION = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Architectures\n")[1].split("\n## ")[0]
+SHOWN = {
+    family: Row(*results)
+    for families, *results in re.findall(r"^\| ([\w, -]+)" + r" \| (.*?)" * 5 + r" \|$", SECTION, flags=re.MULTILINE)
+    for family in families.split(", ")
+    if family not in ("families", "---")
+}
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("family", sorted(set(SHOWN) & set(FAMILIES)))
+def test_readme_shows_what_a_family_can_do(family):
+    found = try_family(family)
+    assert astuple(found) == astuple(SHOWN[family]), "run examples/architectures.py and put its table into the README"
+
+
+def test_readme_shows_every_family():
+    assert len(SHOWN) > 180 and not set(SHOWN) & set(NOT_TRIED)
+    assert all(family in SECTION.split("Not tried")[1] for family in NOT_TRIED)
+    (version,) = re.findall(r"Transformers, here (\d+\.\d+)", SECTION)
+    assert set(FAMILIES) <= set(SHOWN) or Version(transformers.__version__).release[:2] != Version(version).release
+
+
+def test_table_groups_families_with_the_same_results():
+    yes, no = Row(*["yes"] * 5), Row("no", *["yes"] * 4)
+    lines = table({"a": no, "b": yes, "c": yes}).splitlines()
+    assert lines[2:] == ["| b, c | yes | yes | yes | yes | yes |", "| a | no | yes | yes | yes | yes |"]
+
+
+def test_reasons_name_no_module():
+    message = "adapter 'default' cannot be merged: it edits the output of model.layers.0.mlp, which is odd; keep it"
+    assert reason(ValueError(message)) == "it edits the output of a module, which is odd"
+
+
+@pytest.mark.parametrize("family, found", [("qwen4_exp_text", r"\(1, 9, 128\)"), ("reformer", "ReformerOutput")])
+@pytest.mark.parametrize("config", [SEAConfig(site="block", init_weights=False), HPRConfig(init_weights=False)])
+def test_blocks_without_one_residual_stream_are_refused(family, found, config):
+    model = edited(tiny_model(family), config)
+    match = (
+        rf"^the edit at [\w.]+\.0 needs a tensor of width 32, the module gives {found}: choose another site or target"
+    )
+    with pytest.raises(ValueError, match=match):
+        logits(model)
+    with model.disable_adapter():
+        logits(model)
+
+
+# Where a family's MLP ends, for those whose names or structure mislead.
+MLP = {
+    "git": "output.dense",  # as deep a vision tower
+    "jetmoe": "mlp",  # experts without linear layers
+    "openai-gpt": "mlp.c_proj",
+    "phi4_multimodal": "mlp.down_proj",
+    "recurrent_gemma": "mlp_block.down_proj",
+    "roberta-prelayernorm": "output.dense",
+    "xmod": "output.dense",  # language adapters behind it
+    "zamba2": "shared_transformer.feed_forward.down_proj",  # a projection and Mamba behind it
+}
+
+
+@pytest.mark.parametrize("family", MLP)
+def test_where_the_mlp_ends(family):
+    layer = 1 if family == "zamba2" else 0
+    (site,) = find_sites(tiny_model(family), "mlp", layers=layer).values()
+    assert site.split(f".{layer}.", 1)[1] == MLP[family]
+
+
+def test_blocks_of_one_sublayer_each():
+    """Nemotron-H: of Mamba, experts, attention and an MLP only the second and the last have one."""
+    model = tiny_model("nemotron_h")
+    tails = ["mixer" if i == 1 else "mixer.down_proj" for i in (1, 3)]
+    assert find_sites(model, "mlp", layers=[1, 3]) == {
+        i: f"model.layers.{i}.{t}" for i, t in zip((1, 3), tails, strict=True)
+    }
+    for layers in (None, 0, 2):
+        with pytest.raises(ValueError, match="gives the output of their MLP: pass layers_to_transform without them"):
+            find_sites(model, "mlp", layers=layers)
+
+
+@torch.no_grad()
+def test_shared_weights_are_not_merged():
+    """Zamba's blocks share one transformer: what is merged for one block would edit the others too."""
+    config = SEAConfig(rescale="none", init_weights=False, layers_to_transform=[1, 3])
+    model = edited(tiny_model("zamba2"), config)
+    first, second = (layer.get_base_layer() for layer in model.modules() if hasattr(layer, "sea_positive"))
+    assert first is not second and first.weight is second.weight
+    before, weight = logits(model), first.weight.clone()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"weights of model\.layers\.1.* are shared with another module") as error:
+            merge()
+        assert "\n" not in str(error.value)
+    assert torch.equal(logits(model), before) and torch.equal(first.weight, weight)

@@ -1,0 +1,144 @@
+"""torch.compile: one graph, and while decoding no more graphs than the model has without an edit."""
+
+import functools
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import logits, tiny_model, token_ids
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, StaticCache
+from transformers.generation import CompileConfig
+
+from peft_edit import HPRConfig, SEAConfig, edit_strength
+
+
+EDITS = {
+    "SEA": [SEAConfig(init_weights=False)],
+    "SEA, mean": [SEAConfig(init_weights=False, rescale="mean", strength=0.5)],
+    "SEA, feature map": [SEAConfig(init_weights=False, feature_map="tanh", input_scale=3.0)],
+    "SEA at the block": [SEAConfig(site="block", init_weights=False)],
+    "two SEA adapters": [SEAConfig(init_weights=False), SEAConfig(site="block", init_weights=False)],
+    "HPR": [HPRConfig(init_weights=False, gate=0.6)],
+    "HPR, reflection": [HPRConfig(init_weights=False, gate=0.6, rotation="reflection")],
+    "HPR, last token": [HPRConfig(init_weights=False, gate=0.6, token_scope="last")],
+}
+PROMPT = 5
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def edited_model(edit, family="llama"):
+    model = tiny_model(family, initializer_range=0.2, num_hidden_layers=1)
+    torch.manual_seed(0)
+    for i, config in enumerate(EDITS[edit] if edit else ()):
+        if i == 0:
+            model = get_peft_model(model, config).eval()
+        else:
+            model.add_adapter("second", config)
+            model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+def counting_backend():
+    """A compiler that runs the graphs as they are, and the list of them."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    return backend, graphs
+
+
+def decoded(model, call, cache):
+    """Logits of a prompt and of five tokens after it, one at a time."""
+    config = model.config
+    cache = StaticCache(config=config, max_cache_len=16) if cache == "static" else DynamicCache(config=config)
+    ids = token_ids(2, PROMPT + 5)
+    for start, end in ((0, PROMPT), *((i, i + 1) for i in range(PROMPT, PROMPT + 5))):
+        yield call(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True).logits
+
+
+def compiled_decoding(edit, cache, family="llama"):
+    """Number of graphs after the prompt and after each token; the logits are those of the model itself."""
+    model, (backend, graphs) = edited_model(edit, family), counting_backend()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    seen = []
+    for actual, expected in zip(decoded(model, compiled, cache), decoded(model, model, cache), strict=True):
+        torch.testing.assert_close(actual, expected)
+        seen.append(len(graphs))
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == len(graphs)
+    return seen
+
+
+@functools.cache
+def base_decoding(cache, family="llama"):
+    torch._dynamo.reset()
+    counters.clear()
+    result = compiled_decoding(None, cache, family)
+    torch._dynamo.reset()
+    counters.clear()
+    return result
+
+
+@pytest.mark.parametrize("edit, cache", [*((e, "static") for e in EDITS), ("SEA", "dynamic"), ("HPR", "dynamic")])
+def test_decoding_takes_the_graphs_of_the_base_model(edit, cache):
+    # The prompt, a token, and where the cache grows a token at any length.
+    expected = [1, 2, 3, 3, 3, 3] if cache == "dynamic" else [1, 2, 2, 2, 2, 2]
+    assert compiled_decoding(edit, cache) == base_decoding(cache) == expected
+
+
+@pytest.mark.parametrize("edit, family", [("SEA", "gpt2"), ("HPR", "falcon")])
+def test_other_families(edit, family):
+    assert compiled_decoding(edit, "static", family) == base_decoding("static", family)
+
+
+@pytest.mark.parametrize("edit", [None, "SEA", "HPR"])
+def test_generation_compiles_once(edit):
+    """As Transformers compiles it for a static cache."""
+    model, (backend, graphs) = edited_model(edit), counting_backend()
+    compile_config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    compile_config._compile_all_devices = True  # by default on accelerators only
+    ids = token_ids(2, PROMPT)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(input_ids=ids, do_sample=False, **options)
+    for _ in range(2):
+        actual = model.generate(
+            input_ids=ids, do_sample=False, cache_implementation="static", compile_config=compile_config, **options
+        )
+        assert torch.equal(actual, expected) and len(graphs) == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("edit", ["SEA", "HPR"])
+def test_changes_after_compiling_are_followed(edit):
+    model, (backend, graphs) = edited_model(edit), counting_backend()
+    torch.manual_seed(1)
+    model.add_adapter("other", EDITS[edit][0])
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    seen = []
+
+    def check(**kwargs):
+        seen.append(logits(model, **kwargs))
+        torch.testing.assert_close(logits(compiled, **kwargs), seen[-1])
+
+    check()
+    with edit_strength(model, 0.5):
+        check()
+    with model.disable_adapter():
+        check()
+    model.set_adapter("other")
+    check()
+    check(adapter_names=["default", "other"])
+    assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    before = len(graphs)
+    check(adapter_names=["default", "other"])
+    assert len(graphs) == before and not counters["graph_break"]

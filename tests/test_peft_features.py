@@ -1,0 +1,261 @@
+"""What PEFT offers for any adapter, for both methods, where the tests of the tuners and of loading do not have it."""
+
+import contextlib
+
+import pytest
+import torch
+from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file
+from tiny import base_logits, logits, token_ids, vivid_model
+from transformers import Trainer, TrainingArguments
+
+from peft_edit import HPRConfig, SEAConfig
+
+
+EDITS = {
+    "SEA at the MLP": lambda **fields: SEAConfig(rescale="none", init_weights=False, **fields),
+    "SEA at the block": lambda **fields: SEAConfig(site="block", init_weights=False, **fields),
+    "HPR": lambda **fields: HPRConfig(gate=0.6, init_weights=False, **fields),
+}
+HEAD = {"modules_to_save": ["lm_head"]}
+every_edit = pytest.mark.parametrize("edit", EDITS)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def edited_model(edit, **fields):
+    torch.manual_seed(0)
+    return get_peft_model(vivid_model(), EDITS[edit](**fields)).eval()
+
+
+def two_adapters(edit, *fields):
+    """Adapters "default" and "other", with further fields for each."""
+    model = edited_model(edit, **(fields[0] if fields else {}))
+    model.add_adapter("other", EDITS[edit](**(fields[1] if fields else {})))
+    return model
+
+
+def results_of(model, **kwargs):
+    """Logits of each adapter alone."""
+    results = {}
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        results[name] = logits(model, **kwargs)
+    return results
+
+
+# Saving and loading
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders with "default" and, in a folder of its own within, "other", and the logits of each."""
+    folders = {}
+    with torch.no_grad():
+        for edit in EDITS:
+            model = two_adapters(edit)
+            path = tmp_path_factory.mktemp("saved")
+            model.save_pretrained(path / "adapters" / "first")
+            folders[edit] = path, results_of(model)
+    return folders
+
+
+@every_edit
+@pytest.mark.parametrize("name, subfolder", [("default", "adapters/first"), ("other", "adapters/first/other")])
+def test_subfolders(saved, edit, name, subfolder):
+    path, results = saved[edit]
+    assert type(PeftConfig.from_pretrained(path, subfolder=subfolder)) is type(EDITS[edit]())
+    loaded = PeftModel.from_pretrained(vivid_model(), path, subfolder=subfolder)
+    assert torch.equal(logits(loaded), results[name])
+    native = vivid_model()
+    native.load_adapter(path, adapter_kwargs={"subfolder": subfolder})
+    assert torch.equal(logits(native), results[name])
+
+
+@every_edit
+def test_loading_renames(saved, edit):
+    path, results = saved[edit]
+    model = PeftModel.from_pretrained(vivid_model(), path, subfolder="adapters/first", adapter_name="one")
+    model.load_adapter(path, "two", subfolder="adapters/first")
+    model.load_adapter(path, "default", subfolder="adapters/first/other")
+    for name, expected in (("two", "default"), ("default", "other"), ("one", "default")):
+        model.set_adapter(name)
+        assert torch.equal(logits(model), results[expected])
+    model.delete_adapter("two")
+    assert list(model.peft_config) == ["one", "default"] and torch.equal(logits(model), results["default"])
+
+
+@every_edit
+def test_loading_over_an_adapter_replaces_it(saved, edit):
+    path, results = saved[edit]
+    model = PeftModel.from_pretrained(vivid_model(), path, subfolder="adapters/first")
+    model.load_adapter(path, "default", subfolder="adapters/first/other")
+    assert torch.equal(logits(model), results["other"])
+
+
+@every_edit
+def test_given_configuration_and_pickled_weights(saved, edit, tmp_path):
+    path, results = saved[edit]
+    config = PeftConfig.from_pretrained(path, subfolder="adapters/first")
+    model = PeftModel.from_pretrained(vivid_model(), path, subfolder="adapters/first", config=config)
+    assert torch.equal(logits(model), results["default"])
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").exists()
+    assert torch.equal(logits(PeftModel.from_pretrained(vivid_model(), tmp_path)), results["default"])
+
+
+# Modules to save
+
+
+def with_heads(edit, *fields):
+    """Two adapters, the heads of those that have one of their own multiplied by 2 and -1."""
+    model = two_adapters(edit, *fields)
+    for name, factor in (("default", 2), ("other", -1)):
+        with contextlib.suppress(KeyError):
+            model.get_base_model().lm_head.modules_to_save[name].weight.mul_(factor)
+    return model
+
+
+@every_edit
+def test_modules_to_save(edit, tmp_path):
+    model = with_heads(edit, HEAD, HEAD)
+    results = results_of(model)
+    bare = results_of(two_adapters(edit))
+    torch.testing.assert_close(results, {"default": 2 * bare["default"], "other": -bare["other"]})
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base_logits())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(vivid_model(), tmp_path)
+    loaded.load_adapter(tmp_path / "other", "other")
+    assert all(torch.equal(actual, results[name]) for name, actual in results_of(loaded).items())
+    native = vivid_model()
+    native.load_adapter(tmp_path)
+    assert torch.equal(logits(native), results["default"])
+    assert torch.equal(logits(loaded.unload()), 2 * base_logits())  # the trained head stays, as in PEFT
+
+
+@every_edit
+@pytest.mark.parametrize("fields", [(HEAD, HEAD), ({}, HEAD), (HEAD, {})], ids=["both", "second", "first"])
+@pytest.mark.parametrize("active", ["default", "other"])
+def test_mixed_batch_with_modules_to_save(edit, fields, active):
+    model = with_heads(edit, *fields)
+    names = ["default", "other", "__base__", "other"]
+    results = results_of(model, ids=token_ids(4)) | {"__base__": logits(vivid_model(), token_ids(4))}
+    model.set_adapter(active)
+    actual = logits(model, token_ids(4), adapter_names=names)
+    expected = torch.stack([results[name][row] for row, name in enumerate(names)])
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
+    assert torch.equal(logits(model, token_ids(4)), results[active])  # nothing is left behind
+
+
+@every_edit
+def test_mixed_beam_search_with_modules_to_save(edit):
+    model = with_heads(edit, HEAD, HEAD)
+    ids, names = token_ids(3, 5), ["default", "__base__", "other"]
+    options = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mixed = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=names, **options)
+    for row, name in enumerate(names):
+        one = {"input_ids": ids[row, None], "attention_mask": torch.ones_like(ids[:1]), **options}
+        with model.disable_adapter() if name == "__base__" else contextlib.nullcontext():
+            if name != "__base__":
+                model.set_adapter(name)
+            assert torch.equal(model.generate(**one)[0], mixed[row])
+
+
+# Counting and freezing
+
+
+@every_edit
+def test_trainable_parameters(edit, capsys):
+    head = 64 * 32
+    for fields, more in (({}, 0), (HEAD, head)):
+        model = edited_model(edit, **fields)
+        # A probe, and an angle network of widths 32, 16, 8, 4, 1, at each of three blocks.
+        own = 3 * (32 + 33 * 16 + 17 * 8 + 9 * 4 + 5) if edit == "HPR" else 0
+        trainable, everything = model.get_nb_trainable_parameters()
+        assert trainable == own + more == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert everything == sum(p.numel() for p in model.parameters())
+        model.print_trainable_parameters()
+        assert f"trainable params: {trainable:,} || all params: {everything:,} ||" in capsys.readouterr().out
+        model.set_adapter("default", inference_mode=True)
+        assert model.get_nb_trainable_parameters()[0] == 0
+
+
+# The Trainer of Transformers
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        ids = token_ids(8, 6)[i]
+        return {"input_ids": ids, "labels": ids}
+
+
+def trained(model, folder, resume=None):
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=4,
+        save_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=Rows())
+    with torch.enable_grad():
+        trainer.train(resume_from_checkpoint=resume)
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@every_edit
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoints_of_the_trainer(edit, tmp_path):
+    """HPR learns from the language model's own loss too; of SEA the head beside it does."""
+    model = edited_model(edit, **HEAD)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    weights = trained(model, tmp_path)
+    assert weights and all(not torch.equal(p, before[name]) for name, p in weights.items())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name not in weights)
+    checkpoint = tmp_path / "checkpoint-2"
+    files = {file.name for file in checkpoint.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "trainer_state.json"} <= files
+    assert "model.safetensors" not in files and len(load_file(checkpoint / "adapter_model.safetensors")) < len(before)
+    resumed = trained(edited_model(edit, **HEAD), tmp_path, resume=str(checkpoint))
+    torch.testing.assert_close(resumed, weights)
+    loaded = PeftModel.from_pretrained(vivid_model(), tmp_path / "checkpoint-4")
+    torch.testing.assert_close(logits(loaded), logits(model.eval()))
+
+
+@pytest.mark.parametrize("edit", ["SEA at the MLP", "SEA at the block"])
+def test_nothing_to_train_in_sea_alone(edit, tmp_path):
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        trained(edited_model(edit), tmp_path)
+
+
+# What PEFT cannot do with methods from outside
+
+
+@every_edit
+def test_peft_says_what_it_cannot_do(saved, edit):
+    path, _ = saved[edit]
+    folder = path / "adapters" / "first"
+    method = type(EDITS[edit]()).__name__.removesuffix("Config")
+    with pytest.raises(ValueError, match=f"'{method}' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(vivid_model(), EDITS[edit](), mixed=True)
+    with pytest.raises(ValueError, match=f"Adapter of type PeftType.{method} is not supported for mixed models"):
+        PeftMixedModel.from_pretrained(vivid_model(), folder)
+    model = PeftModel.from_pretrained(vivid_model(), folder)
+    with pytest.raises(ValueError, match=f"Hotswapping only supports .* but {method} was passed"):
+        hotswap_adapter(model, str(folder / "other"), adapter_name="default")
+    native = vivid_model()
+    native.load_adapter(folder)
+    with pytest.raises(ValueError, match="Hotswapping is currently only supported for LoRA"):
+        native.load_adapter(folder / "other", adapter_name="default", hotswap=True)
