@@ -264,7 +264,8 @@ class SEALinear(nn.Module, SEALayer):
         if isinstance(self.base_layer, BaseTunerLayer):
             raise ValueError(
                 f"cannot merge adapter {adapter_name!r} at {self.site}: another adapter, "
-                f"{type(self.base_layer).__name__}, lies between it and the weights; merge that one first"
+                f"{type(self.base_layer).__name__}, lies between it and the weights; load and merge that one before "
+                "this one is loaded"
             )
         if not self.weight.is_floating_point():
             raise ValueError(f"cannot merge adapter {adapter_name!r} into the quantised weights of {self.site}")

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import re
 import warnings
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...sites import describe_sites, find_sites, is_linear, layer_index, matches, text_config
@@ -98,12 +101,26 @@ class SEAModel(EditModel):
         if isinstance(existing, SEALayer):
             existing.update_layer(adapter_name, sea_config)
         elif is_linear(target):
+            if isinstance(target, BaseTunerLayer):
+                # Without the name of the site, so that Python shows it once.
+                warnings.warn(
+                    f"SEA adapter {adapter_name!r} edits what {type(target).__module__.split('.')[-2]} adapters of the "
+                    "same linear layers give. PEFT can no longer save those from this model, nor merge them: save, or "
+                    "merge, them before SEA is added.",
+                    stacklevel=2,
+                )
             # Not by `_replace_module`, which moves the factors to the weights, for offloaded ones to meta.
             setattr(parent, target_name, SEALinear(target, adapter_name, sea_config, site=current_key))
         else:
             check_not_on_disk(self.model, target, current_key)
             features = text_config(self.model).hidden_size
             target.add_module("sea", SEABlock(target, adapter_name, sea_config, site=current_key, features=features))
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args, **kwargs) -> dict[str, torch.Tensor]:
+        # An adapter of another method that was added later may lie around the layer, which the file must not tell.
+        tensors = super()._get_adapter_state_dict(*args, **kwargs)
+        return {re.sub(r"(\.base_layer)+(?=\.sea_)", "", key): value for key, value in tensors.items()}
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._prepare_merge(adapter_names, stacklevel=3)
