@@ -3,6 +3,7 @@
 from .activations import collect_activations
 from .contrast import load_contrast_set
 from .evaluation import evaluate_multiple_choice, perplexity
+from .exporting import sea_to_lora
 from .fingerprint import fingerprint
 from .fitting import fit_sea
 from .registration import register
@@ -34,5 +35,6 @@ __all__ = [
     "fit_sea",
     "load_contrast_set",
     "perplexity",
+    "sea_to_lora",
     "select_layers",
 ]

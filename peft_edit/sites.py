@@ -201,3 +201,14 @@ def describe_sites(names: Iterable[str]) -> str:
         end = rf"\.{re.escape(tail)}" if tail else ""
         patterns.append(rf"{re.escape(head)}\.({'|'.join(indices)}){end}")
     return "|".join(patterns)
+
+
+def target_modules(model: nn.Module, names: list[str], layers: list[int] | None) -> set[str] | str:
+    """What a configuration calls these modules: the conventional short name, {"down_proj"} or {"mlp.c_proj"}, where it
+    hits exactly them in these layers, else a regular expression."""
+    for parts in (1, 2):
+        short = {".".join(name.split(".")[-parts:]) for name in names}
+        hit = {n for n, _ in model.named_modules() if n and matches(n, short, layers=layers)}
+        if len(short) == 1 and hit == set(names):
+            return short
+    return describe_sites(names)

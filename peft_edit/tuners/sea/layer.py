@@ -111,6 +111,7 @@ class SEALayer(EditLayer):
                 "mean_rescale": 1.0,
                 "mean_rescale_deviation": 0.0,
                 "relative_error": 0.0,
+                "unscaled_error": 0.0,
                 "strength": config.statistics_strength,
             }
             factors = [nn.functional.normalize(torch.randn(1, self.features), dim=1) for _ in range(2)]

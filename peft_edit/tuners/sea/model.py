@@ -7,7 +7,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...sites import describe_sites, find_sites, is_linear, layer_index, matches, text_config
+from ...sites import find_sites, is_linear, layer_index, matches, target_modules, text_config
 from ..editing import EditModel, check_not_on_disk
 from .config import SEAConfig
 from .layer import SEABlock, SEALayer, SEALinear
@@ -54,7 +54,7 @@ class SEAModel(EditModel):
         layers = peft_config.layers_to_transform
         if peft_config.target_modules is None:
             names = find_sites(model, peft_config.site, layers=layers).values()
-            peft_config.target_modules = self._target_modules(model, peft_config, list(names))
+            peft_config.target_modules = target_modules(model, list(names), layers)
         elif layers is not None:
             named = (name for name, _ in model.named_modules())
             found = {layer_index(name) for name in named if matches(name, peft_config.target_modules)}
@@ -64,17 +64,6 @@ class SEAModel(EditModel):
                     f"target_modules={peft_config.target_modules!r} match nothing in layers {missing} of "
                     f"layers_to_transform={layers}: pass layers of {sorted(found - {None})}"
                 )
-
-    @staticmethod
-    def _target_modules(model: nn.Module, config: SEAConfig, names: list[str]) -> set[str] | str:
-        """The conventional short name, {"down_proj"} or {"mlp.c_proj"}, where it hits exactly the sites, else a regular
-        expression."""
-        for parts in (1, 2):
-            short = {".".join(name.split(".")[-parts:]) for name in names}
-            hit = {n for n, _ in model.named_modules() if n and matches(n, short, layers=config.layers_to_transform)}
-            if len(short) == 1 and hit == set(names):
-                return short
-        return describe_sites(names)
 
     @staticmethod
     def _check_target_module_exists(peft_config: SEAConfig, key: str):
