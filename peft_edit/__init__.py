@@ -1,6 +1,7 @@
 """Edit a language model's activations as Hugging Face PEFT adapters. Importing it registers SEA and HPR with PEFT."""
 
 from .activations import collect_activations
+from .combining import combine_sea
 from .contrast import load_contrast_set
 from .evaluation import evaluate_multiple_choice, perplexity
 from .exporting import sea_to_lora
@@ -29,6 +30,7 @@ __all__ = [
     "SEAModel",
     "__version__",
     "collect_activations",
+    "combine_sea",
     "edit_strength",
     "evaluate_multiple_choice",
     "fingerprint",

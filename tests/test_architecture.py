@@ -33,6 +33,7 @@ ALLOWED = {
     "inference": {"sites"},
     "activations": {"contrast", "fingerprint", "inference", "plan", "prompts", "sites", "store", "tuners"},
     "adapters": {"fingerprint", "sites", "store", "tuners"},
+    "combining": {"adapters", "fitting", "functional", "sites", "store", "tuners"},
     "exporting": {"adapters", "functional", "saving", "sites", "tuners"},
     "fitting": {"adapters", "functional", "store", "tuners"},
     "training": {"adapters", "functional", "sites", "store", "tuners"},

@@ -190,7 +190,9 @@ class SEALayer(EditLayer):
         try:
             return config.fit_statistics[self.site][name]
         except KeyError:
-            raise ValueError(f"fit_statistics[{self.site!r}] has no {name!r}: fit this adapter again") from None
+            raise ValueError(
+                f"fit_statistics[{self.site!r}] has no {name!r}: fit this adapter again (or give combine_sea a store)"
+            ) from None
 
     def _mean_rescale(self, config: SEAConfig) -> float:
         taken = self.statistic(config, "strength")
