@@ -3,6 +3,7 @@
 from .activations import collect_activations
 from .combining import combine_sea
 from .contrast import load_contrast_set
+from .conversion import convert_hpr, convert_sea
 from .evaluation import evaluate_multiple_choice, perplexity
 from .exporting import sea_to_lora
 from .fingerprint import fingerprint
@@ -31,6 +32,8 @@ __all__ = [
     "__version__",
     "collect_activations",
     "combine_sea",
+    "convert_hpr",
+    "convert_sea",
     "edit_strength",
     "evaluate_multiple_choice",
     "fingerprint",

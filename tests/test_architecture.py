@@ -34,6 +34,7 @@ ALLOWED = {
     "activations": {"contrast", "fingerprint", "inference", "plan", "prompts", "sites", "store", "tuners"},
     "adapters": {"fingerprint", "sites", "store", "tuners"},
     "combining": {"adapters", "fitting", "functional", "sites", "store", "tuners"},
+    "conversion": {"conversion", "functional", "saving", "sites", "tuners"},
     "exporting": {"adapters", "functional", "saving", "sites", "tuners"},
     "fitting": {"adapters", "functional", "store", "tuners"},
     "training": {"adapters", "functional", "sites", "store", "tuners"},

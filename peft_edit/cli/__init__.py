@@ -8,7 +8,7 @@ import warnings
 import typer
 from safetensors import SafetensorError
 
-from . import activations, demo, evaluate, export, hpr, sea
+from . import activations, convert, demo, evaluate, export, hpr, sea
 
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("fit-sea")(sea.fit_sea)
 app.command("train-hpr")(hpr.train_hpr)
 app.command("select")(hpr.select)
 app.command("evaluate")(evaluate.evaluate)
+app.command("convert")(convert.convert)
 app.command("export-lora")(export.export_lora)
 
 
