@@ -35,8 +35,12 @@ def convert(
         if layers is not None or rescale != "token":
             raise ValueError("--layers and --rescale are for SEA; HPR's layers stand in its file: leave them out")
         converted = conversion.convert_hpr(source, out, base_model=model)
-        rows = [[str(layer)] for layer in converted.layers]
-        print(common.table(["layer"], rows))
+        print(f"Layers: {', '.join(map(str, converted.layers))}")
+    elif not any(source.glob("*uu_*.pt")):
+        raise ValueError(
+            f"{source} holds neither uu_positive.pt and uu_negative.pt (SEA) nor {conversion.GUIDANCE_CONFIG} (HPR): "
+            "pass the folder that the published code wrote"
+        )
     else:
         converted = conversion.convert_sea(
             source, out, base_model=model, layers=common.parse_layers(layers), rescale=rescale

@@ -17,8 +17,6 @@ CANCELLED = 1e-6
 # Sine of the angle below which a direction of one factor is taken to lie in the span of another. Factors that went
 # through bfloat16 are off by up to 4e-3.
 SAME_DIRECTION = 1e-2
-# Further random vectors beyond the rank, so that they span the range of a projection safely.
-OVERSAMPLING = 10
 
 
 def change(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,10 +66,10 @@ def factor_projection(projection: Tensor) -> tuple[Tensor, float]:
     d = len(projection)
     rank = min(max(round(float(projection.trace())), 0), d)
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(d, min(rank + OVERSAMPLING, d), dtype=torch.float64, generator=generator)
-    basis = torch.linalg.svd(projection @ start.to(projection.device), full_matrices=False)[0][:, :rank]
-    # A second pass takes out what rounding of the matrix has left.
-    basis = torch.linalg.qr(projection @ basis)[0].T.contiguous()
+    basis = torch.randn(d, rank, dtype=torch.float64, generator=generator).to(projection.device)
+    for _ in range(2):  # the second pass takes out the rounding that the random start has magnified
+        basis = torch.linalg.qr(projection @ basis)[0]
+    basis = basis.T.contiguous()
     deviation = (basis.T @ basis - projection).abs().max() if d else projection.new_zeros(())
     return basis, float(deviation)
 
