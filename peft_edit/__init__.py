@@ -1,8 +1,11 @@
 """Edit a language model's activations as Hugging Face PEFT adapters. Importing it registers SEA and HPR with PEFT."""
 
 from .activations import collect_activations
+from .combining import combine_sea
 from .contrast import load_contrast_set
+from .conversion import convert_hpr, convert_sea
 from .evaluation import evaluate_multiple_choice, perplexity
+from .exporting import sea_to_lora
 from .fingerprint import fingerprint
 from .fitting import fit_sea
 from .registration import register
@@ -28,11 +31,15 @@ __all__ = [
     "SEAModel",
     "__version__",
     "collect_activations",
+    "combine_sea",
+    "convert_hpr",
+    "convert_sea",
     "edit_strength",
     "evaluate_multiple_choice",
     "fingerprint",
     "fit_sea",
     "load_contrast_set",
     "perplexity",
+    "sea_to_lora",
     "select_layers",
 ]

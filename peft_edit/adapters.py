@@ -21,18 +21,16 @@ Config = TypeVar("Config", bound=PeftConfig)
 Layer = TypeVar("Layer", bound=EditLayer)
 
 
-def find_adapter(
-    model: nn.Module, adapter_name: str | None, config_cls: type[Config], layer_cls: type[Layer]
-) -> tuple[str, Config, dict[int, Layer]]:
-    """Name, configuration and layers, by index of the decoder block, of an adapter.
+def find_config(model: nn.Module, adapter_name: str | None, config_cls: type[Config]) -> tuple[str, Config]:
+    """Name and configuration of an adapter.
 
     Args:
         model: from `get_peft_model`, or a Transformers model after `add_adapter`.
         adapter_name: None for the active one.
-        config_cls, layer_cls: of the method.
+        config_cls: of the method.
 
     Raises:
-        ValueError: there is no such adapter, it is of another method, or it edits several modules of one block.
+        ValueError: there is no such adapter, or it is of another method.
     """
     method = config_cls.__name__.removesuffix("Config")
     configs = getattr(model, "peft_config", {})
@@ -49,6 +47,21 @@ def find_adapter(
             f"{adapter_name!r} is no {method} adapter of this model (adapters: {found}): "
             f"add one with {config_cls.__name__}"
         )
+    return adapter_name, config
+
+
+def find_adapter(
+    model: nn.Module, adapter_name: str | None, config_cls: type[Config], layer_cls: type[Layer]
+) -> tuple[str, Config, dict[int, Layer]]:
+    """Name, configuration and layers, by index of the decoder block, of an adapter; see `find_config`.
+
+    Args:
+        layer_cls: of the method.
+
+    Raises:
+        ValueError: there is no such adapter, it is of another method, or it edits several modules of one block.
+    """
+    adapter_name, config = find_config(model, adapter_name, config_cls)
     layers: dict[int, Layer] = {}
     for layer in model.modules():
         if isinstance(layer, layer_cls) and layer.has_adapter(adapter_name):

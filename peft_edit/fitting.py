@@ -32,7 +32,8 @@ class SiteFit:
         rms: root mean square of the neutral activations.
         mean_rescale, mean_rescale_deviation: mean and standard deviation of ||h|| / ||y|| over the neutral
             demonstrations.
-        relative_error: what replacing the token's own ratio by the mean costs, see `rescale_statistics`.
+        relative_error, unscaled_error: what replacing the token's own ratio by the mean costs, and what leaving it out
+            costs, see `RescaleStatistics`.
         strength: of the edit whose ratio was taken.
     """
 
@@ -49,11 +50,12 @@ class SiteFit:
     mean_rescale: float
     mean_rescale_deviation: float
     relative_error: float
+    unscaled_error: float
     strength: float
 
 
 # What the configuration keeps of a site: no more than the edit and its merging use.
-RECORDED = ("rms", "mean_rescale", "mean_rescale_deviation", "relative_error", "strength")
+RECORDED = ("rms", "mean_rescale", "mean_rescale_deviation", "relative_error", "unscaled_error", "strength")
 
 
 @dataclass(frozen=True)
@@ -152,18 +154,7 @@ def _fit_site(
         feature_map=config.feature_map,
         scale=scale,
     )
-    edited = edit(
-        neutral,
-        partial(project, basis=fitted.positive.basis),
-        partial(project, basis=fitted.negative.basis),
-        projections=config.projections,
-        feature_map=config.feature_map,
-        feature_space=config.feature_space,
-        scale=scale,
-        rescale="none",
-        strength=config.statistics_strength,
-    )
-    ratio = rescale_statistics(neutral, edited)
+    statistics = site_statistics(neutral, fitted.positive.basis, fitted.negative.basis, config, scale)
     site_fit = SiteFit(
         layer=index,
         site=layer.site,
@@ -174,14 +165,44 @@ def _fit_site(
         positive_spectrum=fitted.positive.singular_values.tolist(),
         negative_spectrum=fitted.negative.singular_values.tolist(),
         signature=fitted.signature,
-        rms=rms,
-        mean_rescale=ratio.mean,
-        mean_rescale_deviation=ratio.deviation,
-        relative_error=ratio.relative_error,
-        strength=config.statistics_strength,
+        **statistics,
     )
     # On the CPU, so that processes on other devices can take them over.
     return site_fit, tuple(spectrum.basis.float().cpu() for spectrum in (fitted.positive, fitted.negative))
+
+
+def site_statistics(
+    neutral: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor, config: SEAConfig, scale: float = 1.0
+) -> dict[str, float]:
+    """What the configuration records of a site, see `RECORDED`.
+
+    Args:
+        neutral: (n, d), neutral activations, float64.
+        positive, negative: (k+, d) and (k-, d), the factors.
+        config: of the edit.
+        scale: divisor before the feature map.
+    """
+    edited = edit(
+        neutral,
+        partial(project, basis=positive),
+        partial(project, basis=negative),
+        projections=config.projections,
+        feature_map=config.feature_map,
+        feature_space=config.feature_space,
+        scale=scale,
+        rescale="none",
+        strength=config.statistics_strength,
+    )
+    ratio = rescale_statistics(neutral, edited)
+    values = (
+        float(neutral.square().mean().sqrt()),
+        ratio.mean,
+        ratio.deviation,
+        ratio.relative_error,
+        ratio.unscaled_error,
+        config.statistics_strength,
+    )
+    return dict(zip(RECORDED, values, strict=True))
 
 
 def _device(layer: SEALayer) -> torch.device:

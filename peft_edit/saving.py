@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft import PeftModel
@@ -32,6 +33,29 @@ def check_adapter_folder(path: Path, method: str, *others: str) -> None:
         raise ValueError(f"{path} holds an adapter of another method ({found}, not {method}): choose another folder")
 
 
+# In a card that the package writes: without it the card is the user's.
+OWN_CARD = "<!-- Written by peft_edit, which replaces it at the next save: remove this line to keep your own text. -->"
+
+
+@contextmanager
+def adapter_folder(path: Path, method: str, *others: str) -> Iterator[Path]:
+    """A temporary folder whose files move to `path` when the block ends without an error. A README.md that is there and
+    that the user may have written is kept.
+
+    Raises:
+        ValueError: the folder holds something else than an adapter, see `check_adapter_folder`.
+    """
+    check_adapter_folder(path, method, *others)
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        yield Path(temporary)
+        for file in Path(temporary).iterdir():
+            card = path / file.name
+            if card.name == "README.md" and card.exists() and OWN_CARD not in card.read_text(encoding="utf-8"):
+                continue
+            os.replace(file, card)
+
+
 def save_adapter(model: PeftModel, path: Path, texts: Mapping[str, str] | None = None, *others: str) -> None:
     """Save an adapter, with further files of these names and texts. A README.md that is there already is kept. For
     `others` see `check_adapter_folder`.
@@ -39,13 +63,7 @@ def save_adapter(model: PeftModel, path: Path, texts: Mapping[str, str] | None =
     Raises:
         ValueError: the folder holds something else than an adapter.
     """
-    check_adapter_folder(path, model.active_peft_config.peft_type.value, *others)
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+    with adapter_folder(path, model.active_peft_config.peft_type.value, *others) as temporary:
         model.save_pretrained(temporary)
         for name, text in (texts or {}).items():
-            (Path(temporary) / name).write_text(text, encoding="utf-8")
-        for file in Path(temporary).iterdir():
-            if file.name == "README.md" and (path / file.name).exists():
-                continue  # the user may have written it
-            os.replace(file, path / file.name)
+            (temporary / name).write_text(text, encoding="utf-8")

@@ -110,6 +110,7 @@ def test_statistics_are_those_of_the_neutral_demonstrations(store, llama):
         assert site.mean_rescale == pytest.approx(float(ratio.mean()), rel=1e-5)
         assert site.mean_rescale_deviation == pytest.approx(float(ratio.std(correction=0)), rel=1e-4)
         assert site.relative_error == pytest.approx(float((ratio.mean() / ratio - 1).square().mean().sqrt()), rel=1e-4)
+        assert site.unscaled_error == pytest.approx(float((1 / ratio - 1).square().mean().sqrt()), rel=1e-4)
         assert site.strength == 1
 
 

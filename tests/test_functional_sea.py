@@ -577,6 +577,8 @@ def test_rescale_statistics_are_their_definition():
     mean = edit_with(h, *bases(16), rescale="mean", mean_rescale=float(c))
     made = ((mean - token).norm(dim=1) / token.norm(dim=1)).square().mean().sqrt()
     assert statistics.relative_error == pytest.approx(float(made), rel=1e-9)
+    unscaled = ((y - token).norm(dim=1) / token.norm(dim=1)).square().mean().sqrt()
+    assert statistics.unscaled_error == pytest.approx(float(unscaled), rel=1e-9)
 
 
 def test_rescale_statistics_leave_out_rows_without_a_ratio():

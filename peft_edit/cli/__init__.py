@@ -8,7 +8,7 @@ import warnings
 import typer
 from safetensors import SafetensorError
 
-from . import activations, demo, evaluate, hpr, sea
+from . import activations, convert, demo, evaluate, export, hpr, sea
 
 
 app = typer.Typer(
@@ -26,6 +26,8 @@ app.command("fit-sea")(sea.fit_sea)
 app.command("train-hpr")(hpr.train_hpr)
 app.command("select")(hpr.select)
 app.command("evaluate")(evaluate.evaluate)
+app.command("convert")(convert.convert)
+app.command("export-lora")(export.export_lora)
 
 
 # What the messages of the Python functions advise, in the words of the command line.

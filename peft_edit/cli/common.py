@@ -65,14 +65,11 @@ def load_model(name: str, *, revision: str | None = None, dtype: str = "auto", d
 
 
 def load_structure(name: str, revision: str | None = None):
-    """The base model on the meta device: its modules without their weights, for what trains or looks at an adapter."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The base model on the meta device, for what trains or looks at an adapter."""
+    from ..sites import model_structure
 
     check_local(name, "config.json")
-    config = AutoConfig.from_pretrained(name, revision=revision)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    return model_structure(name, revision)
 
 
 def load_adapter(model, adapter: str, allow_fingerprint_mismatch: bool = False):

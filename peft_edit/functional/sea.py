@@ -274,11 +274,13 @@ class RescaleStatistics:
         mean: the constant c of `rescale="mean"`.
         deviation: its standard deviation.
         relative_error: sqrt(mean((c ||y|| / ||h|| - 1)^2)), what replacing the token's own ratio by c costs.
+        unscaled_error: sqrt(mean((||y|| / ||h|| - 1)^2)), what leaving the rescaling out costs.
     """
 
     mean: float
     deviation: float
     relative_error: float
+    unscaled_error: float
 
 
 def rescale_statistics(neutral: Tensor, edited: Tensor) -> RescaleStatistics:
@@ -293,4 +295,5 @@ def rescale_statistics(neutral: Tensor, edited: Tensor) -> RescaleStatistics:
         mean=float(mean),
         deviation=float(ratio.std(correction=0)),
         relative_error=float((mean / ratio - 1).square().mean().sqrt()),
+        unscaled_error=float((1 / ratio - 1).square().mean().sqrt()),
     )

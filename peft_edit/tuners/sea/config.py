@@ -52,8 +52,9 @@ class SEAConfig(PeftConfig):
         rank_pattern (`dict[str, list[int]]`):
             Written by the fit: site to its two ranks, positive and negative. A site without an entry edits nothing.
         fit_statistics (`dict[str, dict[str, float]]`):
-            Written by the fit: site to the RMS of its neutral activations, the mean, standard deviation and relative
-            error of the rescaling ratio, and the strength at which these were taken.
+            Written by the fit: site to the RMS of its neutral activations, the mean and standard deviation of the
+            rescaling ratio, the relative error of taking its mean and of leaving it out, and the strength at which
+            these were taken.
         base_model_fingerprint (`Optional[str]`):
             Written by the fit: the fingerprint of the model that the demonstrations were collected from.
         init_weights (`bool`):

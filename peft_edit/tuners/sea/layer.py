@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -114,6 +115,7 @@ class SEALayer(EditLayer):
                 "mean_rescale": 1.0,
                 "mean_rescale_deviation": 0.0,
                 "relative_error": 0.0,
+                "unscaled_error": 0.0,
                 "strength": config.statistics_strength,
             }
             factors = [nn.functional.normalize(torch.randn(1, self.features), dim=1) for _ in range(2)]
@@ -141,6 +143,15 @@ class SEALayer(EditLayer):
             label = f"{sign} factor of SEA adapter {adapter_name!r} at {self.site}"
             names[adapter_name] = SEAProjection(factor, label, checked)
         self.frozen_peft_weight_names[adapter_name] = self.adapter_layer_names
+
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """An adapter's two factors, (k, d) each, checked, on the CPU, also where they are offloaded."""
+        factors = []
+        for projection in (self.sea_positive[adapter_name], self.sea_negative[adapter_name]):
+            with align_module_device(projection):
+                projection.check()
+                factors.append(projection.weight.detach().cpu())
+        return tuple(factors)
 
     def has_adapter(self, adapter_name: str) -> bool:
         return adapter_name in self.sea_positive
@@ -192,7 +203,9 @@ class SEALayer(EditLayer):
         try:
             return config.fit_statistics[self.site][name]
         except KeyError:
-            raise ValueError(f"fit_statistics[{self.site!r}] has no {name!r}: fit this adapter again") from None
+            raise ValueError(
+                f"fit_statistics[{self.site!r}] has no {name!r}: fit this adapter again (or give combine_sea a store)"
+            ) from None
 
     def _mean_rescale(self, config: SEAConfig) -> float:
         taken = self.statistic(config, "strength")
@@ -267,7 +280,8 @@ class SEALinear(nn.Module, SEALayer):
         if isinstance(self.base_layer, BaseTunerLayer):
             raise ValueError(
                 f"cannot merge adapter {adapter_name!r} at {self.site}: another adapter, "
-                f"{type(self.base_layer).__name__}, lies between it and the weights; merge that one first"
+                f"{type(self.base_layer).__name__}, lies between it and the weights; load and merge that one before "
+                "this one is loaded"
             )
         kind = type(self.weight.data)
         if not self.weight.is_floating_point() or kind is not Tensor:  # torchao's and sharded weights are subclasses

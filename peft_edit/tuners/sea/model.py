@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...sites import describe_sites, find_sites, is_linear, layer_index, matches, text_config
+from ...sites import find_sites, is_linear, layer_index, matches, target_modules, text_config
 from ..editing import EditModel, check_not_on_disk
 from .config import SEAConfig
 from .layer import SEABlock, SEALayer, SEALinear
@@ -52,7 +55,7 @@ class SEAModel(EditModel):
         layers = peft_config.layers_to_transform
         if peft_config.target_modules is None:
             names = find_sites(model, peft_config.site, layers=layers).values()
-            peft_config.target_modules = self._target_modules(model, peft_config, list(names))
+            peft_config.target_modules = target_modules(model, list(names), layers)
         elif layers is not None:
             named = (name for name, _ in model.named_modules())
             found = {layer_index(name) for name in named if matches(name, peft_config.target_modules)}
@@ -62,17 +65,6 @@ class SEAModel(EditModel):
                     f"target_modules={peft_config.target_modules!r} match nothing in layers {missing} of "
                     f"layers_to_transform={layers}: pass layers of {sorted(found - {None})}"
                 )
-
-    @staticmethod
-    def _target_modules(model: nn.Module, config: SEAConfig, names: list[str]) -> set[str] | str:
-        """The conventional short name, {"down_proj"} or {"mlp.c_proj"}, where it hits exactly the sites, else a regular
-        expression."""
-        for parts in (1, 2):
-            short = {".".join(name.split(".")[-parts:]) for name in names}
-            hit = {n for n, _ in model.named_modules() if n and matches(n, short, layers=config.layers_to_transform)}
-            if len(short) == 1 and hit == set(names):
-                return short
-        return describe_sites(names)
 
     @staticmethod
     def _check_target_module_exists(peft_config: SEAConfig, key: str):
@@ -99,12 +91,25 @@ class SEAModel(EditModel):
         if isinstance(existing, SEALayer):
             existing.update_layer(adapter_name, sea_config)
         elif is_linear(target):
+            if isinstance(target, BaseTunerLayer):
+                # Without the name of the site, so that Python shows it once.
+                warnings.warn(
+                    f"SEA adapter {adapter_name!r} edits what adapters of another method give on the same layers. PEFT "
+                    "can no longer save or merge those in this model: save, or merge, them before SEA is added.",
+                    stacklevel=2,
+                )
             # Not by `_replace_module`, which moves the factors to the weights, for offloaded ones to meta.
             setattr(parent, target_name, SEALinear(target, adapter_name, sea_config, site=current_key))
         else:
             check_not_on_disk(self.model, target, current_key)
             features = text_config(self.model).hidden_size
             target.add_module("sea", SEABlock(target, adapter_name, sea_config, site=current_key, features=features))
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args, **kwargs) -> dict[str, torch.Tensor]:
+        # An adapter of another method that was added later may lie around the layer, which the file must not tell.
+        tensors = super()._get_adapter_state_dict(*args, **kwargs)
+        return {re.sub(r"(\.base_layer)+(?=\.sea_)", "", key): value for key, value in tensors.items()}
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._prepare_merge(adapter_names, stacklevel=3)

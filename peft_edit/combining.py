@@ -1,0 +1,135 @@
+"""Several SEA adapters -> one: a joint edit, for example for truthfulness and fairness."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from .adapters import check_store, find_adapter, find_config
+from .fitting import site_statistics
+from .functional.subspaces import join
+from .sites import layer_index, target_modules, unwrap
+from .store import ActivationStore
+from .tuners.sea import SEAConfig, SEALayer
+
+
+# What the edits must have in common, because the joint edit has one of each.
+COMMON = ("site", "projections", "rescale", "strength")
+
+
+def combine_sea(
+    model: nn.Module,
+    adapters: Sequence[str],
+    adapter_name: str | None = None,
+    store: ActivationStore | str | os.PathLike | None = None,
+) -> str:
+    """Make one SEA adapter of several fitted ones, whose factors span the directions of all of them.
+
+    With the factors of the edits a, b, ... the joint edit is
+
+        U+ = basis of span(U+_a, U+_b, ...)      U- = basis of span(U-_a, U-_b, ...)
+        y = h + U+ (U+^T h) - U- (U-^T h)
+
+    It amplifies what any edit amplifies once, removes what any removes, and leaves alone what one amplifies and another
+    removes. The order does not matter, equal edits give themselves, and it is an ordinary SEA adapter: saved, merged
+    and exported like any other, of at most the sum of the ranks. Where one adapter alone edits a site, its edit
+    stays. The energies in its configuration are those of the first adapter.
+
+    That is not one edit after the other, as several active adapters are, M_b M_a h: there a direction that both amplify
+    grows fourfold instead of twofold, and where the spans are oblique to each other the order matters. The two agree
+    where the spans of one edit are orthogonal to those of the other.
+
+    A joint edit of a third kind is one fit to the demonstrations of all behaviours together (`concatenate_datasets` of
+    contrast sets, then `collect_activations` and `fit_sea`): one covariance, in whose energy the larger set outweighs.
+
+    Args:
+        model: a model with the adapters. They stay as they are, and active or not.
+        adapters: their names, at least two.
+        adapter_name: of the new adapter; None joins the names by "_and_". `model.set_adapter` makes it the active one.
+        store: neutral activations of this model, from which the statistics of the rescaling are taken. Without it there
+            are none: rescale="mean" is refused, and rescale="token" edits but neither merges nor exports.
+
+    Returns:
+        The new adapter's name.
+
+    Raises:
+        ValueError: an adapter is missing, merged, not fitted, has a feature map or modules_to_save, or differs from
+            the others in its site, projections, rescale, strength or base model; the name is taken; the store is of
+            another model.
+    """
+    configs = _configs(model, adapters)
+    config = configs[0]
+    adapter_name = "_and_".join(adapters) if adapter_name is None else adapter_name
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter_name must be a name without dots, got {adapter_name!r}: pass adapter_name")
+    if adapter_name in model.peft_config:
+        raise ValueError(f"the model already has an adapter {adapter_name!r}: pass another adapter_name")
+    if store is None and config.rescale == "mean":
+        raise ValueError("rescale='mean' needs that of the joint edit: pass store, with neutral activations")
+    if store is not None:
+        store = store if isinstance(store, ActivationStore) else ActivationStore(store)
+        for name in adapters:
+            check_store(model, store, config.site, find_adapter(model, name, SEAConfig, SEALayer)[2])
+
+    layers = [m for m in model.modules() if isinstance(m, SEALayer) and any(map(m.is_fitted, adapters))]
+    if any(layer.merged for layer in layers):
+        raise ValueError("cannot combine while adapters are merged: call unmerge_adapter first")
+    factors, statistics = {}, {}
+    for layer in tqdm(layers, desc="combining", unit="layer", leave=None):
+        fitted = [layer.factors(name) for name in adapters if layer.is_fitted(name)]
+        both = [join(parts) for parts in zip(*fitted, strict=True)]
+        factors[layer.site] = both
+        if store is not None:
+            neutral = store.neutral(layer_index(layer.site)).double()
+            statistics[layer.site] = site_statistics(neutral, *both, config)
+
+    joint = replace(
+        config,
+        target_modules=target_modules(unwrap(model), list(factors), None),
+        exclude_modules=None,
+        layers_to_transform=None,
+        rank_pattern={site: [len(factor) for factor in both] for site, both in factors.items()},
+        fit_statistics=statistics,
+        base_model_fingerprint=next((c.base_model_fingerprint for c in configs if c.base_model_fingerprint), None),
+    )
+    for layer in layers:
+        device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+        layer.update_layer(adapter_name, joint)
+        layer.set_factors(adapter_name, *(f.float().to(device) for f in factors[layer.site]), checked=True)
+    model.peft_config[adapter_name] = joint
+    return adapter_name
+
+
+def _configs(model: nn.Module, adapters: Sequence[str]) -> list[SEAConfig]:
+    """Configurations of the adapters, which suit each other."""
+    if isinstance(adapters, str) or len(set(adapters)) < 2 or len(set(adapters)) < len(adapters):
+        raise ValueError(f"adapters must be two or more different names, got {adapters!r}")
+    configs = [find_config(model, name, SEAConfig)[1] for name in adapters]
+    for name, config in zip(adapters, configs, strict=True):
+        if config.feature_map is not None:
+            raise ValueError(
+                f"adapter {name!r} has the feature map {config.feature_map!r}, whose directions are not those of "
+                "activations: fit one adapter to the demonstrations of all behaviours together"
+            )
+        if config.modules_to_save:
+            raise ValueError(f"adapter {name!r} has modules_to_save, which cannot be joined: fit one without them")
+        if not config.rank_pattern:
+            raise ValueError(f"adapter {name!r} edits nothing: fit it first")
+        for field in COMMON:
+            if getattr(config, field) != getattr(configs[0], field):
+                raise ValueError(
+                    f"adapters to combine must agree in {field}, got {getattr(configs[0], field)!r} of "
+                    f"{adapters[0]!r} and {getattr(config, field)!r} of {name!r}: change one in its configuration, "
+                    "or fit it again"
+                )
+    fingerprints = {config.base_model_fingerprint for config in configs} - {None}
+    if len(fingerprints) > 1:
+        raise ValueError(
+            f"the adapters were fitted on different models (fingerprints {', '.join(sorted(fingerprints))}): "
+            "combine adapters of one model"
+        )
+    return configs
