@@ -5,6 +5,7 @@ from .contrast import load_contrast_set
 from .evaluation import evaluate_multiple_choice, perplexity
 from .fingerprint import fingerprint
 from .fitting import fit_sea
+from .merging import merge_checkpoint
 from .registration import register
 from .selection import select_layers
 from .store import ActivationStore
@@ -33,6 +34,7 @@ __all__ = [
     "fingerprint",
     "fit_sea",
     "load_contrast_set",
+    "merge_checkpoint",
     "perplexity",
     "select_layers",
 ]

@@ -1,0 +1,385 @@
+"""A checkpoint on disk + a SEA adapter -> a merged checkpoint on disk, without loading the model.
+
+Files are copied in pieces; only a tensor that is edited is in memory, one at a time. What is written grows in a hidden
+folder beside the output, and gets the output's name once all of it is there:
+
+    .OUT.merging/       finished files under their names, the one that is being written as NAME.part
+    .OUT.merging.json   what is merged: a run that finds the same goes on
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftModel, get_peft_model_state_dict
+from tqdm.auto import tqdm
+from transformers.utils import CHAT_TEMPLATE_DIR
+
+from .checkpoints import DTYPES, Checkpoint, Source, axis_in_source
+from .loading import check_local, load_adapter, load_adapter_config, load_structure
+from .tuners.sea import SEALayer
+from .version import __version__
+
+
+COPY_BYTES = 2**23
+# The name that PEFT gives an adapter which is loaded without one.
+ADAPTER = "default"
+# Weights in other forms, which do not have the edit, and pickles.
+OTHER_WEIGHTS = (
+    *("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.h5.index.json", "*.msgpack"),
+    *("*.msgpack.index.json", "*.gguf", "*.onnx", "*.onnx_data", "*.ot", "*.npz", "*.tflite", "*.mlmodel"),
+)
+
+
+@dataclass(frozen=True)
+class CheckpointMerge:
+    """Result of `merge_checkpoint`.
+
+    Attributes:
+        path: folder of the merged checkpoint.
+        files: number of its files with tensors.
+        resumed: how many of them an earlier run had finished.
+        tensors: number of its tensors.
+        edited: keys of those that were edited.
+        bytes: size of its files with tensors.
+        relative_error: mean over the sites of what replacing each token's rescale by its mean costs, measured on the
+            fit's neutral demonstrations; 0 for an edit that merges exactly.
+    """
+
+    path: Path
+    files: int
+    resumed: int
+    tensors: int
+    edited: tuple[str, ...]
+    bytes: int
+    relative_error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "path": str(self.path), "edited": list(self.edited)}
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Bytes of a file that hold a weight or a bias, or that of one expert, and the layer whose edit merges into it."""
+
+    start: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    axis: int
+    layer: SEALayer
+
+
+def merge_checkpoint(
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    revision: str | None = None,
+    allow_fingerprint_mismatch: bool = False,
+) -> CheckpointMerge:
+    """Merge a SEA adapter into a safetensors checkpoint, file by file: W' = c M W, bias' = c M bias.
+
+    The result has the same files, index, configuration and tokenizer; tensors that are not edited are the same bytes;
+    the others keep their dtype and equal those of `merge_and_unload` on the same device. Memory holds one edited tensor
+    at a time. A run that was killed goes on where it was when it is started again. `rescale="token"` is replaced by the
+    mean rescale of each site, with a warning that carries the error which the fit measured.
+
+    Args:
+        base: folder of the base model's checkpoint, or its id on the Hub, from where it is downloaded.
+        adapter: folder of the adapter, or its id on the Hub.
+        out: folder of the merged checkpoint. It appears once it is complete.
+        device: where products are computed: "cpu", "cuda", "cuda:1", ...; "auto" for a GPU where there is one.
+        revision: of the base model on the Hub.
+        allow_fingerprint_mismatch: accept an adapter of a model with other weights.
+
+    Raises:
+        ValueError: the base is no complete safetensors checkpoint or is quantised, the adapter is of another method or
+            another model or does not merge, the output folder is in use, or the disk is too small. Nothing is written.
+    """
+    out = Path(out)
+    target = _device(device)
+    if (config := load_adapter_config(str(adapter))).peft_type != "SEA":
+        raise ValueError(
+            f"{adapter} is an adapter of another method ({config.peft_type.value}): only SEA merges into the weights"
+        )
+    if config.modules_to_save:
+        raise ValueError(
+            f"{adapter} also holds trained modules ({', '.join(config.modules_to_save)}): "
+            "load it with its base model and call merge_and_unload"
+        )
+    folder = _local(str(base), revision)
+    _check_out(out, folder)
+    checkpoint = Checkpoint(folder)
+    model = load_structure(str(folder))
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"{base} is quantised: merge into the checkpoint that it was made from, and quantise that")
+    sources = checkpoint.sources(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    adapted = load_adapter(model, str(adapter), allow_fingerprint_mismatch)
+    adapted.base_model._prepare_merge(None, stacklevel=3)
+    edited: dict[str, list[Edit]] = {}
+    for layer in adapted.modules():
+        if isinstance(layer, SEALayer) and layer.is_fitted(ADAPTER):
+            layer.sea_positive.to(target)
+            layer.sea_negative.to(target)
+            edited |= _edits(checkpoint, sources, shapes, layer)
+    if not edited:
+        raise ValueError(f"{adapter} edits nothing: fit it first, or copy {base} as it is")
+
+    with _work_folder(out, _identity(checkpoint, adapted, target)) as work:
+        todo = [file for file in checkpoint.files if not (work / file).exists()]
+        others = _other_files(checkpoint)
+        _check_space(checkpoint, todo, others, work)
+        _write_files(checkpoint, todo, edited, work, target)
+        for name in others:
+            (work / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, work / name)
+            _sync(work / name)
+        _sync(work)
+        os.replace(work, out)
+    errors = [config.fit_statistics[site]["relative_error"] for site in config.rank_pattern]
+    return CheckpointMerge(
+        path=out,
+        files=len(checkpoint.files),
+        resumed=len(checkpoint.files) - len(todo),
+        tensors=len(checkpoint.tensors),
+        edited=tuple(sorted(edited)),
+        bytes=sum((folder / file).stat().st_size for file in checkpoint.files),
+        relative_error=sum(errors) / len(errors) if config.rescale == "token" else 0.0,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:1, ..., got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r} and this machine has {torch.cuda.device_count()} CUDA devices: pass cpu")
+    return device
+
+
+def _local(base: str, revision: str | None) -> Path:
+    """The folder of the base model, downloaded from the Hub where it is none."""
+    check_local(base, "config.json")
+    if Path(base).is_dir():
+        return Path(base)
+    return Path(snapshot_download(base, revision=revision, ignore_patterns=list(OTHER_WEIGHTS)))
+
+
+def _check_out(out: Path, folder: Path) -> None:
+    """Raise ValueError for an output folder that cannot be written as a whole."""
+    place = out.resolve()
+    if place == folder.resolve() or folder.resolve() in place.parents:
+        raise ValueError(f"{out} is the base model's folder or lies in it: choose another folder")
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"{out} is a file: choose a folder for the merged checkpoint")
+    if place.is_dir() and any(place.iterdir()):
+        raise ValueError(f"{out} is not empty: choose another folder for the merged checkpoint")
+    if place.is_mount():
+        raise ValueError(
+            f"{out} is a mount point, which cannot be replaced by the finished folder: choose one inside it"
+        )
+    if (above := next(parent for parent in place.parents if parent.exists())) and not os.access(above, os.W_OK):
+        raise ValueError(f"{above} cannot be written to: choose another folder for the merged checkpoint")
+
+
+def _edits(
+    checkpoint: Checkpoint, sources: dict[str, list[Source]], shapes: dict[str, tuple[int, ...]], layer: SEALayer
+) -> dict[str, list[Edit]]:
+    """Key of each tensor that a layer's edit merges into, to the parts of the file that are merged by themselves."""
+    edits: dict[str, list[Edit]] = {}
+    for relative, output in layer.output_tensors().items():
+        name = f"{layer.site}.{relative}"
+        found, shape = sources.get(name, []), shapes[name]
+        of_experts = bool(found and found[0].stacks)
+        if len(found) != (shape[0] if of_experts else 1):
+            raise ValueError(
+                f"{checkpoint.path} has {len(found)} tensors for {name}, {shape[0] if of_experts else 1} expected: it "
+                "is of another model than its config.json, incomplete, or in a form that cannot be merged into"
+            )
+        for source in found:
+            stored = checkpoint.tensors[source.key]
+            axis = axis_in_source(source, stored.shape, shape, output.axis)
+            if axis is None:
+                raise ValueError(
+                    f"{source.key} of {checkpoint.path} has shape {stored.shape}, {name} of the model {shape}: it is "
+                    "of another model than its config.json, or in a form that cannot be merged into"
+                )
+            if stored.dtype not in DTYPES:
+                raise ValueError(
+                    f"{source.key} of {checkpoint.path} is quantised ({stored.dtype}): merge into the checkpoint that "
+                    "it was made from"
+                )
+            whole = Edit(stored.start, stored.end, DTYPES[stored.dtype], stored.shape, axis, layer)
+            edits[source.key] = _split(whole) if output.stacked and not of_experts else [whole]
+    return edits
+
+
+def _split(edit: Edit) -> list[Edit]:
+    """An edit for each expert of a tensor that stacks them."""
+    count, *shape = edit.shape
+    size = (edit.end - edit.start) // count
+    starts = range(edit.start, edit.end, size)
+    return [replace(edit, start=at, end=at + size, shape=tuple(shape), axis=edit.axis - 1) for at in starts]
+
+
+def _identity(checkpoint: Checkpoint, adapted: PeftModel, device: torch.device) -> dict[str, Any]:
+    """What the bytes of the result follow from. A file that was changed in between has another time or size."""
+    digest = hashlib.sha256(json.dumps(adapted.active_peft_config.to_dict(), sort_keys=True, default=sorted).encode())
+    for name, tensor in sorted(get_peft_model_state_dict(adapted).items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    stats = {file: (checkpoint.path / file).stat() for file in checkpoint.files}
+    return {
+        "peft_edit": __version__,
+        "adapter": digest.hexdigest(),
+        "device": device.type,
+        "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
+    }
+
+
+@contextmanager
+def _work_folder(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
+    """The hidden folder that becomes the output; with the finished files of an earlier run of the same merge."""
+    work, record = out.parent / f".{out.name}.merging", out.parent / f".{out.name}.merging.json"
+    if work.exists() and not record.exists():
+        raise ValueError(f"{work} is in the way: remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not record.exists():
+        record.touch()
+    work.mkdir(exist_ok=True)
+    with _locked(work, out):
+        if record.read_text(encoding="utf-8") != json.dumps(identity):
+            # Another merge. The record is written last, so that no file of that one passes for one of this.
+            for file in work.iterdir():
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+            record.write_text(json.dumps(identity), encoding="utf-8")
+            _sync(record)
+        try:
+            yield work
+        except BaseException:
+            if not any(work.iterdir()):
+                work.rmdir()
+                record.unlink()
+            raise
+        record.unlink()
+
+
+@contextmanager
+def _locked(work: Path, out: Path) -> Iterator[None]:
+    """Keep other runs out of a folder. The system ends this when the process ends, however it ends."""
+    import fcntl  # not on Windows, where the rest of the package runs
+
+    descriptor = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A run that ended in between has moved the folder to its final name.
+        if not work.exists() or not os.path.sameopenfile(descriptor, (again := os.open(work, os.O_RDONLY))):
+            raise BlockingIOError
+        os.close(again)
+        yield
+    except BlockingIOError as error:
+        raise ValueError(f"another run is merging into {out}: wait for it, or choose another folder") from error
+    finally:
+        os.close(descriptor)
+
+
+def _other_files(checkpoint: Checkpoint) -> list[str]:
+    """Names of the index, configuration, tokenizer and other files, without the weights in other forms."""
+    templates = checkpoint.path / CHAT_TEMPLATE_DIR
+    files = (*checkpoint.path.iterdir(), *(templates.iterdir() if templates.is_dir() else ()))
+    names = (
+        str(file.relative_to(checkpoint.path)) for file in files if file.is_file() and not file.name.startswith(".")
+    )
+    weights = (*OTHER_WEIGHTS, "*.safetensors", "*.safetensors.index.json")
+    return sorted(name for name in names if name == checkpoint.index or not any(fnmatch(name, w) for w in weights))
+
+
+def _check_space(checkpoint: Checkpoint, todo: list[str], others: list[str], work: Path) -> None:
+    needed = sum((checkpoint.path / name).stat().st_size for name in (*todo, *others))
+    reused = sum(file.stat().st_size for file in work.glob("*.part"))
+    free = shutil.disk_usage(work).free + reused
+    if needed > free:
+        raise ValueError(
+            f"the merged checkpoint needs {needed / 1e9:.2f} GB more and {work.parent} has {free / 1e9:.2f} GB left: "
+            "make room or choose another disk"
+        )
+
+
+def _write_files(
+    checkpoint: Checkpoint, todo: list[str], edited: dict[str, list[Edit]], work: Path, device: torch.device
+) -> None:
+    """Write the files with tensors. One is synced to disk while the next is written."""
+    by_file: dict[str, list[Edit]] = {file: [] for file in todo}
+    for key, edits in edited.items():
+        if (file := checkpoint.tensors[key].file) in by_file:
+            by_file[file] += edits
+    sizes = {file: (checkpoint.path / file).stat().st_size for file in todo}
+    buffer = memoryview(bytearray(COPY_BYTES))
+    with (
+        tqdm(total=sum(sizes.values()), desc="merging", unit="B", unit_scale=True, leave=None) as progress,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        finishing: list[Future] = []
+        for file, size in sizes.items():
+            part = work / f"{file}.part"
+            with (checkpoint.path / file).open("rb") as source, part.open("wb") as sink:
+                for edit in sorted(by_file[file], key=lambda edit: edit.start):
+                    _copy(source, sink, edit.start - source.tell(), progress, buffer)
+                    sink.write(_merged(source, edit, device))
+                    progress.update(edit.end - edit.start)
+                _copy(source, sink, size - source.tell(), progress, buffer)
+            finishing.append(pool.submit(_finish, part, work / file))
+        for future in finishing:
+            future.result()
+
+
+def _finish(part: Path, file: Path) -> None:
+    """Give a file its name only when its bytes are on the disk, so that it is complete whatever happens."""
+    _sync(part)
+    os.replace(part, file)
+    _sync(file.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _copy(source: BinaryIO, sink: BinaryIO, count: int, progress: tqdm, buffer: memoryview) -> None:
+    """Copy the next `count` bytes through a buffer."""
+    while count > 0:
+        piece = buffer[: min(count, len(buffer))]
+        if not (size := source.readinto(piece)):
+            raise ValueError(f"{source.name} became shorter while it was read: merge again")
+        sink.write(piece[:size])
+        progress.update(size)
+        count -= size
+
+
+def _merged(source: BinaryIO, edit: Edit, device: torch.device) -> memoryview:
+    """The next bytes of a file, merged. They are in memory once."""
+    data = torch.empty(edit.end - edit.start, dtype=torch.uint8)
+    source.readinto(data.numpy())
+    tensor = data.view(edit.dtype).view(edit.shape).to(device)
+    edit.layer.merge_into(tensor, edit.axis, ADAPTER, out=tensor)
+    return tensor.cpu().view(torch.uint8).numpy().data
