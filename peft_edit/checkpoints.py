@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,10 +39,12 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of a checkpoint that a parameter is loaded from, through Transformers' operations."""
+    """A tensor of a checkpoint that a parameter is loaded from, through Transformers' operations. `part` numbers the
+    different tensors that they put together."""
 
     key: str
     operations: tuple[ConversionOps, ...] = ()
+    part: int = 0
 
     @property
     def stacks(self) -> bool:
@@ -124,24 +127,29 @@ class Checkpoint:
             for key, entry in header.items()
         }
 
-    def sources(self, model: PreTrainedModel) -> dict[str, list[Source]]:
-        """Name of each parameter of a model, which may be on meta, to what Transformers would load it from.
 
-        As `from_pretrained`: renamed keys, added or removed prefixes, experts that are stacked while loading. Of
-        parameters that come from one tensor together, the first stands for all.
-        """
-        mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        operations = {pattern: tuple(c.operations) for c in converters for pattern in c.source_patterns}
-        parameters = model.state_dict()
-        sources: dict[str, list[Source]] = {}
-        for key in sorted(self.tensors, key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
-            if name not in parameters and key in parameters:
-                name, pattern = rename_source_key(key, [], [], model.base_model_prefix, parameters)
-            sources.setdefault(name, []).append(Source(key, operations.get(pattern, ())))
-        return sources
+def find_sources(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, list[Source]]:
+    """Name of each parameter of a model, which may be on meta, to what Transformers would load it from.
+
+    As `from_pretrained` does it: renamed keys, added or removed prefixes, experts that are stacked while loading. Of
+    parameters that come from one tensor together, the first stands for all.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    of_pattern = {
+        pattern: (tuple(converter.operations), part)
+        for converter in converters
+        for part, pattern in enumerate(converter.source_patterns)
+    }
+    parameters = model.state_dict()
+    sources: dict[str, list[Source]] = {}
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        if name not in parameters and key in parameters:
+            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, parameters)
+        sources.setdefault(name, []).append(Source(key, *of_pattern.get(pattern, ())))
+    return sources
 
 
 def axis_in_source(source: Source, stored: tuple[int, ...], shape: tuple[int, ...], axis: int) -> int | None:

@@ -27,7 +27,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers.utils import CHAT_TEMPLATE_DIR
 
-from .checkpoints import DTYPES, Checkpoint, Source, axis_in_source
+from .checkpoints import DTYPES, Checkpoint, Source, axis_in_source, find_sources
 from .loading import check_local, load_adapter, load_adapter_config, load_structure
 from .tuners.sea import SEALayer
 from .version import __version__
@@ -127,7 +127,7 @@ def merge_checkpoint(
     model = load_structure(str(folder))
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{base} is quantised: merge into the checkpoint that it was made from, and quantise that")
-    sources = checkpoint.sources(model)
+    sources = find_sources(model, checkpoint.tensors)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     adapted = load_adapter(model, str(adapter), allow_fingerprint_mismatch)
     adapted.base_model._prepare_merge(None, stacklevel=3)
