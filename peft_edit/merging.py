@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers.utils import CHAT_TEMPLATE_DIR
@@ -140,7 +140,8 @@ def merge_checkpoint(
     if not edited:
         raise ValueError(f"{adapter} edits nothing: fit it first, or copy {base} as it is")
 
-    with _work_folder(out, _identity(checkpoint, adapted, target)) as work:
+    place = out.resolve()
+    with _work_folder(place, _identity(checkpoint, adapted, target)) as work:
         todo = [file for file in checkpoint.files if not (work / file).exists()]
         others = _other_files(checkpoint)
         _check_space(checkpoint, todo, others, work)
@@ -150,8 +151,9 @@ def merge_checkpoint(
             shutil.copyfile(folder / name, work / name)
             _sync(work / name)
         _sync(work)
-        os.replace(work, out)
-    errors = [config.fit_statistics[site]["relative_error"] for site in config.rank_pattern]
+        os.replace(work, place)
+    inexact = config.rank_pattern if config.rescale == "token" else ()
+    errors = [config.fit_statistics[site]["relative_error"] for site in inexact]
     return CheckpointMerge(
         path=out,
         files=len(checkpoint.files),
@@ -159,8 +161,33 @@ def merge_checkpoint(
         tensors=len(checkpoint.tensors),
         edited=tuple(sorted(edited)),
         bytes=sum((folder / file).stat().st_size for file in checkpoint.files),
-        relative_error=sum(errors) / len(errors) if config.rescale == "token" else 0.0,
+        relative_error=sum(errors) / len(errors) if errors else 0.0,
     )
+
+
+def check_token() -> None:
+    """Raise OSError without a token that the Hub knows, before a merge that is to be uploaded."""
+    HfApi().whoami()
+
+
+def push_checkpoint(folder: Path, repo_id: str, *, private: bool = False) -> str:
+    """Upload a merged checkpoint to the Hub, to a new repository or as one commit to one that is there.
+
+    Returns:
+        Its address.
+
+    Raises:
+        OSError: it was not uploaded.
+    """
+    api = HfApi()
+    try:
+        url = api.create_repo(repo_id, private=True if private else None, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload merged model")
+    except OSError as error:
+        raise OSError(
+            f"{folder} is complete but was not uploaded to {repo_id} ({error}): run hf upload {repo_id} {folder}"
+        ) from error
+    return str(url)
 
 
 def _device(name: str) -> torch.device:

@@ -8,7 +8,7 @@ import warnings
 import typer
 from safetensors import SafetensorError
 
-from . import activations, demo, evaluate, hpr, sea
+from . import activations, demo, evaluate, hpr, merge, sea
 
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("fit-sea")(sea.fit_sea)
 app.command("train-hpr")(hpr.train_hpr)
 app.command("select")(hpr.select)
 app.command("evaluate")(evaluate.evaluate)
+app.command("merge")(merge.merge)
 
 
 # What the messages of the Python functions advise, in the words of the command line.

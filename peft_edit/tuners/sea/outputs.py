@@ -7,6 +7,7 @@ an edit of the whole output is exact in the output weights and biases of every e
 from __future__ import annotations
 
 import copy
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ TRIAL_TOLERANCE = 1e-3
 # Parameters of the trial above this number of elements repeat one row, which takes no memory.
 TRIAL_NUMEL = 2**22
 # Structure to what the trial of it told.
-_REASONS: dict[str, str | None] = {}
+_REASONS: dict[Hashable, str | None] = {}
 
 
 @dataclass(frozen=True)
@@ -90,15 +91,21 @@ def why_inexact(mixture: nn.Module, outputs: dict[str, OutputTensor]) -> str | N
     """
     if not outputs:
         return "no output weights of experts were found in it"
-    structure = repr([_describe(name, part) for name, part in mixture.named_modules()])
+    structure = tuple(_describe(mixture))
     if structure not in _REASONS:
         _REASONS[structure] = _try(mixture, outputs)
     return _REASONS[structure]
 
 
-def _describe(name: str, module: nn.Module) -> tuple:
+def _describe(module: nn.Module) -> Iterator[Hashable]:
+    """All that tells mixtures apart: classes, settings and shapes."""
     settings = {key: value for key, value in vars(module).items() if isinstance(value, (int, float, str))}
-    return name, type(module), settings, [(key, p.shape) for key, p in module.named_parameters(recurse=False)]
+    yield type(module), tuple(settings.items())
+    yield from ((name, parameter.shape) for name, parameter in module.named_parameters(recurse=False))
+    for name, child in module.named_children():
+        if not isinstance(child, BaseTunerLayer):
+            yield name
+            yield from _describe(child)
 
 
 def _try(module: nn.Module, outputs: dict[str, OutputTensor]) -> str | None:
