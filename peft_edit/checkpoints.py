@@ -71,12 +71,9 @@ class Checkpoint:
         if name is None:
             names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)  # as Transformers looks for them
             if (name := next((name for name in names if (path / name).exists()), None)) is None:
-                pickled = next((file.name for file in sorted(path.glob("*.bin"))), None)
-                reason = (
-                    f"its weights are pickled ({pickled}), which is not read" if pickled else "no weights were found"
-                )
+                pickled = ", its weights are pickled" if any(path.glob("*.bin")) else ""
                 raise ValueError(
-                    f"{path} has neither {names[0]} nor {names[1]}, {reason}: pass a safetensors checkpoint; "
+                    f"{path} has neither {names[0]} nor {names[1]}{pickled}: pass a safetensors checkpoint; "
                     "save_pretrained writes one"
                 )
         self.index = name if name.endswith(".index.json") else None

@@ -50,8 +50,10 @@ def load_adapter(model: PreTrainedModel, adapter: str, allow_fingerprint_mismatc
         raise ValueError(f"the tensors of {adapter} are damaged ({error}): save the adapter again") from error
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
-    except RuntimeError as error:  # torch's collected errors of load_state_dict
-        raise ValueError(f"{adapter} does not fit the model: {error}") from error
+    except RuntimeError as error:  # torch's collected errors of load_state_dict, a headline before them
+        first, *more = str(error).splitlines()[1:] or [str(error)]
+        count = f" ({len(more)} more like this)" if more else ""
+        raise ValueError(f"{adapter} does not fit the model: {first.strip()}{count}") from error
     if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{bad[0]} of {adapter} is not finite: fit or train the adapter again")
     saved, expected = set(weights), set(get_peft_model_state_dict(adapted))

@@ -363,7 +363,7 @@ def _write_files(
         tqdm(total=sum(sizes.values()), desc="merging", unit="B", unit_scale=True, leave=None) as progress,
         ThreadPoolExecutor(1) as pool,
     ):
-        finishing: list[Future] = []
+        finishing: Future | None = None
         for file, size in sizes.items():
             part = work / f"{file}.part"
             with (checkpoint.path / file).open("rb") as source, part.open("wb") as sink:
@@ -372,9 +372,11 @@ def _write_files(
                     sink.write(_merged(source, edit, device))
                     progress.update(edit.end - edit.start)
                 _copy(source, sink, size - source.tell(), progress, buffer)
-            finishing.append(pool.submit(_finish, part, work / file))
-        for future in finishing:
-            future.result()
+            if finishing:
+                finishing.result()
+            finishing = pool.submit(_finish, part, work / file)
+        if finishing:
+            finishing.result()
 
 
 def _finish(part: Path, file: Path) -> None:
