@@ -1,21 +1,14 @@
 """A checkpoint on disk + a SEA adapter -> a merged checkpoint on disk, without loading the model.
 
-Files are copied in pieces; only a tensor that is edited is in memory, one at a time. What is written grows in a hidden
-folder beside the output, and gets the output's name once all of it is there:
-
-    .OUT.merging/       finished files under their names, the one that is being written as NAME.part
-    .OUT.merging.json   what is merged: a run that finds the same goes on
+Files are copied in pieces; only a tensor that is edited is in memory, one at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,10 +18,12 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from .checkpoints import DTYPES, Checkpoint, Source, axis_in_source, find_sources
 from .loading import check_local, load_adapter, load_adapter_config, load_structure
+from .resuming import check_free, finish, growing_folder, sync
 from .tuners.sea import SEALayer
 from .version import __version__
 
@@ -110,8 +105,7 @@ def merge_checkpoint(
         ValueError: the base is no complete safetensors checkpoint or is quantised, the adapter is of another method or
             another model or does not merge, the output folder is in use, or the disk is too small. Nothing is written.
     """
-    out = Path(out)
-    target = _device(device)
+    out, target = Path(out).resolve(), _device(device)
     if (config := load_adapter_config(str(adapter))).peft_type != "SEA":
         raise ValueError(
             f"{adapter} is an adapter of another method ({config.peft_type.value}): only SEA merges into the weights"
@@ -122,26 +116,15 @@ def merge_checkpoint(
             "load it with its base model and call merge_and_unload"
         )
     folder = _local(str(base), revision)
-    _check_out(out, folder)
+    if folder.resolve() in (out, *out.parents):
+        raise ValueError(f"{out} is the base model's folder or lies in it: choose another folder")
+    check_free(out)
     checkpoint = Checkpoint(folder)
     model = load_structure(str(folder))
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{base} is quantised: merge into the checkpoint that it was made from, and quantise that")
-    sources = find_sources(model, checkpoint.tensors)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    adapted = load_adapter(model, str(adapter), allow_fingerprint_mismatch)
-    adapted.base_model._prepare_merge(None, stacklevel=3)
-    edited: dict[str, list[Edit]] = {}
-    for layer in adapted.modules():
-        if isinstance(layer, SEALayer) and layer.is_fitted(ADAPTER):
-            layer.sea_positive.to(target)
-            layer.sea_negative.to(target)
-            edited |= _edits(checkpoint, sources, shapes, layer)
-    if not edited:
-        raise ValueError(f"{adapter} edits nothing: fit it first, or copy {base} as it is")
-
-    place = out.resolve()
-    with _work_folder(place, _identity(checkpoint, adapted, target)) as work:
+    edited, identity = _plan(checkpoint, model, str(adapter), allow_fingerprint_mismatch, target)
+    with growing_folder(out, identity) as work:
         todo = [file for file in checkpoint.files if not (work / file).exists()]
         others = _other_files(checkpoint)
         _check_space(checkpoint, todo, others, work)
@@ -149,9 +132,7 @@ def merge_checkpoint(
         for name in others:
             (work / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, work / name)
-            _sync(work / name)
-        _sync(work)
-        os.replace(work, place)
+            sync(work / name)
     inexact = config.rank_pattern if config.rescale == "token" else ()
     errors = [config.fit_statistics[site]["relative_error"] for site in inexact]
     return CheckpointMerge(
@@ -210,27 +191,30 @@ def _local(base: str, revision: str | None) -> Path:
     return Path(snapshot_download(base, revision=revision, ignore_patterns=list(OTHER_WEIGHTS)))
 
 
-def _check_out(out: Path, folder: Path) -> None:
-    """Raise ValueError for an output folder that cannot be written as a whole."""
-    place = out.resolve()
-    if place == folder.resolve() or folder.resolve() in place.parents:
-        raise ValueError(f"{out} is the base model's folder or lies in it: choose another folder")
-    if place.exists() and not place.is_dir():
-        raise ValueError(f"{out} is a file: choose a folder for the merged checkpoint")
-    if place.is_dir() and any(place.iterdir()):
-        raise ValueError(f"{out} is not empty: choose another folder for the merged checkpoint")
-    if place.is_mount():
-        raise ValueError(
-            f"{out} is a mount point, which cannot be replaced by the finished folder: choose one inside it"
-        )
-    if (above := next(parent for parent in place.parents if parent.exists())) and not os.access(above, os.W_OK):
-        raise ValueError(f"{above} cannot be written to: choose another folder for the merged checkpoint")
+def _plan(
+    checkpoint: Checkpoint, model: PreTrainedModel, adapter: str, allow_mismatch: bool, device: torch.device
+) -> tuple[dict[str, list[Edit]], dict[str, Any]]:
+    """Key of each tensor that is edited to the parts of its file that are merged by themselves; and all that the bytes
+    of the result follow from."""
+    sources = find_sources(model, checkpoint.tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    adapted = load_adapter(model, adapter, allow_mismatch)
+    adapted.base_model._prepare_merge(None, stacklevel=4)
+    edited: dict[str, list[Edit]] = {}
+    for layer in adapted.modules():
+        if isinstance(layer, SEALayer) and layer.is_fitted(ADAPTER):
+            layer.sea_positive.to(device)
+            layer.sea_negative.to(device)
+            edited |= _edits(checkpoint, sources, shapes, layer)
+    if not edited:
+        raise ValueError(f"{adapter} edits nothing: fit it first")
+    return edited, _identity(checkpoint, adapted, device)
 
 
 def _edits(
     checkpoint: Checkpoint, sources: dict[str, list[Source]], shapes: dict[str, tuple[int, ...]], layer: SEALayer
 ) -> dict[str, list[Edit]]:
-    """Key of each tensor that a layer's edit merges into, to the parts of the file that are merged by themselves."""
+    """The part of the plan that one layer makes."""
     edits: dict[str, list[Edit]] = {}
     for relative, output in layer.output_tensors().items():
         name = f"{layer.site}.{relative}"
@@ -243,16 +227,16 @@ def _edits(
             )
         for source in found:
             stored = checkpoint.tensors[source.key]
+            if stored.dtype not in DTYPES:
+                raise ValueError(
+                    f"{source.key} of {checkpoint.path} is quantised ({stored.dtype}): merge into the checkpoint that "
+                    "it was made from"
+                )
             axis = axis_in_source(source, stored.shape, shape, output.axis)
             if axis is None:
                 raise ValueError(
                     f"{source.key} of {checkpoint.path} has shape {stored.shape}, {name} of the model {shape}: it is "
                     "of another model than its config.json, or in a form that cannot be merged into"
-                )
-            if stored.dtype not in DTYPES:
-                raise ValueError(
-                    f"{source.key} of {checkpoint.path} is quantised ({stored.dtype}): merge into the checkpoint that "
-                    "it was made from"
                 )
             whole = Edit(stored.start, stored.end, DTYPES[stored.dtype], stored.shape, axis, layer)
             edits[source.key] = _split(whole) if output.stacked and not of_experts else [whole]
@@ -268,7 +252,7 @@ def _split(edit: Edit) -> list[Edit]:
 
 
 def _identity(checkpoint: Checkpoint, adapted: PeftModel, device: torch.device) -> dict[str, Any]:
-    """What the bytes of the result follow from. A file that was changed in between has another time or size."""
+    """All that the bytes of the result follow from. A file that was changed in between has another time or size."""
     digest = hashlib.sha256(json.dumps(adapted.active_peft_config.to_dict(), sort_keys=True, default=sorted).encode())
     for name, tensor in sorted(get_peft_model_state_dict(adapted).items()):
         digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -279,52 +263,6 @@ def _identity(checkpoint: Checkpoint, adapted: PeftModel, device: torch.device) 
         "device": device.type,
         "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
     }
-
-
-@contextmanager
-def _work_folder(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
-    """The hidden folder that becomes the output; with the finished files of an earlier run of the same merge."""
-    work, record = out.parent / f".{out.name}.merging", out.parent / f".{out.name}.merging.json"
-    if work.exists() and not record.exists():
-        raise ValueError(f"{work} is in the way: remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not record.exists():
-        record.touch()
-    work.mkdir(exist_ok=True)
-    with _locked(work, out):
-        if record.read_text(encoding="utf-8") != json.dumps(identity):
-            # Another merge. The record is written last, so that no file of that one passes for one of this.
-            for file in work.iterdir():
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
-            record.write_text(json.dumps(identity), encoding="utf-8")
-            _sync(record)
-        try:
-            yield work
-        except BaseException:
-            if not any(work.iterdir()):
-                work.rmdir()
-                record.unlink()
-            raise
-        record.unlink()
-
-
-@contextmanager
-def _locked(work: Path, out: Path) -> Iterator[None]:
-    """Keep other runs out of a folder. The system ends this when the process ends, however it ends."""
-    import fcntl  # not on Windows, where the rest of the package runs
-
-    descriptor = os.open(work, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A run that ended in between has moved the folder to its final name.
-        if not work.exists() or not os.path.sameopenfile(descriptor, (again := os.open(work, os.O_RDONLY))):
-            raise BlockingIOError
-        os.close(again)
-        yield
-    except BlockingIOError as error:
-        raise ValueError(f"another run is merging into {out}: wait for it, or choose another folder") from error
-    finally:
-        os.close(descriptor)
 
 
 def _other_files(checkpoint: Checkpoint) -> list[str]:
@@ -374,41 +312,30 @@ def _write_files(
                 _copy(source, sink, size - source.tell(), progress, buffer)
             if finishing:
                 finishing.result()
-            finishing = pool.submit(_finish, part, work / file)
+            finishing = pool.submit(finish, part, work / file)
         if finishing:
             finishing.result()
-
-
-def _finish(part: Path, file: Path) -> None:
-    """Give a file its name only when its bytes are on the disk, so that it is complete whatever happens."""
-    _sync(part)
-    os.replace(part, file)
-    _sync(file.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _copy(source: BinaryIO, sink: BinaryIO, count: int, progress: tqdm, buffer: memoryview) -> None:
     """Copy the next `count` bytes through a buffer."""
     while count > 0:
         piece = buffer[: min(count, len(buffer))]
-        if not (size := source.readinto(piece)):
-            raise ValueError(f"{source.name} became shorter while it was read: merge again")
-        sink.write(piece[:size])
-        progress.update(size)
-        count -= size
+        _read(source, piece)
+        sink.write(piece)
+        progress.update(len(piece))
+        count -= len(piece)
 
 
 def _merged(source: BinaryIO, edit: Edit, device: torch.device) -> memoryview:
     """The next bytes of a file, merged. They are in memory once."""
     data = torch.empty(edit.end - edit.start, dtype=torch.uint8)
-    source.readinto(data.numpy())
+    _read(source, data.numpy().data)
     tensor = data.view(edit.dtype).view(edit.shape).to(device)
     edit.layer.merge_into(tensor, edit.axis, ADAPTER, out=tensor)
     return tensor.cpu().view(torch.uint8).numpy().data
+
+
+def _read(source: BinaryIO, piece: memoryview) -> None:
+    if source.readinto(piece) != len(piece):
+        raise ValueError(f"{source.name} became shorter while it was read: merge again")

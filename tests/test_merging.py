@@ -70,7 +70,7 @@ def refused(match, *arguments, **options) -> None:
     with pytest.raises(ValueError, match=match) as error:
         merge_checkpoint(*arguments, **options)
     assert "\n" not in str(error.value)
-    assert files(above) == before and not [file for file in above.iterdir() if ".merging" in file.name]
+    assert files(above) == before and not [file for file in above.iterdir() if ".partial" in file.name]
 
 
 # The result
@@ -228,9 +228,7 @@ def stop_at(monkeypatch, name: str, count: int) -> None:
     monkeypatch.setattr(merging, name, counted)
 
 
-@pytest.mark.parametrize(
-    ("where", "count"), [("_merged", 1), ("_merged", 3), ("_copy", 4), ("_finish", 2), ("_sync", 9)]
-)
+@pytest.mark.parametrize(("where", "count"), [("_merged", 1), ("_merged", 3), ("_copy", 4), ("finish", 2), ("sync", 3)])
 def test_goes_on_after_an_interruption(pair, tmp_path, monkeypatch, where, count):
     base, adapter = pair
     merge_checkpoint(base, adapter, tmp_path / "whole")
@@ -238,21 +236,21 @@ def test_goes_on_after_an_interruption(pair, tmp_path, monkeypatch, where, count
         stop_at(patch, where, count)
         merge_checkpoint(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    work = tmp_path / ".out.merging"
+    work = tmp_path / ".out.partial"
     finished = {file.name: file.stat().st_ino for file in work.glob("*.safetensors")}
     result = merge_checkpoint(base, adapter, tmp_path / "out")
     assert result.resumed == len(finished)
     assert all((tmp_path / "out" / name).stat().st_ino == inode for name, inode in finished.items())
     assert files(tmp_path / "out") == files(tmp_path / "whole")
-    assert not [file for file in tmp_path.iterdir() if ".merging" in file.name]
+    assert not [file for file in tmp_path.iterdir() if ".partial" in file.name]
 
 
 def test_a_process_that_is_killed_leaves_no_output(pair, tmp_path):
     base, adapter = pair
     merge_checkpoint(base, adapter, tmp_path / "whole")
-    finish = merging._finish
+    finish = merging.finish
     if not (child := os.fork()):
-        merging._finish = lambda part, file: os._exit(9) if "00003" in file.name else finish(part, file)
+        merging.finish = lambda part, file: os._exit(9) if "00003" in file.name else finish(part, file)
         merge_checkpoint(base, adapter, tmp_path / "out")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and not (tmp_path / "out").exists()
     assert merge_checkpoint(base, adapter, tmp_path / "out").resumed == 2
@@ -263,11 +261,11 @@ def test_a_process_that_is_killed_leaves_no_output(pair, tmp_path):
 def test_finished_files_of_another_merge_are_not_taken(pair, tmp_path, monkeypatch, changed):
     base, adapter = pair
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, "_finish", 4)
+        stop_at(patch, "finish", 4)
         if changed == "device":
             patch.setattr(merging, "_identity", lambda *arguments: {"device": "cuda"})
         merge_checkpoint(base, adapter, tmp_path / "out")
-    assert len(list((tmp_path / ".out.merging").glob("*.safetensors"))) == 3
+    assert len(list((tmp_path / ".out.partial").glob("*.safetensors"))) == 3
     if changed == "base":
         os.utime(base / "model-00001-of-00007.safetensors", ns=(1, 1))
     elif changed == "adapter":
@@ -279,12 +277,12 @@ def test_finished_files_of_another_merge_are_not_taken(pair, tmp_path, monkeypat
 
 def test_two_runs_do_not_write_to_one_folder(pair, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, "_finish", 2)
+        stop_at(patch, "finish", 2)
         merge_checkpoint(*pair, tmp_path / "out")
-    descriptor = os.open(tmp_path / ".out.merging", os.O_RDONLY)
+    descriptor = os.open(tmp_path / ".out.partial", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     before = files(tmp_path)
-    with pytest.raises(ValueError, match=r"^another run is merging into"):
+    with pytest.raises(ValueError, match=r"^another run is writing"):
         merge_checkpoint(*pair, tmp_path / "out")
     assert files(tmp_path) == before
     os.close(descriptor)

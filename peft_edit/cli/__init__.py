@@ -41,6 +41,8 @@ OPTIONS = {
     "num_angle_layers": "--num-angle-layers",
     "angle_hidden_size": "--angle-hidden-size",
     "use_cpu": "--cpu",
+    "device must be": "--device must be",
+    "device is '": "--device is '",
     "token_scope must": "--token-scope must",
     "add one with HPRConfig": "pass one that train-hpr made",
     "add one with SEAConfig": "pass one that fit-sea made",
