@@ -1,6 +1,6 @@
 """A checkpoint on disk + a SEA adapter -> a merged checkpoint on disk, without loading the model.
 
-Files are copied in pieces; only a tensor that is edited is in memory, one at a time.
+Files are copied in pieces. Only tensors that are edited are in memory: one that is written and one that is merged.
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -27,6 +30,8 @@ from .resuming import check_free, finish, growing_folder, sync
 from .tuners.sea import SEALayer
 from .version import __version__
 
+
+Result = TypeVar("Result")
 
 COPY_BYTES = 2**23
 # The name that PEFT gives an adapter which is loaded without one.
@@ -89,9 +94,9 @@ def merge_checkpoint(
     """Merge a SEA adapter into a safetensors checkpoint, file by file: W' = c M W, bias' = c M bias.
 
     The result has the same files, index, configuration and tokenizer; tensors that are not edited are the same bytes;
-    the others keep their dtype and equal those of `merge_and_unload` on the same device. Memory holds one edited tensor
-    at a time. A run that was killed goes on where it was when it is started again. `rescale="token"` is replaced by the
-    mean rescale of each site, with a warning that carries the error which the fit measured.
+    the others keep their dtype and equal those of `merge_and_unload` on the same device. Memory holds two edited
+    tensors at a time. A run that was killed goes on where it was when it is started again. `rescale="token"` is
+    replaced by the mean rescale of each site, with a warning that carries the error which the fit measured.
 
     Args:
         base: folder of the base model's checkpoint, or its id on the Hub, from where it is downloaded.
@@ -290,24 +295,30 @@ def _check_space(checkpoint: Checkpoint, todo: list[str], others: list[str], wor
 def _write_files(
     checkpoint: Checkpoint, todo: list[str], edited: dict[str, list[Edit]], work: Path, device: torch.device
 ) -> None:
-    """Write the files with tensors. One is synced to disk while the next is written."""
+    """Write the files with tensors. Beside this thread, which copies, one merges the next tensor, and one waits until
+    the last file is on the disk."""
     by_file: dict[str, list[Edit]] = {file: [] for file in todo}
     for key, edits in edited.items():
         if (file := checkpoint.tensors[key].file) in by_file:
             by_file[file] += edits
+    for edits in by_file.values():
+        edits.sort(key=lambda edit: edit.start)
     sizes = {file: (checkpoint.path / file).stat().st_size for file in todo}
     buffer = memoryview(bytearray(COPY_BYTES))
     with (
         tqdm(total=sum(sizes.values()), desc="merging", unit="B", unit_scale=True, leave=None) as progress,
-        ThreadPoolExecutor(1) as pool,
+        ThreadPoolExecutor(2) as pool,
     ):
+        calls = (partial(_merged, checkpoint.path / file, edit, device) for file in todo for edit in by_file[file])
+        merged = _one_ahead(pool, calls)
         finishing: Future | None = None
         for file, size in sizes.items():
             part = work / f"{file}.part"
             with (checkpoint.path / file).open("rb") as source, part.open("wb") as sink:
-                for edit in sorted(by_file[file], key=lambda edit: edit.start):
+                for edit in by_file[file]:
                     _copy(source, sink, edit.start - source.tell(), progress, buffer)
-                    sink.write(_merged(source, edit, device))
+                    sink.write(next(merged))
+                    source.seek(edit.end)
                     progress.update(edit.end - edit.start)
                 _copy(source, sink, size - source.tell(), progress, buffer)
             if finishing:
@@ -315,6 +326,17 @@ def _write_files(
             finishing = pool.submit(finish, part, work / file)
         if finishing:
             finishing.result()
+
+
+def _one_ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:
+    """Results of calls in their order. While one is in use, the next is made."""
+    pending: deque[Future] = deque()
+    for call in calls:
+        pending.append(pool.submit(call))
+        if len(pending) == 2:
+            yield pending.popleft().result()
+    for future in pending:
+        yield future.result()
 
 
 def _copy(source: BinaryIO, sink: BinaryIO, count: int, progress: tqdm, buffer: memoryview) -> None:
@@ -327,15 +349,20 @@ def _copy(source: BinaryIO, sink: BinaryIO, count: int, progress: tqdm, buffer: 
         count -= len(piece)
 
 
-def _merged(source: BinaryIO, edit: Edit, device: torch.device) -> memoryview:
-    """The next bytes of a file, merged. They are in memory once."""
+def _merged(path: Path, edit: Edit, device: torch.device) -> memoryview:
+    """The bytes of an edit, merged. They are in memory once."""
     data = torch.empty(edit.end - edit.start, dtype=torch.uint8)
-    _read(source, data.numpy().data)
+    with path.open("rb", buffering=0) as source:
+        source.seek(edit.start)
+        _read(source, data.numpy().data)
     tensor = data.view(edit.dtype).view(edit.shape).to(device)
     edit.layer.merge_into(tensor, edit.axis, ADAPTER, out=tensor)
     return tensor.cpu().view(torch.uint8).numpy().data
 
 
 def _read(source: BinaryIO, piece: memoryview) -> None:
-    if source.readinto(piece) != len(piece):
-        raise ValueError(f"{source.name} became shorter while it was read: merge again")
+    """Fill `piece` from a file."""
+    while len(piece):
+        if not (size := source.readinto(piece)):
+            raise ValueError(f"{source.name} became shorter while it was read: merge again")
+        piece = piece[size:]

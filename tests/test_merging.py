@@ -8,6 +8,8 @@ import subprocess
 import sys
 import warnings
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,8 +24,10 @@ from test_sea_mixtures import write_edit
 from tiny import FAMILIES, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
 
 from peft_edit import HPRConfig, SEAConfig, cli, fingerprint, merge_checkpoint, merging
+from peft_edit.checkpoints import Source, axis_in_source
 from peft_edit.loading import load_structure
 
 
@@ -187,25 +191,33 @@ class Sizes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
-def test_holds_one_edited_tensor_or_expert(family, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss"])
+def test_memory_holds_an_edited_tensor_or_that_of_one_expert(family, tmp_path, monkeypatch):
     base, adapter = make(tmp_path, family, size="1GB")
-    monkeypatch.setattr(merging, "COPY_BYTES", 100)
-    read = []
+    edits, sizes = [], []
     merged = merging._merged
-    monkeypatch.setattr(merging, "_merged", lambda file, edit, device: read.append(edit) or merged(file, edit, device))
-    write_files = merging._write_files
 
-    def measured(*arguments):
-        with Sizes() as sizes:
-            write_files(*arguments)
-        read.append(sizes.largest)
+    def measured(path, edit, device):
+        with Sizes() as seen:
+            result = merged(path, edit, device)
+        edits.append(edit)
+        sizes.append(seen.largest)
+        return result
 
-    monkeypatch.setattr(merging, "_write_files", measured)
+    monkeypatch.setattr(merging, "_merged", measured)
     merge_checkpoint(base, adapter, tmp_path / "out", device="cpu")
-    largest = read.pop()
-    assert largest <= max(edit.end - edit.start for edit in read) == 32 * 48 * 4
-    assert len(read) == (3 if family == "llama" else 3 * 4 * 2)
+    assert max(sizes) == max(edit.end - edit.start for edit in edits) == 4 * 32 * 48
+    assert len(edits) == {"llama": 3, "mixtral": 3 * 4, "gpt_oss": 3 * 4 * 2}[family]
+
+
+def test_results_are_made_one_ahead():
+    made, used = [], []
+    with ThreadPoolExecutor(1) as pool:
+        for result in merging._one_ahead(pool, (partial(lambda i: made.append(i) or i, i) for i in range(5))):
+            used.append(result)
+            pool.submit(int).result()  # all that was asked for is made
+            assert len(made) == min(len(used) + 1, 5)
+    assert used == made == list(range(5))
 
 
 # Interrupted
@@ -416,6 +428,27 @@ def test_fingerprint_of_the_files_is_that_of_the_model(family, tmp_path):
     structure = load_structure(str(base))
     assert expected is not None and fingerprint(structure) == expected
     assert fingerprint(PeftModel.from_pretrained(structure, adapter)) == expected
+
+
+@pytest.mark.parametrize(
+    ("operations", "stored", "axis", "expected"),
+    [
+        ([], (4, 32, 48), 1, 1),
+        ([], (4, 32, 47), 1, None),
+        ([MergeModulelist(0)], (32, 48), 1, 0),
+        ([MergeModulelist(0)], (32, 48), 2, 1),
+        ([MergeModulelist(0)], (48, 32), 1, None),
+        ([Transpose(1, 2)], (4, 48, 32), 1, 2),
+        ([Transpose(1, 2)], (4, 32, 48), 1, None),
+        ([Transpose(1, 2, check_dims=True)], (4, 48, 32), 1, 2),
+        ([Transpose(1, 2, check_dims=True)], (4, 32, 48), 1, 1),
+        ([Transpose(0, 1), MergeModulelist(0)], (48, 32), 1, 1),
+        ([Concatenate(1)], (4, 32, 48), 1, None),
+    ],
+)
+def test_axis_of_the_output_in_the_file(operations, stored, axis, expected):
+    """The operations turn a tensor of that shape into the parameter, with its axis where it is found."""
+    assert axis_in_source(Source("key", tuple(operations)), stored, (4, 32, 48), axis) == expected
 
 
 # The command, and the Hub
