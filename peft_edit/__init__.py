@@ -8,6 +8,7 @@ from .evaluation import evaluate_multiple_choice, perplexity
 from .exporting import sea_to_lora
 from .fingerprint import fingerprint
 from .fitting import fit_sea
+from .merging import merge_checkpoint
 from .registration import register
 from .selection import select_layers
 from .store import ActivationStore
@@ -39,6 +40,7 @@ __all__ = [
     "fingerprint",
     "fit_sea",
     "load_contrast_set",
+    "merge_checkpoint",
     "perplexity",
     "sea_to_lora",
     "select_layers",

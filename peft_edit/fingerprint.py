@@ -16,8 +16,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import Concatenate, MergeModulelist
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .checkpoints import Source, find_sources
 from .sites import decoder_blocks, text_config, unwrap
 
 
@@ -29,7 +32,7 @@ SMALLEST = 2.0**-14
 CONFIG_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 # Maps the name of a parameter to its values in the checkpoint, or None.
-Reader = Callable[[str], Tensor | None]
+Reader = Callable[[str], "Tensor | StackedTensor | None"]
 
 
 def fingerprint(model: nn.Module) -> str | None:
@@ -77,31 +80,71 @@ def _samples(module: nn.Module, read: Reader, prefix: str = "") -> Iterator[tupl
             yield from _samples(child, read, f"{prefix}{name}.")
 
 
-def _sample(parameter: Tensor) -> bytes:
+def _sample(parameter: Tensor | StackedTensor) -> bytes:
     """Shape and fixed elements, rounded to bfloat16."""
-    indices = (torch.arange(1, SAMPLES_PER_TENSOR + 1) * SAMPLE_STEP) % parameter.numel()
-    values = parameter.detach().reshape(-1)[indices.to(parameter.device)].to(torch.bfloat16).cpu()
+    indices = (torch.arange(1, SAMPLES_PER_TENSOR + 1) * SAMPLE_STEP) % parameter.shape.numel()
+    if isinstance(parameter, StackedTensor):
+        values = parameter.take(indices)
+    else:
+        values = parameter.detach().reshape(-1)[indices.to(parameter.device)]
+    values = values.to(torch.bfloat16).cpu()
     values = torch.where(values.abs() < SMALLEST, 0, values)
     return f"{tuple(parameter.shape)}".encode() + values.view(torch.int16).numpy().tobytes()
 
 
-def _checkpoint_reader(model: nn.Module) -> Reader:
+def _checkpoint_reader(model: PreTrainedModel) -> Reader:
     """Reads parameters from the checkpoint's files, memory-mapped. Files are looked for when the first is asked for."""
     files: dict[str, Path] | None = None
+    sources: dict[str, list[Source]] = {}
     base = f"{model.base_model_prefix}."
 
-    def read(name: str) -> Tensor | None:
-        nonlocal files
-        if files is None:
-            files = _checkpoint_files(model.config)
-        # Checkpoints of a model without its head lack the prefix.
-        key = next((key for key in (name, name.removeprefix(base), base + name) if key in files), None)
-        if key is None:
-            return None
+    def load(key: str) -> Tensor:
         with safe_open(files[key], framework="pt") as tensors:
             return tensors.get_tensor(key)
 
+    def read(name: str) -> Tensor | StackedTensor | None:
+        nonlocal files, sources
+        if files is None:
+            files = _checkpoint_files(model.config)
+            sources = find_sources(model, files)
+        # Checkpoints of a model without its head lack the prefix; with an adapter in it, the model does not tell.
+        found = next((sources[key] for key in (name, name.removeprefix(base), base + name) if key in sources), [])
+        if found and all(_stacks(source) for source in found):
+            # Sources of one part come in the order of the experts.
+            parts = [[load(s.key) for s in found if s.part == part] for part in sorted({s.part for s in found})]
+            return StackedTensor(list(zip(*parts, strict=True)))
+        return load(found[0].key) if len(found) == 1 and not found[0].operations else None
+
     return read
+
+
+def _stacks(source: Source) -> bool:
+    """Whether tensors of experts are stacked, after those of one expert were put one below the other."""
+    ways = [(type(operation), operation.dim) for operation in source.operations if hasattr(operation, "dim")]
+    known = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+    return len(ways) == len(source.operations) and ways in known
+
+
+class StackedTensor:
+    """A parameter, (experts, rows, columns), as a checkpoint has it: of each expert its tensors, (., columns), that lie
+    one below the other. Elements are read without putting it together."""
+
+    def __init__(self, experts: list[tuple[Tensor, ...]]):
+        self.experts = experts
+        self.shape = torch.Size((len(experts), sum(len(part) for part in experts[0]), experts[0][0].shape[1]))
+
+    def take(self, indices: Tensor) -> Tensor:
+        """Elements at indices of the flat parameter."""
+        values = []
+        for index in indices.tolist():
+            rest, column = divmod(index, self.shape[2])
+            expert, row = divmod(rest, self.shape[1])
+            for part in self.experts[expert]:
+                if row < len(part):
+                    break
+                row -= len(part)
+            values.append(part[row, column])
+        return torch.stack(values)
 
 
 def _checkpoint_files(config) -> dict[str, Path]:

@@ -6,17 +6,14 @@ PEFT's table of MLP output projections covers some architectures only; the struc
 from __future__ import annotations
 
 import operator
-import os
 import re
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import SupportsIndex
 
-import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 
@@ -61,13 +58,6 @@ def text_config(model: nn.Module):
     if config is None or not hasattr(config, "get_text_config"):
         raise ValueError(f"{type(model).__name__} has no Transformers configuration: pass target_modules")
     return config.get_text_config(decoder=True)
-
-
-def model_structure(name: str | os.PathLike, revision: str | None = None) -> nn.Module:
-    """A causal language model on the meta device: its modules without their weights, from its configuration alone."""
-    config = AutoConfig.from_pretrained(name, revision=revision)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def layer_index(name: str) -> int | None:

@@ -14,7 +14,7 @@ from peft_edit.functional.sea import (
     check_energy,
     edit,
     fit,
-    merged_rows,
+    merge,
     project,
     rescale_statistics,
     signature,
@@ -56,7 +56,7 @@ def edit_with(h, positive, negative, **options):
 
 
 def merge_with(rows, positive, negative, **options):
-    return merged_rows(rows, partial(project, basis=positive), partial(project, basis=negative), **options)
+    return merge(rows, partial(project, basis=positive), partial(project, basis=negative), **options)
 
 
 def demonstrations(n=60, d=24, spread=0.3, seed=0):

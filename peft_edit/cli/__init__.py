@@ -8,7 +8,7 @@ import warnings
 import typer
 from safetensors import SafetensorError
 
-from . import activations, convert, demo, evaluate, export, hpr, sea
+from . import activations, convert, demo, evaluate, export, hpr, merge, sea
 
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("select")(hpr.select)
 app.command("evaluate")(evaluate.evaluate)
 app.command("convert")(convert.convert)
 app.command("export-lora")(export.export_lora)
+app.command("merge")(merge.merge)
 
 
 # What the messages of the Python functions advise, in the words of the command line.
@@ -44,6 +45,8 @@ OPTIONS = {
     "num_angle_layers": "--num-angle-layers",
     "angle_hidden_size": "--angle-hidden-size",
     "use_cpu": "--cpu",
+    "device must be": "--device must be",
+    "device is '": "--device is '",
     "token_scope must": "--token-scope must",
     "add one with HPRConfig": "pass one that train-hpr made",
     "add one with SEAConfig": "pass one that fit-sea made",

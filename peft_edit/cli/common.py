@@ -65,62 +65,24 @@ def load_model(name: str, *, revision: str | None = None, dtype: str = "auto", d
 
 
 def load_structure(name: str, revision: str | None = None):
-    """The base model on the meta device, for what trains or looks at an adapter."""
-    from ..sites import model_structure
+    """The base model on the meta device, see `loading.load_structure`."""
+    from ..loading import load_structure
 
-    check_local(name, "config.json")
-    return model_structure(name, revision)
+    return load_structure(name, revision)
 
 
 def load_adapter(model, adapter: str, allow_fingerprint_mismatch: bool = False):
-    """The base model with an adapter; stricter than PEFT: an adapter of another model and extra tensors are refused."""
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
+    """The base model with an adapter, see `loading.load_adapter`."""
+    from ..loading import load_adapter
 
-    from ..fingerprint import fingerprint
-
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        check_local(adapter, file)
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"adapter_config.json of {adapter} is none that PEFT or peft_edit reads: {error}") from error
-    if config.peft_type is None:
-        raise ValueError(f"adapter_config.json of {adapter} has no peft_type: save the adapter again")
-    of_adapter = getattr(config, "base_model_fingerprint", None)
-    of_model = fingerprint(model)
-    if not allow_fingerprint_mismatch and None not in (of_adapter, of_model) and of_adapter != of_model:
-        raise ValueError(
-            f"{adapter} was fitted on another model (fingerprint {of_adapter}, this model has {of_model}): "
-            "load its base model, or pass --allow-fingerprint-mismatch"
-        )
-    try:
-        weights = load_peft_weights(adapter, device="cpu")
-    except SafetensorError as error:
-        raise ValueError(f"the tensors of {adapter} are damaged ({error}): save the adapter again") from error
-    try:
-        adapted = PeftModel.from_pretrained(model, adapter)
-    except RuntimeError as error:  # torch's collected errors of load_state_dict
-        raise ValueError(f"{adapter} does not fit the model: {error}") from error
-    if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{bad[0]} of {adapter} is not finite: fit or train the adapter again")
-    saved, expected = set(weights), set(get_peft_model_state_dict(adapted))
-    for what, names in (("extra", saved - expected), ("missing", expected - saved)):
-        if names:
-            raise ValueError(
-                f"{adapter} has {len(names)} {what} tensors, the first is {min(names)}: "
-                "the file does not belong to its adapter_config.json; save the adapter again"
-            )
-    return adapted
+    return load_adapter(model, adapter, allow_fingerprint_mismatch)
 
 
 def check_local(name: str, file: str) -> None:
-    """Raise ValueError for what can only be a folder and lacks a file, before the Hub is asked for it."""
-    path = Path(name)
-    if path.is_dir() and not (path / file).exists():
-        raise ValueError(f"the folder {name} has no {file}: pass the folder that was saved")
-    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise ValueError(f"there is no folder {name}")
+    """Raise ValueError for what can only be a folder and lacks a file."""
+    from ..loading import check_local
+
+    check_local(name, file)
 
 
 def check_json(path: Path | None) -> None:

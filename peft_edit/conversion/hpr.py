@@ -8,8 +8,9 @@ from peft import PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..loading import load_structure
 from ..saving import check_adapter_folder, save_adapter
-from ..sites import model_structure, normalise_layers, text_config
+from ..sites import normalise_layers, text_config
 from ..tuners.hpr import HPRConfig, HPRLayer
 from .shared import Conversion, finish, read_json
 
@@ -41,7 +42,7 @@ def convert_hpr(
     path = source / "guidance.safetensors"
     if not path.exists():
         raise ValueError(f"{source} has no {path.name}: both files of the published code are needed")
-    model = model_structure(base_model)
+    model = load_structure(str(base_model))
     selected = _check_guidance(guidance, source / GUIDANCE_CONFIG, text_config(model), str(base_model))
     _check_size(guidance, path, text_config(model).hidden_size)
     adapted = get_peft_model(

@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 
 from ..functional.checks import check_choice
 from ..functional.subspaces import factor_projection
+from ..loading import load_structure
 from ..saving import check_adapter_folder, save_adapter
-from ..sites import LayerIndices, find_sites, layer_index, model_structure, normalise_layers, text_config
+from ..sites import LayerIndices, find_sites, layer_index, normalise_layers, text_config
 from ..tuners.sea import SEAConfig, SEALayer
 from .shared import Conversion, finish, read_json
 from .tensor_file import read_tensor
@@ -56,7 +57,7 @@ def convert_sea(
     paths, centred_by_sample = _sea_files(source)
     arguments = read_json(source / "sea-args.json")
     statistics = read_json(source / "sea-statistics.json")
-    model = model_structure(base_model)
+    model = load_structure(str(base_model))
     config = text_config(model)
     shape = (config.num_hidden_layers, config.hidden_size, config.hidden_size)
     stacks = [read_tensor(path, shape, str(base_model)) for path in paths]

@@ -24,12 +24,15 @@ Projection = Callable[[Tensor], Tensor]
 
 # The inverse feature maps diverge at the ends of their domain: arguments stay this far inside (the published value).
 DOMAIN_MARGIN = 1e-4
+# Elements that are merged at once: few enough for the caches and for their copies to need no memory that counts.
+MERGE_NUMEL = 2**22
 
 
-def project(x: Tensor, basis: Tensor) -> Tensor:
-    """Orthogonal projection of x, (..., d), onto the span of basis, (k, d), by two thin products in x's dtype."""
+def project(x: Tensor, basis: Tensor, columns: bool = False) -> Tensor:
+    """Orthogonal projection of x, (..., d), or of its columns, (d, n), onto the span of basis, (k, d), by two thin
+    products in x's dtype."""
     basis = basis.to(x.dtype)
-    return (x @ basis.T) @ basis
+    return basis.T @ (basis @ x) if columns else (x @ basis.T) @ basis
 
 
 @dataclass(frozen=True)
@@ -237,8 +240,8 @@ def _combine(x: Tensor, positive: Projection, negative: Projection, projections:
     return x.to(wide) + (positive(x).to(wide) - negative(x).to(wide))
 
 
-def merged_rows(
-    rows: Tensor,
+def merge(
+    weight: Tensor,
     positive: Projection,
     negative: Projection,
     *,
@@ -247,12 +250,17 @@ def merged_rows(
     mean_rescale: float = 1.0,
     strength: float = 1.0,
 ) -> Tensor:
-    """Apply the edit's linear form to rows, (..., d), of a weight or a bias: W' = c M W.
+    """Apply the edit's linear form to a weight or a bias: W' = c M W.
 
     Exact for "none", "mean" and "average", which are linear in h. "token" is not: it becomes its mean rescale, whose
-    relative error `rescale_statistics` gives. Two thin products, in float32 or wider, result in the rows' dtype.
+    relative error `rescale_statistics` gives. Two thin products, in float32 or wider, result in the weight's dtype.
+
+    Args:
+        weight: rows, (n, d), or columns, (d, n), of the width of the edited activations.
+        positive, negative: the orthogonal projections of its rows or of its columns, see `project`.
+        projections, rescale, mean_rescale, strength: as of `edit`.
     """
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     linear = "none" if rescale == "token" else rescale
     merged = edit(
         wide,
@@ -263,7 +271,19 @@ def merged_rows(
         mean_rescale=mean_rescale,
         strength=strength,
     )
-    return (mean_rescale * merged if rescale == "token" else merged).to(rows.dtype)
+    return (mean_rescale * merged if rescale == "token" else merged).to(weight.dtype)
+
+
+def merge_pieces(weight: Tensor, columns: bool, merge: Callable[[Tensor], Tensor], out: Tensor) -> None:
+    """Apply `merge` to the rows of a weight, (n, d), or to its columns, (d, n).
+
+    It goes in pieces of a size that follows from the shape alone, each copied first. So the result is the same to the
+    last bit wherever the weight lies and whatever its strides are, it takes little memory, and `out` may be `weight`.
+    """
+    along = int(columns)
+    step = max(1, MERGE_NUMEL // weight.shape[1 - along])
+    for piece, target in zip(weight.split(step, dim=along), out.split(step, dim=along), strict=True):
+        target.copy_(merge(piece.clone(memory_format=torch.contiguous_format)))
 
 
 @dataclass(frozen=True)

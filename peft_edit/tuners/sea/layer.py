@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from ...functional.sea import edit, merged_rows, project
+from ...functional.sea import edit, merge, merge_pieces, project
 from ...sites import out_features
 from ..editing import BlockEditLayer, EditLayer
 from .config import SEAConfig
+from .outputs import OutputTensor, linear_outputs, mixture_outputs, why_inexact
 
 
 # Largest entry of U U^T - I. Factors that went through bfloat16 are off by up to 4e-3, anything else by far less.
@@ -31,10 +33,10 @@ class SEAProjection(nn.Module):
         self.label = label
         self.checked = checked
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, columns: bool = False) -> Tensor:
         if not torch.compiler.is_compiling():
             self.check()
-        return project(x, self.weight)
+        return project(x, self.weight, columns)
 
     def check(self) -> None:
         """Raise ValueError, naming the site, for a weight that is missing or damaged. Looks once."""
@@ -104,6 +106,7 @@ class SEALayer(EditLayer):
         self.frozen_peft_weight_names = {}
         self._disable_adapters = False
         self.merged_adapters = []
+        self._unmerged: dict[str, Tensor] = {}
 
     def update_layer(self, adapter_name: str, config: SEAConfig) -> None:
         """Add or replace an adapter whose ranks are those of the config, 0 where the site is not fitted."""
@@ -198,6 +201,80 @@ class SEALayer(EditLayer):
         self.sea_positive[adapter_name].check()
         self.sea_negative[adapter_name].check()
 
+    @abstractmethod
+    def output_tensors(self) -> dict[str, OutputTensor]:
+        """The parameters that a linear edit merges into, by their names in the base layer."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Merge the active adapter weights into the base weights: W' = c M W, bias' = c M bias.
+
+        Args:
+            safe_merge (`bool`, *optional*):
+                If `True`, check the merged weights for NaN and infinite values before they replace the originals.
+            adapter_names (`list[str]`, *optional*):
+                The list of adapter names that should be merged, in this order: two edits do not commute. If `None`, all
+                active adapters will be merged.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if not self.is_fitted(name):
+                continue
+            self.check_mergeable(name)
+            outputs = self.output_tensors()
+            originals = {key: output.parameter.data for key, output in outputs.items()}
+            merged = {}
+            for key, output in outputs.items():
+                out = torch.empty_like(originals[key], memory_format=torch.contiguous_format)
+                pairs = zip(originals[key], out, strict=True) if output.stacked else [(originals[key], out)]
+                for tensor, target in pairs:
+                    self.merge_into(tensor, output.axis - output.stacked, name, target)
+                merged[key] = out
+            if safe_merge and not all(value.isfinite().all() for value in merged.values()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            if not self.merged:
+                # M can be singular, so unmerging cannot divide by it.
+                self._unmerged = originals
+            for key, value in merged.items():
+                outputs[key].parameter.data = value
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Restore the base weights."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        outputs = self.output_tensors()
+        for key, value in self._unmerged.items():
+            parameter = outputs[key].parameter
+            # The model may have been moved or cast since.
+            parameter.data = value.to(parameter.device, parameter.dtype)
+        self._unmerged = {}
+        self.merged_adapters = []
+
+    def merge_into(self, tensor: Tensor, axis: int, adapter_name: str, out: Tensor) -> None:
+        """Merge an adapter into a weight or a bias of this site, or of one of its experts, wherever that is.
+
+        Args:
+            tensor: weight, (., d) or (d, .), or bias, (d,).
+            axis: of the features of the output, of length d.
+            adapter_name: an adapter that is fitted here.
+            out: receives the result, may be `tensor`.
+        """
+        config = self.sea_config[adapter_name]
+        if tensor.dim() == 1:
+            tensor, axis, out = tensor.unsqueeze(0), 1, out.unsqueeze(0)
+        columns = axis == 0
+        merge_piece = partial(
+            merge,
+            positive=partial(self.sea_positive[adapter_name], columns=columns),
+            negative=partial(self.sea_negative[adapter_name], columns=columns),
+            projections=config.projections,
+            rescale=config.rescale,
+            mean_rescale=self._mean_rescale(config) if config.rescale in ("token", "mean") else 1.0,
+            strength=config.strength,
+        )
+        merge_pieces(tensor, columns, merge_piece, out)
+
     def statistic(self, config: SEAConfig, name: str) -> float:
         """What the fit recorded of this site."""
         try:
@@ -218,14 +295,13 @@ class SEALayer(EditLayer):
 
 
 class SEALinear(nn.Module, SEALayer):
-    """SEA on the output of a linear layer, `nn.Linear` or `Conv1D`: the only sites that merge."""
+    """SEA on the output of a linear layer, `nn.Linear` or `Conv1D`."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: SEAConfig, site: str) -> None:
         super().__init__()
         SEALayer.__init__(self, site, out_features(base_layer))
         self.base_layer = base_layer
         self._active_adapter = adapter_name
-        self._unmerged: dict[str, Tensor] = {}
         self.update_layer(adapter_name, config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -234,46 +310,8 @@ class SEALinear(nn.Module, SEALayer):
         h = self.base_layer(x, *args, **kwargs)
         return h if self.merged and self.row_adapters is None else self.edit_output(h)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """
-        Merge the active adapter weights into the base weights: W' = c M W, bias' = c M bias.
-
-        Args:
-            safe_merge (`bool`, *optional*):
-                If `True`, check the merged weights for NaN and infinite values before they replace the originals.
-            adapter_names (`list[str]`, *optional*):
-                The list of adapter names that should be merged, in this order: two edits do not commute. If `None`, all
-                active adapters will be merged.
-        """
-        base = self.get_base_layer()
-        for name in check_adapters_to_merge(self, adapter_names):
-            if not self.is_fitted(name):
-                continue
-            self.check_mergeable(name)
-            tensors = {"weight": base.weight.data}
-            if base.bias is not None:
-                tensors["bias"] = base.bias.data
-            merged = {key: self._merged(value, name) for key, value in tensors.items()}
-            if safe_merge and not all(value.isfinite().all() for value in merged.values()):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            if not self.merged:
-                # M can be singular, so unmerging cannot divide by it.
-                self._unmerged = tensors
-            for key, value in merged.items():
-                getattr(base, key).data = value
-            self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Restore the base weights."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        for key, value in self._unmerged.items():
-            parameter = getattr(self.get_base_layer(), key)
-            # The model may have been moved or cast since.
-            parameter.data = value.to(parameter.device, parameter.dtype)
-        self._unmerged = {}
-        self.merged_adapters = []
+    def output_tensors(self) -> dict[str, OutputTensor]:
+        return linear_outputs(self.get_base_layer())
 
     def check_mergeable(self, adapter_name: str) -> None:
         super().check_mergeable(adapter_name)
@@ -291,27 +329,13 @@ class SEALinear(nn.Module, SEALayer):
                 f"({kind}); keep it as an adapter, or merge into a plain model"
             )
 
-    def _merged(self, tensor: Tensor, name: str) -> Tensor:
-        config = self.sea_config[name]
-        # A Linear's weight is (out, in), a Conv1D's (in, out); the edit acts on rows of width out.
-        transposed = tensor.dim() == 2 and not isinstance(self.get_base_layer(), Conv1D)
-        rows = merged_rows(
-            tensor.T if transposed else tensor,
-            self.sea_positive[name],
-            self.sea_negative[name],
-            projections=config.projections,
-            rescale=config.rescale,
-            mean_rescale=self._mean_rescale(config) if config.rescale in ("token", "mean") else 1.0,
-            strength=config.strength,
-        )
-        return rows.T.contiguous() if transposed else rows
-
     def __repr__(self) -> str:
         return "sea." + super().__repr__()
 
 
 class SEABlock(nn.Module, SEALayer, BlockEditLayer):
-    """SEA on the output of any other module, such as a decoder block: a child `sea` of it and a forward hook."""
+    """SEA on the output of any other module, a decoder block or a mixture of experts: a child `sea` of it and a forward
+    hook. Only that of a mixture merges, see `why_inexact`."""
 
     def __init__(self, block: nn.Module, adapter_name: str, config: SEAConfig, site: str, features: int) -> None:
         super().__init__()
@@ -320,11 +344,45 @@ class SEABlock(nn.Module, SEALayer, BlockEditLayer):
         self.attach(block)
         self.update_layer(adapter_name, config)
 
+    def edit_output(self, output: Tensor | tuple) -> Tensor | tuple:
+        return output if self.merged and self.row_adapters is None else super().edit_output(output)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def output_tensors(self) -> dict[str, OutputTensor]:
+        return mixture_outputs(self.get_base_layer(), self.features)
+
     def check_mergeable(self, adapter_name: str) -> None:
-        if self.is_fitted(adapter_name):
+        if not self.is_fitted(adapter_name):
+            return
+        if self.sea_config[adapter_name].site == "block":
             raise ValueError(
                 f"adapter {adapter_name!r} cannot be merged: it edits the output of {self.site}, which is no linear "
                 "layer; keep it as an adapter or fit with site='mlp'"
+            )
+        super().check_mergeable(adapter_name)
+        block = self.get_base_layer()
+        for part in block.modules():
+            if isinstance(part, BaseTunerLayer) and not isinstance(part, BlockEditLayer):
+                raise ValueError(
+                    f"cannot merge adapter {adapter_name!r} at {self.site}: another adapter, {type(part).__name__}, "
+                    "lies inside it; merge that one first"
+                )
+            if getattr(getattr(part, "_hf_hook", None), "offload", False):
+                raise ValueError(
+                    f"cannot merge adapter {adapter_name!r} at {self.site}: its weights are offloaded; load the model "
+                    "without offloading, or merge the checkpoint with peft_edit.merge_checkpoint"
+                )
+        outputs = self.output_tensors()
+        if not all(output.parameter.is_floating_point() for output in outputs.values()):
+            raise ValueError(f"cannot merge adapter {adapter_name!r} into the quantised weights of {self.site}")
+        if reason := why_inexact(block, outputs):
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot be merged: it edits the output of {self.site}, and {reason}; "
+                "keep it as an adapter"
             )
 
     def __repr__(self) -> str:

@@ -1,0 +1,167 @@
+"""Safetensors checkpoints as they lie on disk: which file holds the bytes of which parameter of the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    ConversionOps,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Bytes `start` to `end` of a file of the checkpoint. `dtype` is the name that safetensors has for it."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of a checkpoint that a parameter is loaded from, through Transformers' operations. `part` numbers the
+    different tensors that they put together."""
+
+    key: str
+    operations: tuple[ConversionOps, ...] = ()
+    part: int = 0
+
+    @property
+    def stacks(self) -> bool:
+        """Whether several such tensors become one parameter."""
+        return any(isinstance(operation, MergeModulelist) for operation in self.operations)
+
+
+class Checkpoint:
+    """The files of a checkpoint in a folder. Reads headers only.
+
+    Attributes:
+        path: the folder.
+        index: name of the index file; None for one file without an index.
+        files: names of the files with tensors, in order.
+        tensors: key of each tensor to its place.
+
+    Raises:
+        ValueError: no safetensors checkpoint, a file of it is missing or damaged, or index and files disagree.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        name = json.loads((path / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+        if name is None:
+            names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)  # as Transformers looks for them
+            if (name := next((name for name in names if (path / name).exists()), None)) is None:
+                pickled = ", its weights are pickled" if any(path.glob("*.bin")) else ""
+                raise ValueError(
+                    f"{path} has neither {names[0]} nor {names[1]}{pickled}: pass a safetensors checkpoint; "
+                    "save_pretrained writes one"
+                )
+        self.index = name if name.endswith(".index.json") else None
+        weight_map = self._weight_map() if self.index else None
+        self.files = [name] if weight_map is None else sorted(set(weight_map.values()))
+        if missing := [file for file in self.files if not (path / file).is_file()]:
+            raise ValueError(
+                f"{path} lacks {len(missing)} of the {len(self.files)} files that its {self.index} names, the first is "
+                f"{missing[0]}: download or save the checkpoint again"
+            )
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in self.files:
+            stored = self._read_header(file)
+            if weight_map is not None:
+                named = {key for key, of in weight_map.items() if of == file}
+                if differing := sorted(named ^ set(stored)):
+                    raise ValueError(
+                        f"{self.index} and {file} of {path} disagree about {differing[0]}: "
+                        "download or save the checkpoint again"
+                    )
+            self.tensors |= stored
+
+    def _weight_map(self) -> dict[str, str]:
+        try:
+            weight_map = json.loads((self.path / self.index).read_text(encoding="utf-8"))["weight_map"]
+            plain = all(Path(file).name == file for file in weight_map.values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.path / self.index} is no index of a checkpoint ({error!r})") from error
+        if not weight_map or not plain:
+            raise ValueError(f"{self.path / self.index} must name files beside it")
+        return weight_map
+
+    def _read_header(self, file: str) -> dict[str, StoredTensor]:
+        path = self.path / file
+        try:
+            with safe_open(path, framework="pt"):  # checks offsets, shapes and length
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): download or save the checkpoint again") from error
+        with path.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        return {
+            key: StoredTensor(
+                file, entry["dtype"], tuple(entry["shape"]), *(8 + length + at for at in entry["data_offsets"])
+            )
+            for key, entry in header.items()
+        }
+
+
+def find_sources(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, list[Source]]:
+    """Name of each parameter of a model, which may be on meta, to what Transformers would load it from.
+
+    As `from_pretrained` does it: renamed keys, added or removed prefixes, experts that are stacked while loading. Of
+    parameters that come from one tensor together, the first stands for all.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    of_pattern = {
+        pattern: (tuple(converter.operations), part)
+        for converter in converters
+        for part, pattern in enumerate(converter.source_patterns)
+    }
+    parameters = model.state_dict()
+    sources: dict[str, list[Source]] = {}
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        if name not in parameters and key in parameters:
+            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, parameters)
+        sources.setdefault(name, []).append(Source(key, *of_pattern.get(pattern, ())))
+    return sources
+
+
+def axis_in_source(source: Source, stored: tuple[int, ...], shape: tuple[int, ...], axis: int) -> int | None:
+    """Axis of a stored tensor that becomes `axis` of a parameter, (shape), when it is loaded; None where the tensor
+    goes through other operations than stacking and transposing, or has another shape than that."""
+    axes = list(range(len(shape)))  # axis of the parameter for each axis of the tensor
+    for operation in reversed(source.operations):
+        if isinstance(operation, MergeModulelist):
+            del axes[operation.dim]
+        elif isinstance(operation, Transpose):
+            if not (operation.check_dims and stored == shape):
+                first, second = operation.dim0, operation.dim1
+                axes[first], axes[second] = axes[second], axes[first]
+        else:
+            return None
+    if stored != tuple(shape[i] for i in axes) or axis not in axes:
+        return None
+    return axes.index(axis)

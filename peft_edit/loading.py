@@ -1,0 +1,75 @@
+"""Load an adapter onto a base model, or onto its structure alone; stricter than PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from .fingerprint import fingerprint
+
+
+def load_structure(name: str, revision: str | None = None) -> PreTrainedModel:
+    """The base model on the meta device: its modules without their weights, for what trains or looks at an adapter."""
+    check_local(name, "config.json")
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def load_adapter_config(adapter: str) -> PeftConfig:
+    """Configuration of an adapter, a folder or an id on the Hub; raises ValueError for what is none."""
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        check_local(adapter, file)
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"adapter_config.json of {adapter} is none that PEFT or peft_edit reads: {error}") from error
+    if config.peft_type is None:
+        raise ValueError(f"adapter_config.json of {adapter} has no peft_type: save the adapter again")
+    return config
+
+
+def load_adapter(model: PreTrainedModel, adapter: str, allow_fingerprint_mismatch: bool = False) -> PeftModel:
+    """The base model with an adapter; stricter than PEFT: an adapter of another model and extra tensors are refused."""
+    config = load_adapter_config(adapter)
+    of_adapter = getattr(config, "base_model_fingerprint", None)
+    of_model = fingerprint(model)
+    if not allow_fingerprint_mismatch and None not in (of_adapter, of_model) and of_adapter != of_model:
+        raise ValueError(
+            f"{adapter} was fitted on another model (fingerprint {of_adapter}, this model has {of_model}): "
+            "load its base model, or pass allow_fingerprint_mismatch=True"
+        )
+    try:
+        weights = load_peft_weights(adapter, device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"the tensors of {adapter} are damaged ({error}): save the adapter again") from error
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter)
+    except RuntimeError as error:  # torch's collected errors of load_state_dict, a headline before them
+        first, *more = str(error).splitlines()[1:] or [str(error)]
+        count = f" ({len(more)} more like this)" if more else ""
+        raise ValueError(f"{adapter} does not fit the model: {first.strip()}{count}") from error
+    if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{bad[0]} of {adapter} is not finite: fit or train the adapter again")
+    saved, expected = set(weights), set(get_peft_model_state_dict(adapted))
+    for what, names in (("extra", saved - expected), ("missing", expected - saved)):
+        if names:
+            raise ValueError(
+                f"{adapter} has {len(names)} {what} tensors, the first is {min(names)}: "
+                "the file does not belong to its adapter_config.json; save the adapter again"
+            )
+    return adapted
+
+
+def check_local(name: str, file: str) -> None:
+    """Raise ValueError for what can only be a folder and lacks a file, before the Hub is asked for it."""
+    path = Path(name)
+    if path.is_dir() and not (path / file).exists():
+        raise ValueError(f"the folder {name} has no {file}: pass the folder that was saved")
+    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise ValueError(f"there is no folder {name}")

@@ -1,0 +1,368 @@
+"""A checkpoint on disk + a SEA adapter -> a merged checkpoint on disk, without loading the model.
+
+Files are copied in pieces. Only tensors that are edited are in memory: one that is written and one that is merged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from peft import PeftModel, get_peft_model_state_dict
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import CHAT_TEMPLATE_DIR
+
+from .checkpoints import DTYPES, Checkpoint, Source, axis_in_source, find_sources
+from .loading import check_local, load_adapter, load_adapter_config, load_structure
+from .resuming import check_free, finish, growing_folder, sync
+from .tuners.sea import SEALayer
+from .version import __version__
+
+
+Result = TypeVar("Result")
+
+COPY_BYTES = 2**23
+# The name that PEFT gives an adapter which is loaded without one.
+ADAPTER = "default"
+# Weights in other forms, which do not have the edit, and pickles.
+OTHER_WEIGHTS = (
+    *("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.h5.index.json", "*.msgpack"),
+    *("*.msgpack.index.json", "*.gguf", "*.onnx", "*.onnx_data", "*.ot", "*.npz", "*.tflite", "*.mlmodel"),
+)
+
+
+@dataclass(frozen=True)
+class CheckpointMerge:
+    """Result of `merge_checkpoint`.
+
+    Attributes:
+        path: folder of the merged checkpoint.
+        files: number of its files with tensors.
+        resumed: how many of them an earlier run had finished.
+        tensors: number of its tensors.
+        edited: keys of those that were edited.
+        bytes: size of its files with tensors.
+        relative_error: mean over the sites of what replacing each token's rescale by its mean costs, measured on the
+            fit's neutral demonstrations; 0 for an edit that merges exactly.
+    """
+
+    path: Path
+    files: int
+    resumed: int
+    tensors: int
+    edited: tuple[str, ...]
+    bytes: int
+    relative_error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "path": str(self.path), "edited": list(self.edited)}
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Bytes of a file that hold a weight or a bias, or that of one expert, and the layer whose edit merges into it."""
+
+    start: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    axis: int
+    layer: SEALayer
+
+
+def merge_checkpoint(
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    revision: str | None = None,
+    allow_fingerprint_mismatch: bool = False,
+) -> CheckpointMerge:
+    """Merge a SEA adapter into a safetensors checkpoint, file by file: W' = c M W, bias' = c M bias.
+
+    The result has the same files, index, configuration and tokenizer; tensors that are not edited are the same bytes;
+    the others keep their dtype and equal those of `merge_and_unload` on the same device. Memory holds two edited
+    tensors at a time. A run that was killed goes on where it was when it is started again. `rescale="token"` is
+    replaced by the mean rescale of each site, with a warning that carries the error which the fit measured.
+
+    Args:
+        base: folder of the base model's checkpoint, or its id on the Hub, from where it is downloaded.
+        adapter: folder of the adapter, or its id on the Hub.
+        out: folder of the merged checkpoint. It appears once it is complete.
+        device: where products are computed: "cpu", "cuda", "cuda:1", ...; "auto" for a GPU where there is one.
+        revision: of the base model on the Hub.
+        allow_fingerprint_mismatch: accept an adapter of a model with other weights.
+
+    Raises:
+        ValueError: the base is no complete safetensors checkpoint or is quantised, the adapter is of another method or
+            another model or does not merge, the output folder is in use, or the disk is too small. Nothing is written.
+    """
+    out, target = Path(out).resolve(), _device(device)
+    if (config := load_adapter_config(str(adapter))).peft_type != "SEA":
+        raise ValueError(
+            f"{adapter} is an adapter of another method ({config.peft_type.value}): only SEA merges into the weights"
+        )
+    if config.modules_to_save:
+        raise ValueError(
+            f"{adapter} also holds trained modules ({', '.join(config.modules_to_save)}): "
+            "load it with its base model and call merge_and_unload"
+        )
+    folder = _local(str(base), revision)
+    if folder.resolve() in (out, *out.parents):
+        raise ValueError(f"{out} is the base model's folder or lies in it: choose another folder")
+    check_free(out)
+    checkpoint = Checkpoint(folder)
+    model = load_structure(str(folder))
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"{base} is quantised: merge into the checkpoint that it was made from, and quantise that")
+    edited, identity = _plan(checkpoint, model, str(adapter), allow_fingerprint_mismatch, target)
+    with growing_folder(out, identity) as work:
+        todo = [file for file in checkpoint.files if not (work / file).exists()]
+        others = _other_files(checkpoint)
+        _check_space(checkpoint, todo, others, work)
+        _write_files(checkpoint, todo, edited, work, target)
+        for name in others:
+            (work / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, work / name)
+            sync(work / name)
+    inexact = config.rank_pattern if config.rescale == "token" else ()
+    errors = [config.fit_statistics[site]["relative_error"] for site in inexact]
+    return CheckpointMerge(
+        path=out,
+        files=len(checkpoint.files),
+        resumed=len(checkpoint.files) - len(todo),
+        tensors=len(checkpoint.tensors),
+        edited=tuple(sorted(edited)),
+        bytes=sum((folder / file).stat().st_size for file in checkpoint.files),
+        relative_error=sum(errors) / len(errors) if errors else 0.0,
+    )
+
+
+def check_token() -> None:
+    """Raise OSError without a token that the Hub knows, before a merge that is to be uploaded."""
+    HfApi().whoami()
+
+
+def push_checkpoint(folder: Path, repo_id: str, *, private: bool = False) -> str:
+    """Upload a merged checkpoint to the Hub, to a new repository or as one commit to one that is there.
+
+    Returns:
+        Its address.
+
+    Raises:
+        OSError: it was not uploaded.
+    """
+    api = HfApi()
+    try:
+        url = api.create_repo(repo_id, private=True if private else None, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload merged model")
+    except OSError as error:
+        raise OSError(
+            f"{folder} is complete but was not uploaded to {repo_id} ({error}): run hf upload {repo_id} {folder}"
+        ) from error
+    return str(url)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:1, ..., got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r} and this machine has {torch.cuda.device_count()} CUDA devices: pass cpu")
+    return device
+
+
+def _local(base: str, revision: str | None) -> Path:
+    """The folder of the base model, downloaded from the Hub where it is none."""
+    check_local(base, "config.json")
+    if Path(base).is_dir():
+        return Path(base)
+    return Path(snapshot_download(base, revision=revision, ignore_patterns=list(OTHER_WEIGHTS)))
+
+
+def _plan(
+    checkpoint: Checkpoint, model: PreTrainedModel, adapter: str, allow_mismatch: bool, device: torch.device
+) -> tuple[dict[str, list[Edit]], dict[str, Any]]:
+    """Key of each tensor that is edited to the parts of its file that are merged by themselves; and all that the bytes
+    of the result follow from."""
+    sources = find_sources(model, checkpoint.tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    adapted = load_adapter(model, adapter, allow_mismatch)
+    adapted.base_model._prepare_merge(None, stacklevel=4)
+    edited: dict[str, list[Edit]] = {}
+    for layer in adapted.modules():
+        if isinstance(layer, SEALayer) and layer.is_fitted(ADAPTER):
+            layer.sea_positive.to(device)
+            layer.sea_negative.to(device)
+            edited |= _edits(checkpoint, sources, shapes, layer)
+    if not edited:
+        raise ValueError(f"{adapter} edits nothing: fit it first")
+    return edited, _identity(checkpoint, adapted, device)
+
+
+def _edits(
+    checkpoint: Checkpoint, sources: dict[str, list[Source]], shapes: dict[str, tuple[int, ...]], layer: SEALayer
+) -> dict[str, list[Edit]]:
+    """The part of the plan that one layer makes."""
+    edits: dict[str, list[Edit]] = {}
+    for relative, output in layer.output_tensors().items():
+        name = f"{layer.site}.{relative}"
+        found, shape = sources.get(name, []), shapes[name]
+        of_experts = bool(found and found[0].stacks)
+        if len(found) != (shape[0] if of_experts else 1):
+            raise ValueError(
+                f"{checkpoint.path} has {len(found)} tensors for {name}, {shape[0] if of_experts else 1} expected: it "
+                "is of another model than its config.json, incomplete, or in a form that cannot be merged into"
+            )
+        for source in found:
+            stored = checkpoint.tensors[source.key]
+            if stored.dtype not in DTYPES:
+                raise ValueError(
+                    f"{source.key} of {checkpoint.path} is quantised ({stored.dtype}): merge into the checkpoint that "
+                    "it was made from"
+                )
+            axis = axis_in_source(source, stored.shape, shape, output.axis)
+            if axis is None:
+                raise ValueError(
+                    f"{source.key} of {checkpoint.path} has shape {stored.shape}, {name} of the model {shape}: it is "
+                    "of another model than its config.json, or in a form that cannot be merged into"
+                )
+            whole = Edit(stored.start, stored.end, DTYPES[stored.dtype], stored.shape, axis, layer)
+            edits[source.key] = _split(whole) if output.stacked and not of_experts else [whole]
+    return edits
+
+
+def _split(edit: Edit) -> list[Edit]:
+    """An edit for each expert of a tensor that stacks them."""
+    count, *shape = edit.shape
+    size = (edit.end - edit.start) // count
+    starts = range(edit.start, edit.end, size)
+    return [replace(edit, start=at, end=at + size, shape=tuple(shape), axis=edit.axis - 1) for at in starts]
+
+
+def _identity(checkpoint: Checkpoint, adapted: PeftModel, device: torch.device) -> dict[str, Any]:
+    """All that the bytes of the result follow from. A file that was changed in between has another time or size."""
+    digest = hashlib.sha256(json.dumps(adapted.active_peft_config.to_dict(), sort_keys=True, default=sorted).encode())
+    for name, tensor in sorted(get_peft_model_state_dict(adapted).items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    stats = {file: (checkpoint.path / file).stat() for file in checkpoint.files}
+    return {
+        "peft_edit": __version__,
+        "adapter": digest.hexdigest(),
+        "device": device.type,
+        "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
+    }
+
+
+def _other_files(checkpoint: Checkpoint) -> list[str]:
+    """Names of the index, configuration, tokenizer and other files, without the weights in other forms."""
+    templates = checkpoint.path / CHAT_TEMPLATE_DIR
+    files = (*checkpoint.path.iterdir(), *(templates.iterdir() if templates.is_dir() else ()))
+    names = (
+        str(file.relative_to(checkpoint.path)) for file in files if file.is_file() and not file.name.startswith(".")
+    )
+    weights = (*OTHER_WEIGHTS, "*.safetensors", "*.safetensors.index.json")
+    return sorted(name for name in names if name == checkpoint.index or not any(fnmatch(name, w) for w in weights))
+
+
+def _check_space(checkpoint: Checkpoint, todo: list[str], others: list[str], work: Path) -> None:
+    needed = sum((checkpoint.path / name).stat().st_size for name in (*todo, *others))
+    reused = sum(file.stat().st_size for file in work.glob("*.part"))
+    free = shutil.disk_usage(work).free + reused
+    if needed > free:
+        raise ValueError(
+            f"the merged checkpoint needs {needed / 1e9:.2f} GB more and {work.parent} has {free / 1e9:.2f} GB left: "
+            "make room or choose another disk"
+        )
+
+
+def _write_files(
+    checkpoint: Checkpoint, todo: list[str], edited: dict[str, list[Edit]], work: Path, device: torch.device
+) -> None:
+    """Write the files with tensors. Beside this thread, which copies, one merges the next tensor, and one waits until
+    the last file is on the disk."""
+    by_file: dict[str, list[Edit]] = {file: [] for file in todo}
+    for key, edits in edited.items():
+        if (file := checkpoint.tensors[key].file) in by_file:
+            by_file[file] += edits
+    for edits in by_file.values():
+        edits.sort(key=lambda edit: edit.start)
+    sizes = {file: (checkpoint.path / file).stat().st_size for file in todo}
+    buffer = memoryview(bytearray(COPY_BYTES))
+    with (
+        tqdm(total=sum(sizes.values()), desc="merging", unit="B", unit_scale=True, leave=None) as progress,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        calls = (partial(_merged, checkpoint.path / file, edit, device) for file in todo for edit in by_file[file])
+        merged = _one_ahead(pool, calls)
+        finishing: Future | None = None
+        for file, size in sizes.items():
+            part = work / f"{file}.part"
+            with (checkpoint.path / file).open("rb") as source, part.open("wb") as sink:
+                for edit in by_file[file]:
+                    _copy(source, sink, edit.start - source.tell(), progress, buffer)
+                    sink.write(next(merged))
+                    source.seek(edit.end)
+                    progress.update(edit.end - edit.start)
+                _copy(source, sink, size - source.tell(), progress, buffer)
+            if finishing:
+                finishing.result()
+            finishing = pool.submit(finish, part, work / file)
+        if finishing:
+            finishing.result()
+
+
+def _one_ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:
+    """Results of calls in their order. While one is in use, the next is made."""
+    pending: deque[Future] = deque()
+    for call in calls:
+        pending.append(pool.submit(call))
+        if len(pending) == 2:
+            yield pending.popleft().result()
+    for future in pending:
+        yield future.result()
+
+
+def _copy(source: BinaryIO, sink: BinaryIO, count: int, progress: tqdm, buffer: memoryview) -> None:
+    """Copy the next `count` bytes through a buffer."""
+    while count > 0:
+        piece = buffer[: min(count, len(buffer))]
+        _read(source, piece)
+        sink.write(piece)
+        progress.update(len(piece))
+        count -= len(piece)
+
+
+def _merged(path: Path, edit: Edit, device: torch.device) -> memoryview:
+    """The bytes of an edit, merged. They are in memory once."""
+    data = torch.empty(edit.end - edit.start, dtype=torch.uint8)
+    with path.open("rb", buffering=0) as source:
+        source.seek(edit.start)
+        _read(source, data.numpy().data)
+    tensor = data.view(edit.dtype).view(edit.shape).to(device)
+    edit.layer.merge_into(tensor, edit.axis, ADAPTER, out=tensor)
+    return tensor.cpu().view(torch.uint8).numpy().data
+
+
+def _read(source: BinaryIO, piece: memoryview) -> None:
+    """Fill `piece` from a file."""
+    while len(piece):
+        if not (size := source.readinto(piece)):
+            raise ValueError(f"{source.name} became shorter while it was read: merge again")
+        piece = piece[size:]

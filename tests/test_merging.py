@@ -1,0 +1,534 @@
+"""Merging a SEA adapter into a checkpoint on disk."""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ASSETS
+from hub_server import HubServer
+from mixtures import MIXTURES, tiny_mixture
+from peft import PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_sea_mixtures import write_edit
+from tiny import FAMILIES, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
+
+from peft_edit import HPRConfig, SEAConfig, cli, fingerprint, merge_checkpoint, merging
+from peft_edit.checkpoints import Source, axis_in_source
+from peft_edit.loading import load_structure
+
+
+INDEX = "model.safetensors.index.json"
+Free = namedtuple("Free", "total used free")
+
+
+def model_of(family, dtype=torch.float32):
+    return (tiny_mixture(family) if family in MIXTURES else tiny_model(family)).to(dtype)
+
+
+def make(folder: Path, family="llama", dtype=torch.float32, size="20KB", **fields) -> tuple[Path, Path]:
+    """A base checkpoint in several files and an adapter of it."""
+    base, adapter = folder / "base", folder / "adapter"
+    model = model_of(family, dtype)
+    model.save_pretrained(base, max_shard_size=size)
+    (base / "tokenizer.json").write_text("a tokenizer")
+    adapted = write_edit(get_peft_model(model, SEAConfig(**{"rescale": "none"} | fields)))
+    adapted.peft_config["default"].base_model_fingerprint = fingerprint(adapted)
+    adapted.save_pretrained(adapter)
+    return base, adapter
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return make(tmp_path)
+
+
+def in_memory(base, adapter) -> dict[str, torch.Tensor]:
+    """What `merge_and_unload` makes of them."""
+    return (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload().state_dict()
+    )
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def refused(match, *arguments, **options) -> None:
+    """Whether a merge fails in one line and leaves the folder above the output as it was."""
+    above = Path(arguments[2]).parent
+    before = files(above)
+    with pytest.raises(ValueError, match=match) as error:
+        merge_checkpoint(*arguments, **options)
+    assert "\n" not in str(error.value)
+    assert files(above) == before and not [file for file in above.iterdir() if ".partial" in file.name]
+
+
+# The result
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
+def test_equals_merge_and_unload_bit_for_bit(family, tmp_path):
+    base, adapter = make(tmp_path, family)
+    result = merge_checkpoint(base, adapter, tmp_path / "out", device="cpu")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    expected = in_memory(base, adapter)
+    assert merged.keys() == expected.keys()
+    assert [name for name in merged if not torch.equal(merged[name], expected[name])] == []
+
+    before, after = files(base), files(tmp_path / "out")
+    assert before.keys() == after.keys() and result.files == sum(name.endswith(".safetensors") for name in after) > 2
+    tensors = 0
+    for name in before:
+        if not name.endswith(".safetensors"):
+            assert after[name] == before[name]
+            continue
+        header = 8 + int.from_bytes(before[name][:8], "little")
+        assert after[name][:header] == before[name][:header] and len(after[name]) == len(before[name])
+        first, second = load_file(base / name), load_file(tmp_path / "out" / name)
+        changed = {key for key in first if first[key].numpy().tobytes() != second[key].numpy().tobytes()}
+        assert changed == set(result.edited) & set(first)
+        tensors += len(first)
+    assert result.tensors == tensors and result.path == tmp_path / "out" and result.resumed == 0
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "out"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
+def test_keeps_half_precision(family, tmp_path):
+    base, adapter = make(tmp_path, family, torch.bfloat16)
+    merge_checkpoint(base, adapter, tmp_path / "out", device="cpu")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    expected = in_memory(base, adapter)
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"rescale": "mean", "strength": 0.5}, {"rescale": "average"}, {"projections": "negative"}]
+)
+def test_every_kind_of_linear_edit(fields, tmp_path):
+    base, adapter = make(tmp_path, **fields)
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    merged, expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict(), in_memory(base, adapter)
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+def test_token_is_folded_with_the_recorded_error(tmp_path):
+    base, adapter = make(tmp_path, rescale="token")
+    with pytest.warns(UserWarning, match=r"relative error 0\.250 on average, 0\.250 at model\.layers") as caught:
+        result = merge_checkpoint(base, adapter, tmp_path / "out")
+    assert result.relative_error == 0.25
+    assert any(warning.filename == __file__ for warning in caught)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = in_memory(base, adapter)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+def test_one_file_without_an_index_keeps_its_metadata(tmp_path):
+    base, adapter = make(tmp_path, size="1GB")
+    tensors = load_file(base / "model.safetensors")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt", "origin": "elsewhere"})
+    assert merge_checkpoint(base, adapter, tmp_path / "out").files == 1
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as merged:
+        assert merged.metadata() == {"format": "pt", "origin": "elsewhere"}
+    assert not (tmp_path / "out" / INDEX).exists()
+
+
+def test_keys_without_the_models_prefix(tmp_path):
+    """As the Hub has GPT-2."""
+    base, adapter = make(tmp_path, "gpt2", size="1GB")
+    tensors = {
+        key.removeprefix("transformer."): tensor for key, tensor in load_file(base / "model.safetensors").items()
+    }
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    result = merge_checkpoint(base, adapter, tmp_path / "out")
+    assert "h.0.mlp.c_proj.bias" in result.edited and len(result.edited) == 6
+    merged, expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict(), in_memory(base, adapter)
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+def test_other_files_are_kept_and_other_weights_are_not(pair, tmp_path):
+    base, adapter = pair
+    kept = ["special_tokens_map.json", "modeling_x.py", "README.md", "additional_chat_templates/a.jinja"]
+    left = ["pytorch_model.bin", "training_args.bin", "consolidated.safetensors", "model.gguf", ".hidden", "sub/x.json"]
+    for name in (*kept, *left):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(name)
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    found = files(tmp_path / "out")
+    assert all(found[name] == name.encode() for name in kept) and not set(left) & set(found)
+
+
+def test_sites_without_a_fit_are_copied(tmp_path):
+    base, adapter = make(tmp_path, layers_to_transform=[1])
+    assert merge_checkpoint(base, adapter, tmp_path / "out").edited == ("model.layers.1.mlp.down_proj.weight",)
+
+
+class Sizes(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not out.is_meta and func is not torch.ops.aten.detach.default:
+            self.largest = max(self.largest, out.numel() * out.element_size())
+        return out
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss"])
+def test_memory_holds_an_edited_tensor_or_that_of_one_expert(family, tmp_path, monkeypatch):
+    base, adapter = make(tmp_path, family, size="1GB")
+    edits, sizes = [], []
+    merged = merging._merged
+
+    def measured(path, edit, device):
+        with Sizes() as seen:
+            result = merged(path, edit, device)
+        edits.append(edit)
+        sizes.append(seen.largest)
+        return result
+
+    monkeypatch.setattr(merging, "_merged", measured)
+    merge_checkpoint(base, adapter, tmp_path / "out", device="cpu")
+    assert max(sizes) == max(edit.end - edit.start for edit in edits) == 4 * 32 * 48
+    assert len(edits) == {"llama": 3, "mixtral": 3 * 4, "gpt_oss": 3 * 4 * 2}[family]
+
+
+def test_results_are_made_one_ahead():
+    made, used = [], []
+    with ThreadPoolExecutor(1) as pool:
+        for result in merging._one_ahead(pool, (partial(lambda i: made.append(i) or i, i) for i in range(5))):
+            used.append(result)
+            pool.submit(int).result()  # all that was asked for is made
+            assert len(made) == min(len(used) + 1, 5)
+    assert used == made == list(range(5))
+
+
+# Interrupted
+
+
+class Stopped(BaseException):
+    """As if the process had been killed: nothing is to catch it."""
+
+
+def stop_at(monkeypatch, name: str, count: int) -> None:
+    """Let the function of `merging` end the run at its `count`-th call."""
+    function, calls = getattr(merging, name), []
+
+    def counted(*arguments, **options):
+        calls.append(name)
+        if len(calls) == count:
+            raise Stopped
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(merging, name, counted)
+
+
+@pytest.mark.parametrize(("where", "count"), [("_merged", 1), ("_merged", 3), ("_copy", 4), ("finish", 2), ("sync", 3)])
+def test_goes_on_after_an_interruption(pair, tmp_path, monkeypatch, where, count):
+    base, adapter = pair
+    merge_checkpoint(base, adapter, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, where, count)
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    work = tmp_path / ".out.partial"
+    finished = {file.name: file.stat().st_ino for file in work.glob("*.safetensors")}
+    result = merge_checkpoint(base, adapter, tmp_path / "out")
+    assert result.resumed == len(finished)
+    assert all((tmp_path / "out" / name).stat().st_ino == inode for name, inode in finished.items())
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert not [file for file in tmp_path.iterdir() if ".partial" in file.name]
+
+
+def test_a_process_that_is_killed_leaves_no_output(pair, tmp_path):
+    base, adapter = pair
+    merge_checkpoint(base, adapter, tmp_path / "whole")
+    finish = merging.finish
+    if not (child := os.fork()):
+        merging.finish = lambda part, file: os._exit(9) if "00003" in file.name else finish(part, file)
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and not (tmp_path / "out").exists()
+    assert merge_checkpoint(base, adapter, tmp_path / "out").resumed == 2
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("changed", ["base", "adapter", "device"])
+def test_finished_files_of_another_merge_are_not_taken(pair, tmp_path, monkeypatch, changed):
+    base, adapter = pair
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "finish", 4)
+        if changed == "device":
+            patch.setattr(merging, "_identity", lambda *arguments: {"device": "cuda"})
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert len(list((tmp_path / ".out.partial").glob("*.safetensors"))) == 3
+    if changed == "base":
+        os.utime(base / "model-00001-of-00007.safetensors", ns=(1, 1))
+    elif changed == "adapter":
+        make(tmp_path, strength=0.5)
+    assert merge_checkpoint(base, adapter, tmp_path / "out").resumed == 0
+    merged, expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict(), in_memory(base, adapter)
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+def test_two_runs_do_not_write_to_one_folder(pair, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "finish", 2)
+        merge_checkpoint(*pair, tmp_path / "out")
+    descriptor = os.open(tmp_path / ".out.partial", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"^another run is writing"):
+        merge_checkpoint(*pair, tmp_path / "out")
+    assert files(tmp_path) == before
+    os.close(descriptor)
+    assert merge_checkpoint(*pair, tmp_path / "out").resumed == 1
+
+
+# Refused before anything is written
+
+
+def test_a_disk_that_is_too_small_is_found_first(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Free(10**9, 10**9, 1000))
+    refused(r"^the merged checkpoint needs 0\.00 GB more and .* has 0\.00 GB left: make room", *pair, tmp_path / "out")
+
+
+def test_output_folders_in_use(pair, tmp_path):
+    base, adapter = pair
+    (tmp_path / "file").write_text("mine")
+    for out, expected in (
+        (base, "is the base model's folder"),
+        (base / "merged", "is the base model's folder or lies in it"),
+        (base / ".." / "base", "is the base model's folder"),
+        (adapter, "is not empty"),
+        (tmp_path / "file", "is a file"),
+    ):
+        refused(expected, base, adapter, out)
+    (tmp_path / "link").symlink_to(base)
+    refused("is the base model's folder", base, adapter, tmp_path / "link")
+    (tmp_path / "empty").mkdir()
+    merge_checkpoint(base, adapter, tmp_path / "empty")
+    refused("is not empty", base, adapter, tmp_path / "empty")
+
+
+def damage(base: Path, how: str) -> None:
+    shards = sorted(base.glob("*.safetensors"))
+    index = json.loads((base / INDEX).read_text())
+    if how == "missing":
+        shards[2].unlink()
+    elif how == "truncated":
+        shards[2].write_bytes(shards[2].read_bytes()[:-10])
+    elif how == "unnamed":
+        del index["weight_map"][next(iter(load_file(shards[1])))]
+    elif how == "elsewhere":
+        index["weight_map"]["model.norm.weight"] = "../model.safetensors"
+    elif how == "no index":
+        index = []
+    elif how == "pickled":
+        for shard in shards:
+            shard.unlink()
+        (base / INDEX).unlink()
+        torch.save({}, base / "pytorch_model.bin")
+        return
+    elif how in ("integers", "another shape", "lacking"):
+        key = "model.layers.1.mlp.down_proj.weight"
+        shard = base / index["weight_map"][key]
+        tensors = load_file(shard)
+        if how == "lacking":
+            del tensors[key], index["weight_map"][key]
+        else:
+            tensors[key] = tensors[key].to(torch.int8) if how == "integers" else tensors[key][:, 1:].contiguous()
+        save_file(tensors, shard, metadata={"format": "pt"})
+    else:
+        config = json.loads((base / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "fp8"}
+        (base / "config.json").write_text(json.dumps(config))
+    (base / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("missing", "lacks 1 of the 7 files that its model.safetensors.index.json names, the first is model-00003"),
+        ("truncated", r"model-00003-of-00007\.safetensors is damaged"),
+        ("unnamed", "disagree about"),
+        ("elsewhere", "must name files beside it"),
+        ("no index", "is no index of a checkpoint"),
+        ("pickled", "its weights are pickled: pass a safetensors checkpoint"),
+        ("integers", r"is quantised \(I8\)"),
+        ("another shape", r"has shape \(32, 47\), model\.layers\.1\.mlp\.down_proj\.weight of the model \(32, 48\)"),
+        ("lacking", r"has 0 tensors for model\.layers\.1\.mlp\.down_proj\.weight, 1 expected"),
+        ("quantised", "is quantised: merge into the checkpoint that it was made from"),
+    ],
+)
+def test_damaged_checkpoints(pair, tmp_path, how, expected):
+    damage(pair[0], how)
+    refused(expected, *pair, tmp_path / "out", allow_fingerprint_mismatch=True)
+
+
+def test_adapters_of_other_models(pair, tmp_path):
+    base, _ = pair
+    (tmp_path / "other").mkdir()
+    other = make(tmp_path / "other", "gpt2")[1]
+    refused("was fitted on another model", base, other, tmp_path / "out")
+    refused("Target modules .* not found", base, other, tmp_path / "out", allow_fingerprint_mismatch=True)
+    wide = tiny_model("llama", hidden_size=64)
+    adapted = get_peft_model(wide, SEAConfig(rescale="none", init_weights=False))
+    adapted.save_pretrained(tmp_path / "wide")
+    refused("does not fit the model: .*size mismatch", base, tmp_path / "wide", tmp_path / "out")
+    (tmp_path / "weights").mkdir()
+    model = tiny_model("llama", seed=1)
+    model.save_pretrained(tmp_path / "weights")
+    refused("was fitted on another model", tmp_path / "weights", pair[1], tmp_path / "out")
+    merge_checkpoint(tmp_path / "weights", pair[1], tmp_path / "out", allow_fingerprint_mismatch=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (lambda: HPRConfig(), r"is an adapter of another method \(HPR\): only SEA merges"),
+        (lambda: SEAConfig(init_weights=False, feature_map="tanh"), "its feature map 'tanh' is not linear"),
+        (lambda: SEAConfig(init_weights=False, site="block"), "which is no linear layer"),
+        (lambda: SEAConfig(init_weights=False, modules_to_save=["lm_head"]), r"trained modules \(lm_head\)"),
+        (lambda: SEAConfig(), "edits nothing: fit it first"),
+    ],
+    ids=["hpr", "feature map", "block", "modules_to_save", "unfitted"],
+)
+def test_adapters_that_do_not_merge(pair, tmp_path, config, expected):
+    get_peft_model(tiny_model(), config()).save_pretrained(tmp_path / "other")
+    refused(expected, pair[0], tmp_path / "other", tmp_path / "out")
+
+
+def test_devices(pair, tmp_path):
+    refused(r"this machine has 0 CUDA devices: pass cpu|has 1 CUDA", *pair, tmp_path / "out", device="cuda:7")
+    refused("device must be auto, cpu, cuda", *pair, tmp_path / "out", device="gpu")
+
+
+@pytest.mark.parametrize("family", [*MIXTURES, "gpt2"])
+def test_fingerprint_of_the_files_is_that_of_the_model(family, tmp_path):
+    """Also where experts are tensors of their own on disk, and one in memory."""
+    base, adapter = make(tmp_path, family)
+    expected = fingerprint(AutoModelForCausalLM.from_pretrained(base))
+    structure = load_structure(str(base))
+    assert expected is not None and fingerprint(structure) == expected
+    assert fingerprint(PeftModel.from_pretrained(structure, adapter)) == expected
+
+
+@pytest.mark.parametrize(
+    ("operations", "stored", "axis", "expected"),
+    [
+        ([], (4, 32, 48), 1, 1),
+        ([], (4, 32, 47), 1, None),
+        ([MergeModulelist(0)], (32, 48), 1, 0),
+        ([MergeModulelist(0)], (32, 48), 2, 1),
+        ([MergeModulelist(0)], (48, 32), 1, None),
+        ([Transpose(1, 2)], (4, 48, 32), 1, 2),
+        ([Transpose(1, 2)], (4, 32, 48), 1, None),
+        ([Transpose(1, 2, check_dims=True)], (4, 48, 32), 1, 2),
+        ([Transpose(1, 2, check_dims=True)], (4, 32, 48), 1, 1),
+        ([Transpose(0, 1), MergeModulelist(0)], (48, 32), 1, 1),
+        ([Concatenate(1)], (4, 32, 48), 1, None),
+    ],
+)
+def test_axis_of_the_output_in_the_file(operations, stored, axis, expected):
+    """The operations turn a tensor of that shape into the parameter, with its axis where it is found."""
+    assert axis_in_source(Source("key", tuple(operations)), stored, (4, 32, 48), axis) == expected
+
+
+# The command, and the Hub
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peft-edit", "merge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def test_command(tmp_path, run):
+    base, adapter = make(tmp_path, rescale="token")
+    status, out, err = run(base, adapter, tmp_path / "out", "--json", tmp_path / "merge.json")
+    results = json.loads((tmp_path / "merge.json").read_text())
+    assert status == 0 and out == f"Merged into 3 of 30 tensors; 7 files, 0.00 GB: {tmp_path / 'out'}\n"
+    assert "Warning: Merging adapter 'default' replaces its rescale='token'" in err and ".py" not in err
+    assert results["relative_error"] == 0.25 and len(results["edited"]) == 3 and results["files"] == 7
+    for arguments, expected in (
+        ([base, adapter, tmp_path / "out"], "is not empty"),
+        ([base, adapter, tmp_path / "new", "--private"], "--private needs --push"),
+        ([base, tmp_path / "nowhere", tmp_path / "new"], "there is no folder"),
+        ([ASSETS / "model", adapter, tmp_path / "new"], "--allow-fingerprint-mismatch"),
+        ([base, base, tmp_path / "new"], "has no adapter_config.json"),
+    ):
+        status, out, err = run(*arguments)
+        lines = [line for line in err.splitlines() if line.startswith("peft-edit: ")]
+        assert status == 2 and not out and len(lines) == 1 and expected in lines[0]
+    assert not (tmp_path / "new").exists()
+
+
+class Api:
+    """What is asked of the Hub; the upload fails as often as told."""
+
+    def __init__(self, failures=0):
+        self.asked, self.failures = [], failures
+
+    def whoami(self):
+        self.asked.append("whoami")
+
+    def create_repo(self, repo_id, **options):
+        self.asked.append((repo_id, options))
+        return namedtuple("Url", "repo_id")(repo_id)
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        self.failures -= 1
+        if self.failures >= 0:
+            raise OSError("the line is cut")
+        self.asked.append((repo_id, sorted(os.listdir(folder_path))))
+
+
+def test_push(pair, tmp_path, run, monkeypatch):
+    api = Api()
+    monkeypatch.setattr(merging, "HfApi", lambda: api)
+    assert run(*pair, tmp_path / "out", "--push", "user/merged", "--private")[0] == 0
+    asked, created, uploaded = api.asked
+    assert asked == "whoami" and created == ("user/merged", {"private": True, "exist_ok": True})
+    assert uploaded == ("user/merged", sorted(os.listdir(pair[0])))
+    api = Api(failures=1)
+    status, _, err = run(*pair, tmp_path / "again", "--push", "user/merged")
+    expected = f"{tmp_path / 'again'} is complete but was not uploaded to user/merged (the line is cut): run hf upload"
+    assert status == 2 and expected in err
+
+
+def test_from_the_hub(pair, tmp_path):
+    base, adapter = pair
+    repositories = {
+        "models/user/base": {**files(base), "pytorch_model.bin": b"not wanted"},
+        "models/user/adapter": files(adapter),
+    }
+    with HubServer(repositories) as hub:
+        command = [sys.executable, "-m", "peft_edit.cli", "merge", "user/base", "user/adapter", tmp_path / "out"]
+        result = subprocess.run(command, env=hub.environment(tmp_path / "home"), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert not any("pytorch_model.bin" in request for request in hub.requests)
+    merge_checkpoint(base, adapter, tmp_path / "local")
+    assert files(tmp_path / "out") == files(tmp_path / "local")
