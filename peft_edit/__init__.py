@@ -5,10 +5,12 @@ from .contrast import load_contrast_set
 from .evaluation import evaluate_multiple_choice, perplexity
 from .fingerprint import fingerprint
 from .fitting import fit_sea
-from .registration import register
+from .hub import push_to_hub
+from .registration import leave_cards_to, register
 from .selection import select_layers
 from .store import ActivationStore
 from .training import HPRTrainer, HPRTrainingArguments
+from .tuners.config import EditConfig
 from .tuners.editing import edit_strength
 from .tuners.hpr import HPRConfig, HPRModel
 from .tuners.sea import SEAConfig, SEAModel
@@ -17,6 +19,7 @@ from .version import __version__
 
 register("sea", SEAConfig, SEAModel)
 register("hpr", HPRConfig, HPRModel)
+leave_cards_to(EditConfig)
 
 __all__ = [
     "ActivationStore",
@@ -34,5 +37,6 @@ __all__ = [
     "fit_sea",
     "load_contrast_set",
     "perplexity",
+    "push_to_hub",
     "select_layers",
 ]

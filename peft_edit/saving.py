@@ -10,6 +10,8 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from .cards import README, may_replace
+
 
 def check_adapter_folder(path: Path, method: str, *others: str) -> None:
     """Raise ValueError unless nothing is at `path`, or an empty folder, or an adapter of a method ("SEA", "HPR"), or a
@@ -33,7 +35,8 @@ def check_adapter_folder(path: Path, method: str, *others: str) -> None:
 
 
 def save_adapter(model: PeftModel, path: Path, texts: Mapping[str, str] | None = None, *others: str) -> None:
-    """Save an adapter, with further files of these names and texts. A README.md that is there already is kept. For
+    """Save an adapter, with further files of these names and texts. A README.md that is the
+    user's own is kept. For
     `others` see `check_adapter_folder`.
 
     Raises:
@@ -46,6 +49,7 @@ def save_adapter(model: PeftModel, path: Path, texts: Mapping[str, str] | None =
         for name, text in (texts or {}).items():
             (Path(temporary) / name).write_text(text, encoding="utf-8")
         for file in Path(temporary).iterdir():
-            if file.name == "README.md" and (path / file.name).exists():
-                continue  # the user may have written it
-            os.replace(file, path / file.name)
+            target = path / file.name
+            if file.name == README and target.exists() and not may_replace(target.read_text(encoding="utf-8")):
+                continue  # the user's own
+            os.replace(file, target)

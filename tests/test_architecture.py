@@ -27,12 +27,14 @@ ALLOWED = {
     "prompts": set(),
     "contrast": {"prompts"},
     "plan": {"prompts"},
-    "saving": set(),
+    "cards": {"sites"},
+    "saving": {"cards"},
     "fingerprint": {"sites"},
-    "tuners": {"functional", "registration", "sites", "tuners"},
+    "tuners": {"cards", "functional", "registration", "sites", "tuners"},
     "inference": {"sites"},
     "activations": {"contrast", "fingerprint", "inference", "plan", "prompts", "sites", "store", "tuners"},
-    "adapters": {"fingerprint", "sites", "store", "tuners"},
+    "hub": {"cards", "tuners"},
+    "adapters": {"cards", "fingerprint", "sites", "store", "tuners"},
     "fitting": {"adapters", "functional", "store", "tuners"},
     "training": {"adapters", "functional", "sites", "store", "tuners"},
     "selection": {"adapters", "store", "tuners"},
@@ -66,7 +68,7 @@ def test_imports_go_one_way(part):
 
 def test_every_module_has_its_place():
     modules = {p.stem if p.is_file() else p.name for p in PACKAGE.iterdir() if p.suffix == ".py" or p.is_dir()}
-    assert modules - {"__init__", "__pycache__", "version", "cli", "data"} == set(ALLOWED)
+    assert modules - {"__init__", "__pycache__", "version", "cli", "data", "templates"} == set(ALLOWED)
 
 
 def test_mathematics_needs_torch_alone():

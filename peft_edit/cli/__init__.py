@@ -8,7 +8,7 @@ import warnings
 import typer
 from safetensors import SafetensorError
 
-from . import activations, demo, evaluate, hpr, sea
+from . import activations, demo, evaluate, hpr, hub, sea
 
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ app.command("fit-sea")(sea.fit_sea)
 app.command("train-hpr")(hpr.train_hpr)
 app.command("select")(hpr.select)
 app.command("evaluate")(evaluate.evaluate)
+app.command("card")(hub.card)
+app.command("push")(hub.push)
 
 
 # What the messages of the Python functions advise, in the words of the command line.
@@ -36,6 +38,7 @@ OPTIONS = {
     "target_modules": "--target-modules",
     "data_files=": "--data-files ",
     "prompt_format=": "--prompt-format ",
+    "base_model must": "--base-model must",
     "max_new_tokens": "--max-new-tokens",
     "num_angle_layers": "--num-angle-layers",
     "angle_hidden_size": "--angle-hidden-size",

@@ -24,7 +24,9 @@ Limit = Annotated[int | None, typer.Option(help="Use so many rows only.", min=1)
 Skip = Annotated[int, typer.Option(help="Leave out so many first rows.", min=0)]
 Layers = Annotated[str | None, typer.Option(help="Decoder blocks, such as 0-3,7. Default: all.")]
 PromptFormat = Annotated[str, typer.Option(help="auto, chat or plain.")]
-Adapter = Annotated[str | None, typer.Option(help="Adapter to load: id on the Hub or local folder.")]
+Adapter = Annotated[
+    str | None, typer.Option(help="Adapter to load: local folder, or id on the Hub, user/name or user/name@revision.")
+]
 Revision = Annotated[str | None, typer.Option(help="Revision of the base model on the Hub.")]
 Dtype = Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")]
 DeviceMap = Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, ...")]
@@ -75,10 +77,9 @@ def load_adapter(model, adapter: str, allow_fingerprint_mismatch: bool = False):
 
     from ..fingerprint import fingerprint
 
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        check_local(adapter, file)
+    folder = adapter_folder(adapter)
     try:
-        config = PeftConfig.from_pretrained(adapter)
+        config = PeftConfig.from_pretrained(folder)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"adapter_config.json of {adapter} is none that PEFT or peft_edit reads: {error}") from error
     if config.peft_type is None:
@@ -91,11 +92,11 @@ def load_adapter(model, adapter: str, allow_fingerprint_mismatch: bool = False):
             "load its base model, or pass --allow-fingerprint-mismatch"
         )
     try:
-        weights = load_peft_weights(adapter, device="cpu")
+        weights = load_peft_weights(folder, device="cpu")
     except SafetensorError as error:
         raise ValueError(f"the tensors of {adapter} are damaged ({error}): save the adapter again") from error
     try:
-        adapted = PeftModel.from_pretrained(model, adapter)
+        adapted = PeftModel.from_pretrained(model, folder)
     except RuntimeError as error:  # torch's collected errors of load_state_dict
         raise ValueError(f"{adapter} does not fit the model: {error}") from error
     if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
@@ -108,6 +109,17 @@ def load_adapter(model, adapter: str, allow_fingerprint_mismatch: bool = False):
                 "the file does not belong to its adapter_config.json; save the adapter again"
             )
     return adapted
+
+
+def adapter_folder(adapter: str) -> str:
+    """The folder with an adapter's configuration and tensors: the given one, or in the Hub's cache."""
+    from ..hub import download_adapter
+
+    # A folder may have an @ in its name.
+    name, _, revision = (adapter, "", "") if Path(adapter).exists() else adapter.partition("@")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        check_local(name, file)
+    return name if Path(name).is_dir() else str(download_adapter(name, revision or None))
 
 
 def check_local(name: str, file: str) -> None:

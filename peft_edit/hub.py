@@ -1,0 +1,317 @@
+"""Adapters to the Hub, in one commit with their model cards, and from it."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HTTPError,  # of the HTTP library, whose name differs between releases
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .cards import README, Results, for_repository, index_card, is_generated, may_replace, model_card, write_card
+from .tuners.config import EditConfig
+
+
+logger = logging.getLogger(__name__)
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    base_model: str | None = None,
+    results: Iterable[Results] = (),
+) -> CommitInfo:
+    """Save the adapters of a model and upload them, with their model card, in one commit.
+
+    `model.push_to_hub` of Transformers uploads the same tensors and replaces the card by a template.
+
+    Args:
+        model: a `PeftModel`, whose adapters are all uploaded, those not named "default" to folders of their names; or a
+            Transformers model after `add_adapter`, of which the active one is.
+        base_model, results: for the card, see `model_card`; they need an adapter named "default".
+        repo_id, commit_message, commit_description, private, token, revision, create_pr: see `push_folder`.
+
+    Returns:
+        The commit.
+
+    Raises:
+        See `push_folder`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        if base_model is not None or results:
+            write_card(folder, read_config(Path(folder)), base_model=base_model, results=results)
+        return push_folder(
+            folder,
+            repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Upload a folder with a saved adapter in one commit. When it fails, the Hub is as it was before.
+
+    Hidden files and the checkpoints of a training stay here. A README.md that somebody has written, here or in the
+    repository, is not replaced by a generated card.
+
+    Args:
+        folder: with `adapter_config.json`, or with folders that have it.
+        repo_id: "user/name", or "name" for your own.
+        commit_message: by default "Upload SEA adapter" or the like.
+        commit_description: of the commit.
+        private: whether a repository that does not exist yet is made private. None: as is usual for you there.
+        token: None for the one that `hf auth login` has stored.
+        revision: branch, which is created where it does not exist yet; None for main.
+        create_pr: open a pull request instead of changing the branch.
+
+    Returns:
+        The commit.
+
+    Raises:
+        ValueError: the folder holds no adapter, or a damaged one; the Hub refuses the names or the card.
+        PermissionError: the token is wrong or missing, or may not write there.
+        FileNotFoundError: no such repository or revision.
+        ConnectionError: the Hub cannot be reached, or offline mode is on.
+        OSError: the Hub fails otherwise.
+    """
+    folder = Path(folder)
+    configs = _read_adapters(folder)
+    left: list[str] = []  # what could not be taken back
+    api = HfApi(token=token)
+    with _plain_errors(f"nothing was uploaded to {repo_id}", repo_id, revision, left):
+        validate_repo_id(repo_id)
+        if "/" not in repo_id:
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
+        with _prepared(api, repo_id, private, revision, create_pr, left):
+            methods = sorted({config.peft_type.value for config in configs.values()})
+            return api.create_commit(
+                repo_id,
+                _operations(api, folder, configs, repo_id, revision),
+                commit_message=commit_message or f"Upload {' and '.join(methods)} adapter",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+
+def download_adapter(repo_id: str, revision: str | None = None) -> Path:
+    """The folder in the Hub's cache with an adapter's configuration and tensors, both of one commit, downloaded unless
+    they are there.
+
+    Args:
+        repo_id: "user/name".
+        revision: branch, tag or commit; None for main.
+
+    Raises:
+        FileNotFoundError: no such repository or revision, or one without an adapter.
+        PermissionError, ConnectionError, OSError: as for `push_folder`.
+    """
+    with _plain_errors(f"{repo_id} cannot be loaded", repo_id, revision):
+        folder = Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision)).parent
+        hf_hub_download(repo_id, SAFETENSORS_WEIGHTS_NAME, revision=folder.name)
+    return folder
+
+
+def read_config(folder: Path) -> EditConfig:
+    """The configuration of the SEA or HPR adapter in a folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    config = _read_adapters(folder).get("")
+    if not isinstance(config, EditConfig):
+        raise ValueError(f"{folder} holds no SEA or HPR adapter: pass the folder that was saved")
+    return config
+
+
+def _read_adapters(folder: Path) -> dict[str, PeftConfig]:
+    """Configurations of the adapter in a folder, "", and of those in folders in it, by their names."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}: pass the folder that was saved")
+    places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and not _stays(path))]
+    configs = {}
+    for place in places:
+        if not (place / CONFIG_NAME).exists():
+            continue
+        try:
+            config = PeftConfig.from_pretrained(str(place))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{place / CONFIG_NAME} is none that PEFT or peft_edit reads: {error}") from error
+        if config.peft_type is None:
+            raise ValueError(f"{place / CONFIG_NAME} has no peft_type: save the adapter again")
+        _check_weights(place)
+        configs["" if place == folder else place.name] = config
+    if not configs:
+        raise ValueError(f"{folder} holds no adapter (no {CONFIG_NAME}): pass the folder that was saved")
+    return configs
+
+
+def _check_weights(place: Path) -> None:
+    """Raise ValueError for an adapter without its tensors, before a repository is made of it."""
+    file = place / SAFETENSORS_WEIGHTS_NAME
+    if (place / WEIGHTS_NAME).exists() and not file.exists():
+        return
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): save the adapter again") from error
+
+
+def _stays(path: Path) -> bool:
+    """Whether a file or folder of an adapter's folder is not for others: hidden, or a checkpoint of a training."""
+    return path.name.startswith(".") or path.name.startswith("checkpoint-") or path.name.endswith(".unfinished.json")
+
+
+def _operations(
+    api: HfApi, folder: Path, configs: dict[str, PeftConfig], repo_id: str, revision: str | None
+) -> list[CommitOperationAdd]:
+    """All files of a folder, with the name of the repository in the generated cards."""
+    files: dict[str, Path | str] = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_file() and not any(_stays(folder / part) for part in relative.parts):
+            files[relative.as_posix()] = path
+    for place, config in configs.items():
+        name = f"{place}/{README}" if place else README
+        text = files[name].read_text(encoding="utf-8") if name in files else ""
+        if isinstance(config, EditConfig) and may_replace(text):
+            text = text if is_generated(text) else str(model_card(config))
+            files[name] = for_repository(text, repo_id, place)
+    if README not in files:
+        files[README] = str(index_card(configs))
+    if isinstance(files[README], str) and _has_own_readme(api, repo_id, revision):
+        logger.warning("the README.md of %s is not a generated card and stays as it is", repo_id)
+        del files[README]
+    return [
+        CommitOperationAdd(name, file.encode() if isinstance(file, str) else str(file)) for name, file in files.items()
+    ]
+
+
+def _has_own_readme(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    """Whether somebody has written the README.md of a repository, or edited the card there."""
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            path = api.hf_hub_download(repo_id, README, revision=revision, local_dir=temporary)
+        except EntryNotFoundError:
+            return False
+        return not may_replace(Path(path).read_text(encoding="utf-8", errors="replace"))
+
+
+@contextmanager
+def _prepared(
+    api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool, left: list[str]
+) -> Iterator[None]:
+    """Create the repository and the branch that are missing, and take them back when the block fails."""
+    undo: list[tuple[str, Callable[[], None]]] = []
+    head = None
+    try:
+        if not api.repo_exists(repo_id):
+            api.create_repo(repo_id, private=private)
+            undo.append((f"the repository {repo_id}", lambda: api.delete_repo(repo_id)))
+        named = revision is not None and not revision.startswith("refs/")
+        if named and _create_branch(api, repo_id, revision, create_pr):
+            undo.append((f"the branch {revision}", lambda: api.delete_branch(repo_id, branch=revision)))
+        if undo:
+            head = api.repo_info(repo_id, revision=revision).sha
+        yield
+    except BaseException:
+        if undo:  # the first has the others in it
+            what, take_back = undo[0]
+            try:
+                if head in (None, api.repo_info(repo_id, revision=revision).sha):
+                    take_back()
+                else:  # only the answer was lost
+                    left.append("the commit has arrived all the same")
+            except (HTTPError, OSError):
+                left.append(f"{what} was created, is empty and cannot be deleted: delete it, or upload again")
+        raise
+
+
+def _create_branch(api: HfApi, repo_id: str, branch: str, create_pr: bool) -> bool:
+    """Whether a branch was created; False where there is one."""
+    try:
+        api.create_branch(repo_id, branch=branch)
+    except HfHubHTTPError as error:
+        # Everybody may open a pull request, but not create a branch.
+        if error.response.status_code == 409 or (error.response.status_code == 403 and create_pr):
+            return False
+        raise
+    return True
+
+
+@contextmanager
+def _plain_errors(what: str, repo_id: str, revision: str | None, left: Iterable[str] = ()) -> Iterator[None]:
+    """Say in one line what the Hub's client says in several, or in the words of its HTTP library."""
+    try:
+        yield
+    except (HTTPError, OSError, RuntimeError, EntryNotFoundError) as error:
+        kind, reason = _explain(error, repo_id, revision)
+        raise kind("; ".join([f"{what}: {reason}", *left])) from error
+
+
+def _explain(error: BaseException, repo_id: str, revision: str | None) -> tuple[type[Exception], str]:
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # of the upload of one file
+        kind, reason = _explain(error.__cause__, repo_id, revision)
+        return kind, f"{str(error).rstrip('.')} ({reason})"
+    if isinstance(error, LocalTokenNotFoundError):
+        return PermissionError, "there is no token: log in (hf auth login), or pass one"
+    if isinstance(error, OfflineModeIsEnabled):
+        return ConnectionError, "HF_HUB_OFFLINE is set: unset it"
+    if isinstance(error, LocalEntryNotFoundError):
+        return ConnectionError, "the Hub cannot be reached or HF_HUB_OFFLINE is set, and it is not in the cache"
+    if isinstance(error, RevisionNotFoundError):
+        return FileNotFoundError, f"{repo_id} has no revision {revision}: pass a branch, tag or commit of it"
+    if isinstance(error, EntryNotFoundError):
+        return FileNotFoundError, f"it has no {CONFIG_NAME} or {SAFETENSORS_WEIGHTS_NAME}: it is no adapter"
+    if isinstance(error, RepositoryNotFoundError):
+        return FileNotFoundError, f"there is no {repo_id} on the Hub, or your token may not see it: check both"
+    if isinstance(error, HfHubHTTPError):
+        status, message = error.response.status_code, " ".join((error.server_message or "").split())
+        if status == 401:
+            return PermissionError, f"the Hub refuses the token ({message or status}): log in again (hf auth login)"
+        if status == 403:
+            return PermissionError, f"the token may not do that ({message or status}): use one with write access there"
+        return OSError, f"the Hub answers {status} ({message or 'no reason given'}): try again later"
+    if isinstance(error, HTTPError):
+        return ConnectionError, f"the Hub cannot be reached ({str(error) or type(error).__name__}): try again later"
+    return type(error) if isinstance(error, OSError) else OSError, str(error)
