@@ -284,7 +284,7 @@ def _plain_errors(what: str, repo_id: str, revision: str | None, left: Iterable[
     """Say in one line what the Hub's client says in several, or in the words of its HTTP library."""
     try:
         yield
-    except (HTTPError, OSError, RuntimeError, EntryNotFoundError) as error:
+    except (HTTPError, OSError, RuntimeError, ValueError, EntryNotFoundError) as error:
         kind, reason = _explain(error, repo_id, revision)
         raise kind("; ".join([f"{what}: {reason}", *left])) from error
 
@@ -314,4 +314,4 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> tuple[
         return OSError, f"the Hub answers {status} ({message or 'no reason given'}): try again later"
     if isinstance(error, HTTPError):
         return ConnectionError, f"the Hub cannot be reached ({str(error) or type(error).__name__}): try again later"
-    return type(error) if isinstance(error, OSError) else OSError, str(error)
+    return ValueError if isinstance(error, ValueError) else OSError, " ".join(str(error).split())

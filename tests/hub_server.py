@@ -96,6 +96,7 @@ class HubServer:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
         # xet is another protocol, and a proxy would take the requests away from this server
         kept |= {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        kept["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         here = "127.0.0.1,localhost"
         return kept | {"HF_HOME": str(home), "NO_PROXY": here, "no_proxy": here, **variables}
 
