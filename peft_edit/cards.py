@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig
 
@@ -81,7 +82,7 @@ def model_card(config: PeftConfig, *, base_model: str | None = None, results: It
         settings=_settings(config, method),
         layers=_sea_layers(config) if method == "SEA" else _hpr_layers(config),
         has_statistics=method == "SEA" and set(config.fit_statistics) == set(config.rank_pattern),
-        fitted_on=fitted_on,
+        fitted_on=fitted_on if {"demonstrations", "token_pairs"} & set(fitted_on) else {},
         data_text=_link(data_id, "datasets/") if data_id else f"`{fitted_on['data']}`" if "data" in fitted_on else None,
         results=[
             (heading, tables)
@@ -107,13 +108,19 @@ def write_card(folder: str | os.PathLike, config: PeftConfig, **kwargs: Any) -> 
     Returns:
         Whether the card was written.
     """
-    path = Path(folder) / README
-    if path.exists() and not may_replace(path.read_text(encoding="utf-8", errors="replace")):
+    if has_own_readme(Path(folder)):
         return False
+    path = Path(folder) / README
     temporary = path.with_name(f".{README}.tmp")
     model_card(config, **kwargs).save(temporary)
     os.replace(temporary, path)
     return True
+
+
+def has_own_readme(folder: Path) -> bool:
+    """Whether somebody has written the README.md in a folder, or edited it."""
+    path = folder / README
+    return path.exists() and not may_replace(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def may_replace(text: str) -> bool:
@@ -147,7 +154,7 @@ def index_card(configs: Mapping[str, PeftConfig]) -> ModelCard:
         f"- [{folder}]({folder}/{README}): {cards[folder].data.model_name}" if folder in cards else f"- {folder}"
         for folder in configs
     )
-    card = ModelCard.from_template(data, template_str="---\n{{ card_data }}\n---\n\n{{ text }}\n", text=text)
+    card = ModelCard.from_template(data, template_str="---\n{{ card_data }}\n---\n\n{{ text }}", text=f"{text}\n")
     return ModelCard(_with_marker(str(card)))
 
 
@@ -172,7 +179,7 @@ def _is_stub(text: str) -> bool:
     template = ModelCard.from_template(ModelCardData()).text.splitlines()
     known = {line.strip() for line in template} | {"### Framework versions"}
     filled_in = re.compile(r"- PEFT [\w.]+|This is the model card of a .* transformers model that has been pushed .*")
-    lines = (line.strip() for line in ModelCard(text, ignore_metadata_errors=True).text.splitlines())
+    lines = (line.strip() for line in REGEX_YAML_BLOCK.sub("", text, count=1).splitlines())
     return all(line in known or filled_in.fullmatch(line) for line in lines)
 
 

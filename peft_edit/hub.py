@@ -25,7 +25,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .cards import README, Results, for_repository, index_card, is_generated, may_replace, model_card, write_card
+from .cards import README, Results, for_repository, has_own_readme, index_card, is_generated, model_card, write_card
 from .tuners.config import EditConfig
 
 
@@ -213,13 +213,12 @@ def _operations(
             files[relative.as_posix()] = path
     for place, config in configs.items():
         name = f"{place}/{README}" if place else README
-        text = files[name].read_text(encoding="utf-8") if name in files else ""
-        if isinstance(config, EditConfig) and may_replace(text):
-            text = text if is_generated(text) else str(model_card(config))
-            files[name] = for_repository(text, repo_id, place)
+        if isinstance(config, EditConfig) and not has_own_readme(folder / place):
+            text = files[name].read_text(encoding="utf-8") if name in files else ""
+            files[name] = for_repository(text if is_generated(text) else str(model_card(config)), repo_id, place)
     if README not in files:
         files[README] = str(index_card(configs))
-    if isinstance(files[README], str) and _has_own_readme(api, repo_id, revision):
+    if isinstance(files[README], str) and _repository_has_own_readme(api, repo_id, revision):
         logger.warning("the README.md of %s is not a generated card and stays as it is", repo_id)
         del files[README]
     return [
@@ -227,14 +226,13 @@ def _operations(
     ]
 
 
-def _has_own_readme(api: HfApi, repo_id: str, revision: str | None) -> bool:
-    """Whether somebody has written the README.md of a repository, or edited the card there."""
+def _repository_has_own_readme(api: HfApi, repo_id: str, revision: str | None) -> bool:
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            path = api.hf_hub_download(repo_id, README, revision=revision, local_dir=temporary)
+            api.hf_hub_download(repo_id, README, revision=revision, local_dir=temporary)
         except EntryNotFoundError:
             return False
-        return not may_replace(Path(path).read_text(encoding="utf-8", errors="replace"))
+        return has_own_readme(Path(temporary))
 
 
 @contextmanager

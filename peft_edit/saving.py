@@ -10,7 +10,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from .cards import README, may_replace
+from .cards import README, has_own_readme
 
 
 def check_adapter_folder(path: Path, method: str, *others: str) -> None:
@@ -49,7 +49,6 @@ def save_adapter(model: PeftModel, path: Path, texts: Mapping[str, str] | None =
         for name, text in (texts or {}).items():
             (Path(temporary) / name).write_text(text, encoding="utf-8")
         for file in Path(temporary).iterdir():
-            target = path / file.name
-            if file.name == README and target.exists() and not may_replace(target.read_text(encoding="utf-8")):
-                continue  # the user's own
-            os.replace(file, target)
+            if file.name == README and has_own_readme(path):
+                continue
+            os.replace(file, path / file.name)
