@@ -247,13 +247,13 @@ def _read_results(results: Results) -> dict[str, Any]:
     measures = {name: value for name, value in given.items() if isinstance(value, float) and name != "strength"}
     if "adapter" not in given or not measures:
         raise ValueError(f"{where} must be what peft-edit evaluate --json wrote, with adapter and mc1 or the like")
-    data, questions = given.get("data") or {}, given.get("questions")
+    data, questions = given.get("data") or {}, given.get("questions")  # the scores of each, or their number
     return {
         "edited": given["adapter"] is not None,
         "strength": given.get("strength", 1.0),
         "data": data_name(data["name"]) if data.get("name") else None,
         "split": data.get("split"),
-        "questions": len(questions) if isinstance(questions, list) else None,
+        "questions": len(questions) if isinstance(questions, list) else questions,
         "measures": measures,
     }
 
