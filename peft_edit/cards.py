@@ -36,6 +36,8 @@ SETTINGS = {
     "HPR": ("rotation", "alpha", "gate", "token_scope", "num_angle_layers", "angle_hidden_size"),
 }
 FIT_SETTINGS = ("positive_energy", "negative_energy", "centered")
+# Statistics of a site that are shown where all sites have them.
+SITE_STATISTICS = ("mean_rescale", "relative_error")
 # Measure -> its name in tables, the factor there and the decimals. Others are shown by their own names.
 MEASURES = {"mc1": ("MC1 %", 100, 1), "mc2": ("MC2 %", 100, 1), "perplexity": ("perplexity", 1, 3)}
 SIDE_EFFECTS = ("perplexity",)
@@ -62,6 +64,7 @@ def model_card(config: PeftConfig, *, base_model: str | None = None, results: It
     base_id = name if name and _is_hub_id(name) else None
     title = f"{method} adapter for {Path(name).name}" if name else f"{method} adapter"
     read = [_read_results(result) for result in results]
+    layers = _sea_layers(config) if method == "SEA" else _hpr_layers(config)
     fitted_on = config.fitted_on
     data_id = _data_id(fitted_on.get("data"))
     data = ModelCardData(
@@ -80,8 +83,8 @@ def model_card(config: PeftConfig, *, base_model: str | None = None, results: It
         base_id=base_id,
         base_text=_link(base_id, "") if base_id else f"`{Path(name).name}`" if name else "its base model",
         settings=_settings(config, method),
-        layers=_sea_layers(config) if method == "SEA" else _hpr_layers(config),
-        has_statistics=method == "SEA" and set(config.fit_statistics) == set(config.rank_pattern),
+        layers=layers,
+        has_statistics=all(set(SITE_STATISTICS) <= set(layer) for layer in layers),
         fitted_on=fitted_on if {"demonstrations", "token_pairs"} & set(fitted_on) else {},
         data_text=_link(data_id, "datasets/") if data_id else f"`{fitted_on['data']}`" if "data" in fitted_on else None,
         results=[
@@ -223,9 +226,10 @@ def _settings(config: PeftConfig, method: str) -> list[tuple[str, str]]:
 
 
 def _sea_layers(config: PeftConfig) -> list[dict[str, Any]]:
+    # In a file the sites are sorted as texts.
     return [
         {"index": layer_index(site), "site": site, "ranks": ranks, **config.fit_statistics.get(site, {})}
-        for site, ranks in config.rank_pattern.items()
+        for site, ranks in sorted(config.rank_pattern.items(), key=lambda item: (layer_index(item[0]) or 0, item[0]))
     ]
 
 

@@ -127,8 +127,14 @@ def test_what_a_card_says(config, lines):
     assert "\n\n\n" not in text and "None |" not in text and "{" not in text.partition("## Citation")[0]
 
 
+def test_layers_are_in_order():
+    config = SEAConfig(rank_pattern={f"model.layers.{i}.mlp.down_proj": [3, 4] for i in (10, 2, 1)})
+    places = [str(model_card(config)).index(f"| {i} | `model.layers.{i}.") for i in (1, 2, 10)]
+    assert places == sorted(places)
+
+
 def test_what_is_not_known_is_left_out():
-    text = str(model_card(SEAConfig(rank_pattern={"model.layers.0.mlp.down_proj": [1, 2]})))
+    text = str(model_card(SEAConfig(rank_pattern={"layers.0": [1, 2]}, fit_statistics={"layers.0": {"rms": 1.0}})))
     assert "base_model:" not in text and "datasets:" not in text and "model-index" not in text
     for absent in ("energy", "centered", "## Data", "## Results", "## Side effects", "mean rescale", "fingerprint"):
         assert absent not in text, absent
