@@ -62,8 +62,9 @@ def model_card(config: PeftConfig, *, base_model: str | None = None, results: It
     method = config.peft_type.value
     name = base_model or config.base_model_name_or_path
     base_id = name if name and _is_hub_id(name) else None
-    title = f"{method} adapter for {Path(name).name}" if name else f"{method} adapter"
+    title = _title(config, name)
     read = [_read_results(result) for result in results]
+    measured = _eval_results(read)
     layers = _sea_layers(config) if method == "SEA" else _hpr_layers(config)
     fitted_on = config.fitted_on
     data_id = _data_id(fitted_on.get("data"))
@@ -73,8 +74,8 @@ def model_card(config: PeftConfig, *, base_model: str | None = None, results: It
         pipeline_tag="text-generation" if config.task_type == "CAUSAL_LM" else None,
         tags=[method.lower(), "activation-editing", "representation-engineering", "peft-edit"],
         datasets=[data_id] if data_id else None,
-        model_name=title,
-        eval_results=_eval_results(read) or None,
+        model_name=title if measured else None,
+        eval_results=measured or None,
     )
     text = _template(f"{method.lower()}.md").render(
         title=title,
@@ -154,7 +155,7 @@ def index_card(configs: Mapping[str, PeftConfig]) -> ModelCard:
         tags=sorted({tag for card in cards.values() for tag in card.data.tags}),
     )
     text = "# Adapters\n\n" + "\n".join(
-        f"- [{folder}]({folder}/{README}): {cards[folder].data.model_name}" if folder in cards else f"- {folder}"
+        f"- [{folder}]({folder}/{README}): {_title(configs[folder])}" if folder in cards else f"- {folder}"
         for folder in configs
     )
     card = ModelCard.from_template(data, template_str="---\n{{ card_data }}\n---\n\n{{ text }}", text=f"{text}\n")
@@ -184,6 +185,11 @@ def _is_stub(text: str) -> bool:
     filled_in = re.compile(r"- PEFT [\w.]+|This is the model card of a .* transformers model that has been pushed .*")
     lines = (line.strip() for line in REGEX_YAML_BLOCK.sub("", text, count=1).splitlines())
     return all(line in known or filled_in.fullmatch(line) for line in lines)
+
+
+def _title(config: PeftConfig, base_model: str | None = None) -> str:
+    name = base_model or config.base_model_name_or_path
+    return f"{config.peft_type.value} adapter{f' for {Path(name).name}' if name else ''}"
 
 
 def _template(name: str) -> jinja2.Template:

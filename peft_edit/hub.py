@@ -292,7 +292,7 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> tuple[
         kind, reason = _explain(error.__cause__, repo_id, revision)
         return kind, f"{str(error).rstrip('.')} ({reason})"
     if isinstance(error, LocalTokenNotFoundError):
-        return PermissionError, "there is no token: log in (hf auth login), or pass one"
+        return PermissionError, "there is no token: log in (hf auth login)"
     if isinstance(error, OfflineModeIsEnabled):
         return ConnectionError, "HF_HUB_OFFLINE is set: unset it"
     if isinstance(error, LocalEntryNotFoundError):
@@ -306,7 +306,7 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> tuple[
     if isinstance(error, HfHubHTTPError):
         status, message = error.response.status_code, " ".join((error.server_message or "").split())
         if status == 401:
-            return PermissionError, f"the Hub refuses the token ({message or status}): log in again (hf auth login)"
+            return PermissionError, f"there is no valid token ({message or status}): log in (hf auth login)"
         if status == 403:
             return PermissionError, f"the token may not do that ({message or status}): use one with write access there"
         return OSError, f"the Hub answers {status} ({message or 'no reason given'}): try again later"

@@ -31,9 +31,7 @@ def leave_cards_to(config_cls: type[PeftConfig]) -> None:
         return
 
     def create_or_update_model_card(self: PeftModel, output_dir: str | os.PathLike) -> None:
-        # The adapter in the folder itself; without one, all are in folders of their names.
-        config = self.peft_config.get("default", next(iter(self.peft_config.values())))
-        if not isinstance(config, config_cls):
+        if not isinstance(self.active_peft_config, config_cls):  # a PeftModel's adapters are of one method
             of_peft(self, output_dir)
 
     PeftModel.create_or_update_model_card = create_or_update_model_card

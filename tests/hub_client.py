@@ -36,13 +36,13 @@ def attempt(function, *args, **kwargs) -> str:
     return "done"
 
 
-def base_model():
+def base_model(name=ASSETS / "model"):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(ASSETS / "model").eval()
+    return AutoModelForCausalLM.from_pretrained(name).eval()
 
 
-def adapted(method: str, *names: str):
+def adapted(method: str, *names: str, base=ASSETS / "model"):
     """The demonstration model with random adapters, that are not the identity."""
     import torch
     from peft import get_peft_model
@@ -52,7 +52,7 @@ def adapted(method: str, *names: str):
     torch.manual_seed(0)
     config_cls = {"SEA": SEAConfig, "HPR": HPRConfig}[method]
     first, *others = names or ("default",)
-    model = get_peft_model(base_model(), config_cls(init_weights=False, task_type="CAUSAL_LM"), adapter_name=first)
+    model = get_peft_model(base_model(base), config_cls(init_weights=False, task_type="CAUSAL_LM"), adapter_name=first)
     for name in others:
         model.add_adapter(name, config_cls(init_weights=False, task_type="CAUSAL_LM"))
     return model.eval()
@@ -65,11 +65,11 @@ def logits(model):
         return model(torch.arange(3, 20)[None]).logits.tolist()
 
 
-def push_model(method: str, repo_id: str, *names: str, **kwargs):
+def push_model(method: str, repo_id: str, *names: str, base=ASSETS / "model", **kwargs):
     """Push a model with adapters; the logits with each of them."""
     from peft_edit import push_to_hub
 
-    model = adapted(method, *names)
+    model = adapted(method, *names, base=base)
     push_to_hub(model, repo_id, **kwargs)
     found = {}
     for name in list(model.peft_config):

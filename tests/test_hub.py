@@ -20,6 +20,7 @@ from hub_client import (
 )
 from hub_repository import Repository
 from hub_server import HubServer, fail, hang_up
+from huggingface_hub import ModelCard
 
 from peft_edit.cards import is_generated
 
@@ -90,6 +91,18 @@ def test_the_card_is_ours_and_names_the_repository(hub, pushed, method):
     assert f"- {method.lower()}\n" in card
 
 
+def test_all_from_the_hub(hub, client):
+    files = {path.name: path.read_bytes() for path in (ASSETS / "model").iterdir()}
+    hub.repositories["models/user/base"] = Repository(files, owner="user")
+    expected = client(push_model, "SEA", "user/sea-of-base", base="user/base", **WRITE)["default"]
+    assert client(load_auto, "user/sea-of-base") == expected
+    card = ModelCard(repository(hub, "user/sea-of-base").files["README.md"].decode())
+    assert card.data.base_model == "user/base" and 'from_pretrained("user/base")' in card.text
+    arguments = ("evaluate", "user/base", ASSETS / "test.jsonl", "--limit", 4, "--adapter", "user/sea-of-base")
+    status, out, err = client(command, *arguments)
+    assert status == 0 and "MC1: " in out, err
+
+
 def test_pushing_the_same_again_makes_no_commit(hub, client, pushed):
     client(push_model, "SEA", "user/SEA", **WRITE)
     assert len(repository(hub, "user/SEA").log) == 1
@@ -143,7 +156,7 @@ def test_private_repositories(hub, client, folders):
     for token in (None, "hf_other", "hf_wrong"):
         assert "adapter_config.json" in client(try_to_load, "user/secret", token=token)
         status, _, err = client(command, *EVALUATE, "user/secret", token=token)
-        reason = "the Hub refuses the token (" if token == "hf_wrong" else "there is no user/secret on the Hub, or your"
+        reason = "there is no valid token (" if token == "hf_wrong" else "there is no user/secret on the Hub, or your"
         assert status == 2 and reason in err and err.count("\n") == 1, err
     assert client(load, "user/secret", token="hf_read") is not None
     assert client(command, *EVALUATE, "user/secret", token="hf_read")[0] == 0
@@ -260,9 +273,9 @@ def test_an_interrupt_leaves_nothing_behind(hub, client, folders):
 @pytest.mark.parametrize(
     ("token", "repo_id", "expected"),
     [
-        (None, "user/new", "the Hub refuses the token"),
+        (None, "user/new", "there is no valid token (Invalid username"),
         (None, "new", "there is no token: log in"),
-        ("hf_wrong", "user/new", "the Hub refuses the token (Invalid credentials"),
+        ("hf_wrong", "user/new", "there is no valid token (Invalid credentials"),
         ("hf_read", "user/new", "the token may not do that (Forbidden: you must use a write token"),
         ("hf_write", "other/new", "the token may not do that (You don't have the rights"),
         ("hf_write", "a/b/c", "Repo id must be"),
