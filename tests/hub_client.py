@@ -78,6 +78,16 @@ def push_model(method: str, repo_id: str, *names: str, base=ASSETS / "model", **
     return found
 
 
+def push_native(repo_id: str, **kwargs):
+    """Push a Transformers model's adapter; the logits with it."""
+    from peft_edit import SEAConfig, push_to_hub
+
+    model = base_model()
+    model.add_adapter(SEAConfig(init_weights=False))
+    push_to_hub(model, repo_id, **kwargs)
+    return logits(model)
+
+
 def push_folder(folder, repo_id: str, **kwargs) -> str:
     from peft_edit.hub import push_folder
 

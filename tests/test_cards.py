@@ -207,6 +207,12 @@ def test_saving_writes_the_card_in_place_of_pefts(config_cls, llama, tmp_path):
     assert text_of(tmp_path) != before and LLAMA in text_of(tmp_path)
 
 
+def test_adapters_that_transformers_saves_get_a_card_too(llama, tmp_path):
+    llama.add_adapter(SEAConfig(strength=0.5))
+    llama.save_pretrained(tmp_path)
+    assert is_generated(text_of(tmp_path)) and "| `strength` | `0.5` |" in text_of(tmp_path)
+
+
 @pytest.mark.parametrize("save", [lambda model, folder: model.save_pretrained(folder), save_adapter])
 def test_a_readme_of_the_user_stays_byte_for_byte(llama, tmp_path, save):
     model = get_peft_model(llama, SEAConfig())

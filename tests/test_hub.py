@@ -16,6 +16,7 @@ from hub_client import (
     push_by_transformers,
     push_folder,
     push_model,
+    push_native,
     try_to_load,
 )
 from hub_repository import Repository
@@ -89,6 +90,12 @@ def test_the_card_is_ours_and_names_the_repository(hub, pushed, method):
     card = repository(hub, f"user/{method}").files["README.md"].decode()
     assert is_generated(card) and f'PeftModel.from_pretrained(base, "user/{method}")' in card
     assert f"- {method.lower()}\n" in card
+
+
+def test_adapters_added_by_transformers(hub, client):
+    expected = client(push_native, "user/native", **WRITE)
+    assert client(load, "user/native") == expected
+    assert is_generated(repository(hub, "user/native").files["README.md"].decode())
 
 
 def test_all_from_the_hub(hub, client):
