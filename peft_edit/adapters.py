@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from peft import PeftConfig
 from torch import nn
 
-from .cards import data_name
+from .card_results import data_name
 from .fingerprint import fingerprint
 from .sites import layer_index
 from .store import ActivationStore

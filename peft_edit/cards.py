@@ -13,9 +13,9 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig
 
+from .card_results import Results, data_id, eval_results_of, is_hub_id, read_results, tables_of
 from .sites import layer_index
 
 
@@ -26,9 +26,6 @@ UNKNOWN_REPOSITORY = "your-name/your-adapter"
 MARKER = "<!-- Written by peft_edit, and written anew with the adapter until somebody edits it. {} -->"
 MARKER_LINE = re.compile(re.escape(MARKER).replace(r"\{\}", r"([0-9a-f]{16})"))
 
-# Names that `load_contrast_set` knows -> data sets on the Hub.
-DATASETS = {"truthful_qa": "truthfulqa/truthful_qa"}
-DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
 # Fields of the configurations that say how an adapter edits; and those that say how SEA was fitted, which are no more
 # than defaults in an adapter that was not fitted here.
 SETTINGS = {
@@ -38,11 +35,6 @@ SETTINGS = {
 FIT_SETTINGS = ("positive_energy", "negative_energy", "centered")
 # Statistics of a site that are shown where all sites have them.
 SITE_STATISTICS = ("mean_rescale", "relative_error")
-# Measure -> its name in tables, the factor there and the decimals. Others are shown by their own names.
-MEASURES = {"mc1": ("MC1 %", 100, 1), "mc2": ("MC2 %", 100, 1), "perplexity": ("perplexity", 1, 3)}
-SIDE_EFFECTS = ("perplexity",)
-
-Results = Mapping[str, Any] | str | os.PathLike
 
 
 def model_card(config: PeftConfig, *, base_model: str | None = None, results: Iterable[Results] = ()) -> ModelCard:
@@ -57,47 +49,63 @@ def model_card(config: PeftConfig, *, base_model: str | None = None, results: It
     Raises:
         ValueError: results of another kind, or a base model that can be no id on the Hub.
     """
-    if base_model is not None and not _is_hub_id(base_model):
+    if base_model is not None and not is_hub_id(base_model):
         raise ValueError(f"base_model must be an id on the Hub such as user/model, got {base_model!r}")
-    method = config.peft_type.value
     name = base_model or config.base_model_name_or_path
-    base_id = name if name and _is_hub_id(name) else None
-    title = _title(config, name)
-    read = [_read_results(result) for result in results]
-    measured = _eval_results(read)
-    layers = _sea_layers(config) if method == "SEA" else _hpr_layers(config)
-    fitted_on = config.fitted_on
-    data_id = _data_id(fitted_on.get("data"))
-    data = ModelCardData(
-        base_model=base_id,
-        library_name="peft",
-        pipeline_tag="text-generation" if config.task_type == "CAUSAL_LM" else None,
-        tags=[method.lower(), "activation-editing", "representation-engineering", "peft-edit"],
-        datasets=[data_id] if data_id else None,
-        model_name=title if measured else None,
-        eval_results=measured or None,
-    )
-    text = _template(f"{method.lower()}.md").render(
-        title=title,
-        method=method,
-        config=config,
+    base_id = name if name and is_hub_id(name) else None
+    read = [read_results(result) for result in results]
+    text = _template(f"{config.peft_type.value.lower()}.md").render(
+        title=_title(config, name),
+        method=config.peft_type.value,
         base_id=base_id,
         base_text=_link(base_id, "") if base_id else f"`{Path(name).name}`" if name else "its base model",
-        settings=_settings(config, method),
-        layers=layers,
-        has_statistics=all(set(SITE_STATISTICS) <= set(layer) for layer in layers),
-        fitted_on=fitted_on if {"demonstrations", "token_pairs"} & set(fitted_on) else {},
-        data_text=_link(data_id, "datasets/") if data_id else f"`{fitted_on['data']}`" if "data" in fitted_on else None,
         results=[
             (heading, tables)
             for heading, side in (("Results", False), ("Side effects", True))
-            if (tables := _tables(read, side))
+            if (tables := tables_of(read, side))
         ],
         repository=UNKNOWN_REPOSITORY,
+        **_of_config(config),
     )
     # Blocks that are left out leave blank lines.
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-    card = ModelCard.from_template(data, template_str="---\n{{ card_data }}\n---\n\n{{ text }}", text=text)
+    return _card(_metadata(config, base_id, _title(config, name), eval_results_of(read)), text)
+
+
+def _metadata(config: PeftConfig, base_id: str | None, title: str, measured: list[EvalResult]) -> ModelCardData:
+    dataset = data_id(config.fitted_on.get("data"))
+    return ModelCardData(
+        base_model=base_id,
+        library_name="peft",
+        pipeline_tag="text-generation" if config.task_type == "CAUSAL_LM" else None,
+        tags=[config.peft_type.value.lower(), "activation-editing", "representation-engineering", "peft-edit"],
+        datasets=[dataset] if dataset else None,
+        model_name=title if measured else None,
+        eval_results=measured or None,
+    )
+
+
+def _of_config(config: PeftConfig) -> dict[str, Any]:
+    """What the templates take from a configuration."""
+    method, fitted_on = config.peft_type.value, config.fitted_on
+    dataset = data_id(fitted_on.get("data"))
+    layers = _sea_layers(config) if method == "SEA" else _hpr_layers(config)
+    return {
+        "config": config,
+        "settings": _settings(config, method),
+        "layers": layers,
+        "has_statistics": all(set(SITE_STATISTICS) <= set(layer) for layer in layers),
+        "fitted_on": fitted_on if {"demonstrations", "token_pairs"} & set(fitted_on) else {},
+        "data_text": _link(dataset, "datasets/")
+        if dataset
+        else f"`{fitted_on['data']}`"
+        if "data" in fitted_on
+        else None,
+    }
+
+
+def _card(metadata: ModelCardData, text: str) -> ModelCard:
+    card = ModelCard.from_template(metadata, template_str="---\n{{ card_data }}\n---\n\n{{ text }}", text=text)
     return ModelCard(_with_marker(str(card)))
 
 
@@ -149,17 +157,13 @@ def index_card(configs: Mapping[str, PeftConfig]) -> ModelCard:
     """The card of a repository whose adapters are in folders: folder to configuration."""
     cards = {folder: model_card(config) for folder, config in configs.items() if config.peft_type.value in SETTINGS}
     bases = {card.data.base_model for card in cards.values()} - {None}
-    data = ModelCardData(
-        base_model=sorted(bases) or None,
-        library_name="peft",
-        tags=sorted({tag for card in cards.values() for tag in card.data.tags}),
-    )
+    tags = sorted({tag for card in cards.values() for tag in card.data.tags})
+    metadata = ModelCardData(base_model=sorted(bases) or None, library_name="peft", tags=tags or None)
     text = "# Adapters\n\n" + "\n".join(
         f"- [{folder}]({folder}/{README}): {_title(configs[folder])}" if folder in cards else f"- {folder}"
         for folder in configs
     )
-    card = ModelCard.from_template(data, template_str="---\n{{ card_data }}\n---\n\n{{ text }}", text=f"{text}\n")
-    return ModelCard(_with_marker(str(card)))
+    return _card(metadata, f"{text}\n")
 
 
 def _with_marker(text: str) -> str:
@@ -203,21 +207,6 @@ def _template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).exists()
-
-
-def _data_id(name: str | None) -> str | None:
-    """The id on the Hub of a data set; None where it is none, or not known."""
-    if name is None or name in DATASETS:
-        return DATASETS.get(name)
-    return name if "/" in name and not name.endswith(DATA_FILES) and _is_hub_id(name) else None
-
-
 def _link(repo_id: str, prefix: str) -> str:
     return f"[{repo_id}](https://huggingface.co/{prefix}{repo_id})"
 
@@ -242,89 +231,3 @@ def _sea_layers(config: PeftConfig) -> list[dict[str, Any]]:
 def _hpr_layers(config: PeftConfig) -> list[dict[str, Any]]:
     accuracies = sorted((int(index), value) for index, value in config.probe_accuracy.items())
     return [{"index": i, "accuracy": value, "edits": config.edits(i)} for i, value in accuracies]
-
-
-def _read_results(results: Results) -> dict[str, Any]:
-    """Results of one evaluation, without the scores of each question."""
-    where = "results"
-    if not isinstance(results, Mapping):
-        where = str(results)
-        try:
-            results = json.loads(Path(results).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{where} is no JSON ({error}): pass what peft-edit evaluate --json wrote") from error
-    given = results if isinstance(results, Mapping) else {}
-    measures = {name: value for name, value in given.items() if isinstance(value, float) and name != "strength"}
-    if "adapter" not in given or not measures:
-        raise ValueError(f"{where} must be what peft-edit evaluate --json wrote, with adapter and mc1 or the like")
-    data, questions = given.get("data") or {}, given.get("questions")  # the scores of each, or their number
-    return {
-        "edited": given["adapter"] is not None,
-        "strength": given.get("strength", 1.0),
-        "data": data_name(data["name"]) if data.get("name") else None,
-        "split": data.get("split"),
-        "questions": len(questions) if isinstance(questions, list) else questions,
-        "measures": measures,
-    }
-
-
-def data_name(name: str) -> str:
-    """Name of a data set for the public: of a local file without its folders."""
-    return Path(name).name if Path(name).exists() or name.endswith(DATA_FILES) else name
-
-
-def _eval_results(read: list[dict[str, Any]]) -> list[EvalResult]:
-    """The metadata's results: those with the adapter as it is, on data whose name is known."""
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=_data_id(result["data"]) or result["data"],
-            dataset_name=result["data"],
-            dataset_split=result["split"],
-            metric_type=name,
-            metric_name=name.upper() if name in ("mc1", "mc2") else name,
-            metric_value=round(value, 4),
-        )
-        for result in read
-        if result["edited"] and result["strength"] == 1 and result["data"] is not None
-        for name, value in result["measures"].items()
-        if name not in SIDE_EFFECTS  # which is of other text
-    ]
-
-
-def _tables(read: list[dict[str, Any]], side_effects: bool) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Caption, header and rows for each data set: the base model, then the edits by strength, with their change."""
-    tables = []
-    for key in dict.fromkeys((r["data"], r["split"], r["questions"]) for r in read):
-        of_data = [r for r in read if (r["data"], r["split"], r["questions"]) == key]
-        of_data.sort(key=lambda r: (r["edited"], r["strength"]))
-        measured = dict.fromkeys(name for r in of_data for name in r["measures"])
-        names = [name for name in measured if (name in SIDE_EFFECTS) == side_effects]
-        if not names:
-            continue
-        base = next((r["measures"] for r in of_data if not r["edited"]), {})
-        rows = [[_row_name(r), *(_cell(name, r, base) for name in names)] for r in of_data]
-        caption = "Perplexity of other text." if side_effects else _caption(*key)
-        tables.append((caption, ["model", *(MEASURES.get(name, (name,))[0] for name in names)], rows))
-    return tables
-
-
-def _caption(data: str | None, split: str | None, questions: int | None) -> str:
-    parts = (data and f"`{data}`", split and f"split `{split}`", questions and f"{questions} questions")
-    return f"Measured on {', '.join(filter(None, parts)) or 'data that are not recorded'}."
-
-
-def _row_name(result: dict[str, Any]) -> str:
-    if not result["edited"]:
-        return "base model"
-    return "this adapter" if result["strength"] == 1 else f"this adapter, strength {result['strength']:g}"
-
-
-def _cell(name: str, result: dict[str, Any], base: dict[str, float]) -> str:
-    if name not in result["measures"]:
-        return ""
-    _, factor, decimals = MEASURES.get(name, (name, 1, 4))
-    text = f"{factor * result['measures'][name]:.{decimals}f}"
-    if not result["edited"] or name not in base:
-        return text
-    return f"{text} ({factor * (result['measures'][name] - base[name]):+.{decimals}f})"

@@ -9,23 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HTTPError,  # of the HTTP library, whose name differs between releases
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .cards import README, Results, for_repository, has_own_readme, index_card, is_generated, model_card, write_card
+from .card_results import Results
+from .cards import README, for_repository, has_own_readme, index_card, is_generated, model_card, write_card
+from .hub_errors import plain_errors
 from .tuners.config import EditConfig
 
 
@@ -88,10 +81,10 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> CommitInfo:
-    """Upload a folder with a saved adapter in one commit. When it fails, the Hub is as it was before.
+    """Upload the adapter in a folder, and those in folders in it, in one commit. When it fails, the Hub is as before.
 
-    Hidden files and the checkpoints of a training stay here. A README.md that somebody has written, here or in the
-    repository, is not replaced by a generated card.
+    Hidden files, other folders and the checkpoints of a training stay here. A README.md that somebody has written, here
+    or in the repository, is not replaced by a generated card.
 
     Args:
         folder: with `adapter_config.json`, or with folders that have it.
@@ -117,7 +110,7 @@ def push_folder(
     configs = _read_adapters(folder)
     left: list[str] = []  # what could not be taken back
     api = HfApi(token=token)
-    with _plain_errors(f"nothing was uploaded to {repo_id}", repo_id, revision, left):
+    with plain_errors(f"the upload to {repo_id} failed", repo_id, revision, left):
         validate_repo_id(repo_id)
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
@@ -145,7 +138,7 @@ def download_adapter(repo_id: str, revision: str | None = None) -> Path:
         FileNotFoundError: no such repository or revision, or one without an adapter.
         PermissionError, ConnectionError, OSError: as for `push_folder`.
     """
-    with _plain_errors(f"{repo_id} cannot be loaded", repo_id, revision):
+    with plain_errors(f"{repo_id} cannot be loaded", repo_id, revision):
         folder = Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision)).parent
         hf_hub_download(repo_id, SAFETENSORS_WEIGHTS_NAME, revision=folder.name)
     return folder
@@ -205,20 +198,19 @@ def _stays(path: Path) -> bool:
 def _operations(
     api: HfApi, folder: Path, configs: dict[str, PeftConfig], repo_id: str, revision: str | None
 ) -> list[CommitOperationAdd]:
-    """All files of a folder, with the name of the repository in the generated cards."""
-    files: dict[str, Path | str] = {}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if path.is_file() and not any(_stays(folder / part) for part in relative.parts):
-            files[relative.as_posix()] = path
+    """The files of each adapter, with the name of the repository in the generated cards, and the README.md."""
+    files: dict[str, Path | str] = {README: folder / README} if (folder / README).exists() else {}
     for place, config in configs.items():
+        for path in sorted((folder / place).iterdir()):
+            if path.is_file() and not _stays(path):
+                files[path.relative_to(folder).as_posix()] = path
         name = f"{place}/{README}" if place else README
         if isinstance(config, EditConfig) and not has_own_readme(folder / place):
             text = files[name].read_text(encoding="utf-8") if name in files else ""
             files[name] = for_repository(text if is_generated(text) else str(model_card(config)), repo_id, place)
-    if README not in files:
+    if "" not in configs and not has_own_readme(folder):
         files[README] = str(index_card(configs))
-    if isinstance(files[README], str) and _repository_has_own_readme(api, repo_id, revision):
+    if isinstance(files.get(README), str) and _repository_has_own_readme(api, repo_id, revision):
         logger.warning("the README.md of %s is not a generated card and stays as it is", repo_id)
         del files[README]
     return [
@@ -239,7 +231,8 @@ def _repository_has_own_readme(api: HfApi, repo_id: str, revision: str | None) -
 def _prepared(
     api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool, left: list[str]
 ) -> Iterator[None]:
-    """Create the repository and the branch that are missing, and take them back when the block fails."""
+    """Create the repository and the branch that are missing. When the block fails, take them back; `left` gets what
+    cannot be taken back."""
     undo: list[tuple[str, Callable[[], None]]] = []
     head = None
     try:
@@ -249,19 +242,21 @@ def _prepared(
         named = revision is not None and not revision.startswith("refs/")
         if named and _create_branch(api, repo_id, revision, create_pr):
             undo.append((f"the branch {revision}", lambda: api.delete_branch(repo_id, branch=revision)))
-        if undo:
-            head = api.repo_info(repo_id, revision=revision).sha
+        head = api.repo_info(repo_id, revision=revision).sha
         yield
-    except BaseException:
-        if undo:  # the first has the others in it
-            what, take_back = undo[0]
-            try:
-                if head in (None, api.repo_info(repo_id, revision=revision).sha):
-                    take_back()
-                else:  # only the answer was lost
-                    left.append("the commit has arrived all the same")
-            except (HTTPError, OSError):
+    except BaseException as error:
+        what, take_back = undo[0] if undo else ("", None)  # the first has the others in it
+        try:
+            # Where only the answer was lost, there is a commit.
+            if head not in (None, api.repo_info(repo_id, revision=revision).sha):
+                left.append(f"{repo_id} has a new commit all the same: look whether it is yours")
+            elif take_back is not None:
+                take_back()
+        except (HTTPError, OSError):
+            if take_back is not None:
                 left.append(f"{what} was created, is empty and cannot be deleted: delete it, or upload again")
+        if left and not isinstance(error, Exception):  # an interrupt has no message to add it to
+            logger.warning(left[-1])
         raise
 
 
@@ -275,41 +270,3 @@ def _create_branch(api: HfApi, repo_id: str, branch: str, create_pr: bool) -> bo
             return False
         raise
     return True
-
-
-@contextmanager
-def _plain_errors(what: str, repo_id: str, revision: str | None, left: Iterable[str] = ()) -> Iterator[None]:
-    """Say in one line what the Hub's client says in several, or in the words of its HTTP library."""
-    try:
-        yield
-    except (HTTPError, OSError, RuntimeError, ValueError, EntryNotFoundError) as error:
-        kind, reason = _explain(error, repo_id, revision)
-        raise kind("; ".join([f"{what}: {reason}", *left])) from error
-
-
-def _explain(error: BaseException, repo_id: str, revision: str | None) -> tuple[type[Exception], str]:
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # of the upload of one file
-        kind, reason = _explain(error.__cause__, repo_id, revision)
-        return kind, f"{str(error).rstrip('.')} ({reason})"
-    if isinstance(error, LocalTokenNotFoundError):
-        return PermissionError, "there is no token: log in (hf auth login)"
-    if isinstance(error, OfflineModeIsEnabled):
-        return ConnectionError, "HF_HUB_OFFLINE is set: unset it"
-    if isinstance(error, LocalEntryNotFoundError):
-        return ConnectionError, "the Hub cannot be reached or HF_HUB_OFFLINE is set, and it is not in the cache"
-    if isinstance(error, RevisionNotFoundError):
-        return FileNotFoundError, f"{repo_id} has no revision {revision}: pass a branch, tag or commit of it"
-    if isinstance(error, EntryNotFoundError):
-        return FileNotFoundError, f"it has no {CONFIG_NAME} or {SAFETENSORS_WEIGHTS_NAME}: it is no adapter"
-    if isinstance(error, RepositoryNotFoundError):
-        return FileNotFoundError, f"there is no {repo_id} on the Hub, or your token may not see it: check both"
-    if isinstance(error, HfHubHTTPError):
-        status, message = error.response.status_code, " ".join((error.server_message or "").split())
-        if status == 401:
-            return PermissionError, f"there is no valid token ({message or status}): log in (hf auth login)"
-        if status == 403:
-            return PermissionError, f"the token may not do that ({message or status}): use one with write access there"
-        return OSError, f"the Hub answers {status} ({message or 'no reason given'}): try again later"
-    if isinstance(error, HTTPError):
-        return ConnectionError, f"the Hub cannot be reached ({str(error) or type(error).__name__}): try again later"
-    return ValueError if isinstance(error, ValueError) else OSError, " ".join(str(error).split())

@@ -206,7 +206,7 @@ def test_without_the_hub(hub, home, client, pushed, folders, variables):
 
 
 FAULTS = {
-    "validate": (fail(400), "nothing was uploaded"),
+    "validate": (fail(400), "Invalid metadata in README.md"),
     "preupload": (fail(413, "Payload too large"), "the Hub answers 413 (Payload too large)"),
     "batch": (fail(403, "Storage limit reached"), "the token may not do that (Storage limit reached)"),
     "upload": (fail(403, "Signature expired"), "Error while uploading 'adapter_model.safetensors' to the Hub"),
@@ -224,7 +224,7 @@ def test_failures_leave_nothing_behind(hub, client, folders, stage):
         hub.storage.clear()
         status, out, err = client(command, "push", folders / "SEA", *arguments, token="hf_write")
         assert status == 2 and expected in err and err.count("\n") == 1 and out == "", err
-        assert f"nothing was uploaded to {arguments[0]}" in err
+        assert f"the upload to {arguments[0]} failed" in err
     assert "models/user/new" not in hub.repositories
     there = repository(hub, "user/there")
     assert (there.files, there.branches, there.log) == (before, {}, [])
@@ -248,7 +248,7 @@ def test_a_commit_whose_answer_is_lost_stays(hub, client, folders):
 
     hub.faults["commit"] = commit_and_hang_up
     status, _, err = client(command, "push", folders / "SEA", "user/lost", token="hf_write")
-    assert status == 2 and "the commit has arrived all the same" in err
+    assert status == 2 and "user/lost has a new commit all the same" in err
     assert len(repository(hub, "user/lost").log) == 1
 
 
@@ -338,9 +338,9 @@ def test_transformers_pushes_its_stub_and_we_replace_it(hub, client, folders):
     assert is_generated(made.files["README.md"].decode())
 
 
-def test_checkpoints_and_hidden_files_stay_here(hub, client, folders, tmp_path):
+def test_what_is_no_adapter_stays_here(hub, client, folders, tmp_path):
     shutil.copytree(folders / "HPR", tmp_path / "trained")
-    for name in ("checkpoint-10", ".cache"):
+    for name in ("checkpoint-10", ".cache", "runs/today"):
         shutil.copytree(folders / "HPR", tmp_path / "trained" / name)
     (tmp_path / "trained" / "train_hpr.json").write_text("{}")
     (tmp_path / "trained" / "train_hpr.unfinished.json").write_text("{}")
