@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .card_results import Results
+from .card_results import Results, is_hub_id
 from .cards import README, for_repository, has_own_readme, index_card, is_generated, model_card, write_card
 from .hub_errors import plain_errors
 from .tuners.config import EditConfig
@@ -116,7 +116,7 @@ def push_folder(
             repo_id = f"{api.whoami()['name']}/{repo_id}"
         with _prepared(api, repo_id, private, revision, create_pr, left):
             methods = sorted({config.peft_type.value for config in configs.values()})
-            return api.create_commit(
+            commit = api.create_commit(
                 repo_id,
                 _operations(api, folder, configs, repo_id, revision),
                 commit_message=commit_message or f"Upload {' and '.join(methods)} adapter",
@@ -124,6 +124,14 @@ def push_folder(
                 revision=revision,
                 create_pr=create_pr,
             )
+    for base in {config.base_model_name_or_path for config in configs.values()} - {None}:
+        if not is_hub_id(base):
+            logger.warning(
+                "the adapter names %s as its base model, which others do not have: write the model's id on the Hub "
+                "into adapter_config.json (base_model_name_or_path) and push again",
+                base,
+            )
+    return commit
 
 
 def download_adapter(repo_id: str, revision: str | None = None) -> Path:

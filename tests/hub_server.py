@@ -162,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
             # Everybody may open a pull request.
             if role != "write" or not (own or "create_pr" in self.query or route == "batch"):
                 return self.refuse(403, message="Forbidden: you must use a write token to upload to a repository.")
-        if values.get("revision") is not None or "revision" in values:
+        if "revision" in values:
             values["revision"] = values["revision"] or "main"
             values["files"] = values["repository"].at(values["revision"])
             if values["files"] is None:

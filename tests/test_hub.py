@@ -9,6 +9,7 @@ import pytest
 from hub_client import (
     ASSETS,
     adapted,
+    base_model,
     client_process,
     command,
     load,
@@ -22,6 +23,7 @@ from hub_client import (
 from hub_repository import Repository
 from hub_server import HubServer, fail, hang_up
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 
 from peft_edit.cards import is_generated
 
@@ -158,6 +160,7 @@ def test_pull_requests(hub, client, pushed, folders):
 def test_private_repositories(hub, client, folders):
     status, out, err = client(command, "push", folders / "SEA", "secret", "--private", token="hf_write")
     assert status == 0 and f"{hub.url}/user/secret/commit/" in out, err
+    assert f"names {ASSETS / 'model'} as its base model, which others do not have" in err
     assert repository(hub, "user/secret").private
     # PEFT says no more than that it cannot find the file.
     for token in (None, "hf_other", "hf_wrong"):
@@ -336,6 +339,21 @@ def test_transformers_pushes_its_stub_and_we_replace_it(hub, client, folders):
     assert "[More Information Needed]" in made.files["README.md"].decode()
     assert client(push_folder, folders / "SEA", "user/stub", **WRITE) == "done"
     assert is_generated(made.files["README.md"].decode())
+
+
+def test_adapters_of_other_methods_go_up_with_their_own_cards(hub, client, tmp_path):
+    model = get_peft_model(base_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    # The Hub takes no local folder for a base model, which PEFT writes into its card.
+    assert 'README.md. - "base_model" with value' in client(push_folder, tmp_path, "user/lora", **WRITE)
+    (tmp_path / "README.md").write_text("# Mine\n")
+    assert client(push_folder, tmp_path, "user/lora", **WRITE) == "done"
+    made = repository(hub, "user/lora")
+    assert made.files["README.md"] == (tmp_path / "README.md").read_bytes()
+    assert made.log[0][1] == "Upload LORA adapter" and client(load, "user/lora") != client(load, "user/SEA")
+    (tmp_path / "README.md").unlink()
+    assert client(push_folder, tmp_path, "user/bare", **WRITE) == "done"
+    assert "README.md" not in repository(hub, "user/bare").files
 
 
 def test_what_is_no_adapter_stays_here(hub, client, folders, tmp_path):
