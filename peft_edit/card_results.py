@@ -53,6 +53,7 @@ def read_results(results: Results) -> dict[str, Any]:
         raise ValueError(f"{where} must be what peft-edit evaluate --json wrote, with adapter and mc1 or the like")
     data, questions = given.get("data") or {}, given.get("questions")  # the scores of each, or their number
     return {
+        "adapter": given["adapter"],
         "edited": given["adapter"] is not None,
         "strength": given.get("strength", 1.0),
         "data": data_name(data["name"]) if data.get("name") else None,

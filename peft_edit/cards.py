@@ -109,23 +109,30 @@ def _card(metadata: ModelCardData, text: str) -> ModelCard:
     return ModelCard(_with_marker(str(card)))
 
 
-def write_card(folder: str | os.PathLike, config: PeftConfig, **kwargs: Any) -> bool:
+def write_card(
+    folder: str | os.PathLike, config: PeftConfig, *, base_model: str | None = None, results: Iterable[Results] = ()
+) -> bool:
     """Write the card of an adapter into its folder, unless somebody has written the README.md there, or edited it.
 
     Args:
         folder: of the adapter.
-        config: of the adapter.
-        kwargs: see `model_card`.
+        config, base_model, results: see `model_card`.
 
     Returns:
         Whether the card was written.
+
+    Raises:
+        ValueError: as for `model_card`; results of an adapter in another folder.
     """
-    if has_own_readme(Path(folder)):
+    folder, results = Path(folder), list(results)
+    for adapter in (read_results(result)["adapter"] for result in results):
+        if adapter is not None and Path(adapter).exists() and not folder.samefile(adapter):
+            raise ValueError(f"results of {adapter} are none of {folder}: pass those of evaluate --adapter {folder}")
+    if has_own_readme(folder):
         return False
-    path = Path(folder) / README
-    temporary = path.with_name(f".{README}.tmp")
-    model_card(config, **kwargs).save(temporary)
-    os.replace(temporary, path)
+    temporary = folder / f".{README}.tmp"
+    model_card(config, base_model=base_model, results=results).save(temporary)
+    os.replace(temporary, folder / README)
     return True
 
 

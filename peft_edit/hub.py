@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .card_results import Results, is_hub_id
-from .cards import README, for_repository, has_own_readme, index_card, is_generated, model_card, write_card
+from .cards import README, for_repository, has_own_readme, index_card, is_generated, model_card
 from .hub_errors import plain_errors
 from .tuners.config import EditConfig
 
@@ -57,7 +57,8 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         if base_model is not None or results:
-            write_card(folder, read_config(Path(folder)), base_model=base_model, results=results)
+            card = model_card(read_config(Path(folder)), base_model=base_model, results=results)
+            card.save(Path(folder) / README)
         return push_folder(
             folder,
             repo_id,

@@ -283,8 +283,10 @@ def test_command_writes_the_results_into_the_card(llama, tmp_path, monkeypatch, 
     text = text_of(tmp_path / "sea")
     assert "| this adapter | 65.0 (+25.0) |" in text and f"base_model: {LLAMA}\n" in text and is_generated(text)
 
-    (tmp_path / "sea" / "README.md").write_text("mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other.json").write_text(json.dumps(EDITED | {"adapter": str(tmp_path / "other")}))
     for arguments, expected in (
+        ((tmp_path / "sea", "--results", tmp_path / "other.json"), f"are none of {tmp_path / 'sea'}: pass those"),
         ((tmp_path / "sea",), "is not a generated card: move it away"),
         ((tmp_path / "sea", "--base-model", "a/b/c"), "--base-model must be an id on the Hub"),
         ((tmp_path / "sea", "--results", tmp_path / "none.json"), "No such file"),

@@ -112,6 +112,14 @@ def test_all_from_the_hub(hub, client):
     assert status == 0 and "MC1: " in out, err
 
 
+def test_results_in_the_card_of_a_model(hub, client, folders):
+    results = {"adapter": str(folders / "SEA"), "mc1": 0.5, "data": {"name": "truthful_qa"}, "questions": 7}
+    client(push_model, "SEA", "user/results", base_model="user/base", results=[results], **WRITE)
+    card = ModelCard(repository(hub, "user/results").files["README.md"].decode())
+    assert card.data.base_model == "user/base" and card.data.eval_results[0].metric_value == 0.5
+    assert "Measured on `truthful_qa`, 7 questions." in card.text
+
+
 def test_pushing_the_same_again_makes_no_commit(hub, client, pushed):
     client(push_model, "SEA", "user/SEA", **WRITE)
     assert len(repository(hub, "user/SEA").log) == 1
