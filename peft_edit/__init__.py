@@ -8,11 +8,13 @@ from .evaluation import evaluate_multiple_choice, perplexity
 from .exporting import sea_to_lora
 from .fingerprint import fingerprint
 from .fitting import fit_sea
+from .hub import push_to_hub
 from .merging import merge_checkpoint
-from .registration import register
+from .registration import leave_cards_to, register
 from .selection import select_layers
 from .store import ActivationStore
 from .training import HPRTrainer, HPRTrainingArguments
+from .tuners.config import EditConfig
 from .tuners.editing import edit_strength
 from .tuners.hpr import HPRConfig, HPRModel
 from .tuners.sea import SEAConfig, SEAModel
@@ -21,6 +23,7 @@ from .version import __version__
 
 register("sea", SEAConfig, SEAModel)
 register("hpr", HPRConfig, HPRModel)
+leave_cards_to(EditConfig)
 
 __all__ = [
     "ActivationStore",
@@ -42,6 +45,7 @@ __all__ = [
     "load_contrast_set",
     "merge_checkpoint",
     "perplexity",
+    "push_to_hub",
     "sea_to_lora",
     "select_layers",
 ]

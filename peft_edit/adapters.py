@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from peft import PeftConfig
 from torch import nn
 
+from .card_results import data_name
 from .fingerprint import fingerprint
 from .sites import layer_index
 from .store import ActivationStore
@@ -133,3 +134,10 @@ def check_store(
             f"this model has {of_model}): collect again, or pass allow_fingerprint_mismatch=True"
         )
     return store
+
+
+def describe_data(store: ActivationStore) -> dict[str, Any]:
+    """What a configuration keeps of the data that an adapter comes from: the name, where the store has it, and the
+    number of questions."""
+    name = (store.metadata.get("data") or {}).get("name")
+    return {**({"data": data_name(name)} if name else {}), "questions": len(store.questions().unique())}

@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import find_config
+from .cards import with_marker
 from .functional.subspaces import change, low_rank
-from .saving import OWN_CARD, adapter_folder, check_adapter_folder
+from .saving import adapter_folder, check_adapter_folder
 from .sites import layer_index, target_modules, unwrap
 from .tuners.sea import SEAConfig, SEALayer
 
@@ -279,28 +280,29 @@ def _card(config: LoraConfig, export: LoRAExport) -> str:
     metadata = [f"base_model: {base}"] if base and not os.path.exists(base) else []
     metadata += ["library_name: peft", "tags:", "- lora", "- activation-editing", "- sea"]
     exact = "It has the same effect as the edit, up to rounding." if not export.notes else "What to know:"
-    return "\n".join(
-        [
-            "---",
-            *metadata,
-            "---",
-            OWN_CARD,
-            "",
-            "# SEA edit as a LoRA adapter",
-            "",
-            "This LoRA adapter was not trained. It is a Spectral Editing of Activations (SEA, "
-            "[arXiv 2405.09719](https://arxiv.org/abs/2405.09719)) of the outputs of "
-            f"{len(export.sites)} linear layers, written as a low-rank update of their weights. {exact}",
-            "",
-            *(f"- {note[0].upper()}{note[1:]}." for note in export.notes),
-            "",
-            f"Rank and `lora_alpha` are {export.rank} in every layer (vLLM: `--max-lora-rank` of at least that).",
-            "",
-            "```python",
-            "from peft import AutoPeftModelForCausalLM",
-            "",
-            'model = AutoPeftModelForCausalLM.from_pretrained("this/folder")',
-            "```",
-            "",
-        ]
+    return with_marker(
+        "\n".join(
+            [
+                "---",
+                *metadata,
+                "---",
+                "",
+                "# SEA edit as a LoRA adapter",
+                "",
+                "This LoRA adapter was not trained. It is a Spectral Editing of Activations (SEA, "
+                "[arXiv 2405.09719](https://arxiv.org/abs/2405.09719)) of the outputs of "
+                f"{len(export.sites)} linear layers, written as a low-rank update of their weights. {exact}",
+                "",
+                *(f"- {note[0].upper()}{note[1:]}." for note in export.notes),
+                "",
+                f"Rank and `lora_alpha` are {export.rank} in every layer (vLLM: `--max-lora-rank` of at least that).",
+                "",
+                "```python",
+                "from peft import AutoPeftModelForCausalLM",
+                "",
+                'model = AutoPeftModelForCausalLM.from_pretrained("this/folder")',
+                "```",
+                "",
+            ]
+        )
     )

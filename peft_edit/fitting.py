@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .adapters import check_store, find_adapter
+from .adapters import check_store, describe_data, find_adapter
 from .functional.sea import edit, fit, project, rescale_statistics
 from .processes import processes
 from .store import ActivationStore
@@ -129,6 +129,7 @@ def fit_sea(
     config.rank_pattern = {f.site: [f.positive_rank, f.negative_rank] for f in fits}
     config.fit_statistics = {f.site: {name: getattr(f, name) for name in RECORDED} for f in fits}
     config.base_model_fingerprint = store.metadata["fingerprint"]
+    config.fitted_on = {**describe_data(store), "demonstrations": len(store)}
     return SEAFit(adapter_name, len(store), fits)
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .fingerprint import fingerprint
+from .hub import download_adapter
 
 
 def load_structure(name: str, revision: str | None = None) -> PreTrainedModel:
@@ -22,11 +23,10 @@ def load_structure(name: str, revision: str | None = None) -> PreTrainedModel:
 
 
 def load_adapter_config(adapter: str) -> PeftConfig:
-    """Configuration of an adapter, a folder or an id on the Hub; raises ValueError for what is none."""
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        check_local(adapter, file)
+    """Configuration of an adapter, see `local_adapter`; raises ValueError for what is none."""
+    folder = local_adapter(adapter)
     try:
-        config = PeftConfig.from_pretrained(adapter)
+        config = PeftConfig.from_pretrained(folder)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"adapter_config.json of {adapter} is none that PEFT or peft_edit reads: {error}") from error
     if config.peft_type is None:
@@ -36,7 +36,7 @@ def load_adapter_config(adapter: str) -> PeftConfig:
 
 def load_adapter(model: PreTrainedModel, adapter: str, allow_fingerprint_mismatch: bool = False) -> PeftModel:
     """The base model with an adapter; stricter than PEFT: an adapter of another model and extra tensors are refused."""
-    config = load_adapter_config(adapter)
+    config, folder = load_adapter_config(adapter), local_adapter(adapter)
     of_adapter = getattr(config, "base_model_fingerprint", None)
     of_model = fingerprint(model)
     if not allow_fingerprint_mismatch and None not in (of_adapter, of_model) and of_adapter != of_model:
@@ -45,11 +45,11 @@ def load_adapter(model: PreTrainedModel, adapter: str, allow_fingerprint_mismatc
             "load its base model, or pass allow_fingerprint_mismatch=True"
         )
     try:
-        weights = load_peft_weights(adapter, device="cpu")
+        weights = load_peft_weights(folder, device="cpu")
     except SafetensorError as error:
         raise ValueError(f"the tensors of {adapter} are damaged ({error}): save the adapter again") from error
     try:
-        adapted = PeftModel.from_pretrained(model, adapter)
+        adapted = PeftModel.from_pretrained(model, folder)
     except RuntimeError as error:  # torch's collected errors of load_state_dict, a headline before them
         first, *more = str(error).splitlines()[1:] or [str(error)]
         count = f" ({len(more)} more like this)" if more else ""
@@ -64,6 +64,16 @@ def load_adapter(model: PreTrainedModel, adapter: str, allow_fingerprint_mismatc
                 "the file does not belong to its adapter_config.json; save the adapter again"
             )
     return adapted
+
+
+def local_adapter(adapter: str) -> str:
+    """The folder with an adapter's configuration and tensors: the given one, or in the Hub's cache for an id there,
+    "user/name" or "user/name@revision"."""
+    # A folder may have an @ in its name.
+    name, _, revision = (adapter, "", "") if Path(adapter).exists() else adapter.partition("@")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        check_local(name, file)
+    return name if Path(name).is_dir() else str(download_adapter(name, revision or None))
 
 
 def check_local(name: str, file: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from peft import PeftType
+import os
+
+from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
@@ -16,6 +18,23 @@ def register(name: str, config_cls: type, model_cls: type) -> None:
     """Register a method with PEFT under its lower-case name. Registering it again changes nothing."""
     if _member(name.upper()) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+
+
+def leave_cards_to(config_cls: type[PeftConfig]) -> None:
+    """Let adapters whose configurations are of this class write their own model cards. Doing it again changes nothing.
+
+    PEFT asks no method about the card. Before an adapter gets a say, it fills in a template, or changes the README.md
+    that is there, also one that a user has written.
+    """
+    of_peft = PeftModel.create_or_update_model_card
+    if of_peft.__module__ == __name__:
+        return
+
+    def create_or_update_model_card(self: PeftModel, output_dir: str | os.PathLike) -> None:
+        if not isinstance(self.active_peft_config, config_cls):  # a PeftModel's adapters are of one method
+            of_peft(self, output_dir)
+
+    PeftModel.create_or_update_model_card = create_or_update_model_card
 
 
 def _member(name: str) -> PeftType:

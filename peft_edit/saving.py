@@ -11,6 +11,8 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from .cards import README, has_own_readme
+
 
 def check_adapter_folder(path: Path, method: str, *others: str) -> None:
     """Raise ValueError unless nothing is at `path`, or an empty folder, or an adapter of a method ("SEA", "HPR"), or a
@@ -33,14 +35,10 @@ def check_adapter_folder(path: Path, method: str, *others: str) -> None:
         raise ValueError(f"{path} holds an adapter of another method ({found}, not {method}): choose another folder")
 
 
-# In a card that the package writes: without it the card is the user's.
-OWN_CARD = "<!-- Written by peft_edit, which replaces it at the next save: remove this line to keep your own text. -->"
-
-
 @contextmanager
 def adapter_folder(path: Path, method: str, *others: str) -> Iterator[Path]:
-    """A temporary folder whose files move to `path` when the block ends without an error. A README.md that is there and
-    that the user may have written is kept.
+    """A temporary folder whose files move to `path` when the block ends without an error. A README.md there that is the
+    user's own is kept.
 
     Raises:
         ValueError: the folder holds something else than an adapter, see `check_adapter_folder`.
@@ -50,14 +48,12 @@ def adapter_folder(path: Path, method: str, *others: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         yield Path(temporary)
         for file in Path(temporary).iterdir():
-            card = path / file.name
-            if card.name == "README.md" and card.exists() and OWN_CARD not in card.read_text(encoding="utf-8"):
-                continue
-            os.replace(file, card)
+            if file.name != README or not has_own_readme(path):
+                os.replace(file, path / file.name)
 
 
 def save_adapter(model: PeftModel, path: Path, texts: Mapping[str, str] | None = None, *others: str) -> None:
-    """Save an adapter, with further files of these names and texts. A README.md that is there already is kept. For
+    """Save an adapter, with further files of these names and texts. A README.md that is the user's own is kept. For
     `others` see `check_adapter_folder`.
 
     Raises:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from .adapters import check_store, find_adapter
+from .adapters import check_store, describe_data, find_adapter
 from .functional.hpr import Loss, loss
 from .sites import layer_index
 from .store import ActivationStore, Store, open_pairs
@@ -326,7 +326,9 @@ class HPRTrainer(Trainer):
         kept = [layer if layer.has_adapter(self.adapter_name) else None for layer in self.layers.values()]
         self.accelerator.unwrap_model(self.model).copy_to(kept, self.adapter_name)
         if self.train_dataset is not None:
-            self.adapter_config.base_model_fingerprint = self.train_dataset.store.metadata["fingerprint"]
+            store = self.train_dataset.store
+            self.adapter_config.base_model_fingerprint = store.metadata["fingerprint"]
+            self.adapter_config.fitted_on = {**describe_data(store), "token_pairs": len(store)}
 
 
 def load_checkpoint(

@@ -30,21 +30,25 @@ ALLOWED = {
     "contrast": {"contrast", "prompts"},
     "plan": {"prompts", "schedule"},
     "recording": {"inference", "plan", "tuners"},
-    "saving": set(),
+    "card_results": set(),
+    "cards": {"card_results", "sites"},
+    "saving": {"cards"},
     "checkpoints": set(),
     "fingerprint": {"checkpoints", "sites"},
-    "tuners": {"functional", "registration", "sites", "tuners"},
+    "tuners": {"cards", "functional", "registration", "sites", "tuners"},
     "inference": {"sites"},
     "activations": {
         *("contrast", "fingerprint", "inference", "plan", "processes", "prompts", "recording", "schedule", "sites"),
         *("store", "tuners"),
     },
-    "adapters": {"fingerprint", "sites", "store", "tuners"},
+    "hub_errors": set(),
+    "hub": {"card_results", "cards", "hub_errors", "tuners"},
+    "adapters": {"card_results", "fingerprint", "sites", "store", "tuners"},
     "fitting": {"adapters", "functional", "processes", "store", "tuners"},
     "combining": {"adapters", "fitting", "functional", "sites", "store", "tuners"},
     "conversion": {"conversion", "functional", "loading", "saving", "sites", "tuners"},
-    "exporting": {"adapters", "functional", "saving", "sites", "tuners"},
-    "loading": {"fingerprint"},
+    "exporting": {"adapters", "cards", "functional", "saving", "sites", "tuners"},
+    "loading": {"fingerprint", "hub"},
     "resuming": set(),
     "merging": {"checkpoints", "loading", "resuming", "tuners", "version"},
     "training": {"adapters", "functional", "sites", "store", "tuners"},
@@ -79,7 +83,7 @@ def test_imports_go_one_way(part):
 
 def test_every_module_has_its_place():
     modules = {p.stem if p.is_file() else p.name for p in PACKAGE.iterdir() if p.suffix == ".py" or p.is_dir()}
-    assert modules - {"__init__", "__pycache__", "version", "cli", "data"} == set(ALLOWED)
+    assert modules - {"__init__", "__pycache__", "version", "cli", "data", "templates"} == set(ALLOWED)
 
 
 def test_mathematics_needs_torch_alone():

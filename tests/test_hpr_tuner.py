@@ -118,6 +118,7 @@ EVERY_FIELD = {
     "selected_layers": (2, 1, 2),
     "probe_accuracy": {"1": 0.1 + 0.7, "2": 1.0},
     "base_model_fingerprint": "0123456789abcdef",
+    "fitted_on": {"data": "truthful_qa", "questions": 367, "token_pairs": 5000},
     "init_weights": False,
     "modules_to_save": ["lm_head"],
 }

@@ -5,12 +5,16 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 
+
+MODEL_CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 NUMBER = re.compile(r"-?\d+\.\d+|[+]\d+\.\d+")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
@@ -64,23 +68,60 @@ def test_command_line_snippet_runs(tmp_path):
     assert (tmp_path / "results.json").exists()
 
 
-def test_table_of_the_demonstration_is_what_it_prints(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def demonstration(tmp_path_factory):
+    """Folder in which `peft-edit demo --json results.json` was run; what it printed, and its progress."""
     from peft_edit.cli.demo import demo
 
-    demo(out=tmp_path / "demo", json_file=tmp_path / "results.json")
+    folder, printed, progress = tmp_path_factory.mktemp("demonstration"), io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress):
+        demo(out=folder / "peft-edit-demo", json_file=folder / "results.json")
+    return folder, printed.getvalue(), progress.getvalue()
+
+
+def test_table_of_the_demonstration_is_what_it_prints(demonstration):
+    folder, printed, progress = demonstration
     shown = next(text for kind, text in BLOCKS if kind == "text")
-    captured = capsys.readouterr()
-    printed = captured.out.splitlines()
-    assert "collected while" not in captured.err
+    printed = printed.splitlines()
+    assert "collected while" not in progress
     assert_shown("\n".join(printed[: len(shown.splitlines())]), shown)
 
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
     base, *_, paper, reflection, chosen = results["rows"]
     assert chosen["mc1"] >= base["mc1"] + 0.1 and chosen["perplexity"] <= 1.3 * base["perplexity"]
     assert paper["mc1"] >= base["mc1"] + 0.06 and reflection["mc1"] >= base["mc1"]
     assert results["hpr_reloaded_difference"] == 0
     assert len(results["probe_accuracy"]) == 5 and min(results["probe_accuracy"].values()) > 0.8
     assert results["chosen"] in results["tried"] and len(results["tried"]) == 6
+
+
+@pytest.mark.parametrize("method", ["sea", "hpr"])
+def test_example_cards_are_what_the_commands_write(demonstration, monkeypatch, method):
+    from peft_edit.cards import MARKER_LINE
+    from peft_edit.cli import main
+
+    monkeypatch.chdir(demonstration[0])
+    commands = re.findall(r"^(peft-edit card .*)$", (MODEL_CARDS / "README.md").read_text(), flags=re.MULTILINE)
+    (command,) = (command for command in commands if f"/{method} " in command)
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 0
+    written, expected = (
+        MARKER_LINE.sub("", file.read_text(encoding="utf-8"))
+        for file in (Path("peft-edit-demo", method, "README.md"), MODEL_CARDS / f"{method}.md")
+    )
+    # Figures of what was trained, and which layers it keeps, may differ on another processor.
+    changing = re.compile(r"\d+(\.\d+)?|\byes\b|\bno\b")
+    assert changing.sub("", written) == changing.sub("", expected)
+    number = re.compile(r"\d+\.\d+")
+    for a, b in zip(number.findall(written), number.findall(expected), strict=True):
+        assert abs(float(a) - float(b)) <= (0.1 if method == "sea" else 6), (a, b)
+
+
+def test_templates_are_those_of_the_package():
+    package = MODEL_CARDS.parent / "peft_edit" / "templates"
+    assert (MODEL_CARDS / "templates").resolve() == package.resolve()
 
 
 def test_nothing_is_left_to_be_filled_in():

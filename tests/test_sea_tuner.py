@@ -175,6 +175,7 @@ EVERY_FIELD = {
     "rank_pattern": {"model.layers.1": [2, 3]},
     "fit_statistics": {"model.layers.1": {"rms": 0.1 + 0.2, "strength": 1.0}},
     "base_model_fingerprint": "0123456789abcdef",
+    "fitted_on": {"data": "truthful_qa", "questions": 367, "demonstrations": 400},
     "init_weights": False,
     "modules_to_save": ["lm_head"],
 }

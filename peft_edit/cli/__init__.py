@@ -8,7 +8,7 @@ import warnings
 import typer
 from safetensors import SafetensorError
 
-from . import activations, convert, demo, evaluate, export, hpr, merge, sea
+from . import activations, convert, demo, evaluate, export, hpr, hub, merge, sea
 
 
 app = typer.Typer(
@@ -29,6 +29,8 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("convert")(convert.convert)
 app.command("export-lora")(export.export_lora)
 app.command("merge")(merge.merge)
+app.command("card")(hub.card)
+app.command("push")(hub.push)
 
 
 # What the messages of the Python functions advise, in the words of the command line.
@@ -41,6 +43,7 @@ OPTIONS = {
     "target_modules": "--target-modules",
     "data_files=": "--data-files ",
     "prompt_format=": "--prompt-format ",
+    "base_model must": "--base-model must",
     "max_new_tokens": "--max-new-tokens",
     "num_angle_layers": "--num-angle-layers",
     "angle_hidden_size": "--angle-hidden-size",

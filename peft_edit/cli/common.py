@@ -25,7 +25,9 @@ Limit = Annotated[int | None, typer.Option(help="Use so many rows only.", min=1)
 Skip = Annotated[int, typer.Option(help="Leave out so many first rows.", min=0)]
 Layers = Annotated[str | None, typer.Option(help="Decoder blocks, such as 0-3,7. Default: all.")]
 PromptFormat = Annotated[str, typer.Option(help="auto, chat, plain, few_shot_qa or lettered_choices.")]
-Adapter = Annotated[str | None, typer.Option(help="Adapter to load: id on the Hub or local folder.")]
+Adapter = Annotated[
+    str | None, typer.Option(help="Adapter to load: local folder, or id on the Hub, user/name or user/name@revision.")
+]
 Revision = Annotated[str | None, typer.Option(help="Revision of the base model on the Hub.")]
 Dtype = Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")]
 DeviceMap = Annotated[str, typer.Option(help="Where the model runs: auto (several GPUs too), cpu, cuda:1, ...")]

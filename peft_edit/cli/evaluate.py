@@ -53,7 +53,8 @@ def evaluate(
         result = evaluation.evaluate_multiple_choice(
             base, tokenizer, contrast, prompt_format=prompt_format, batch_size=batch_size
         )
-        results = {"model": model, "adapter": adapter, "strength": strength, **result.to_dict()}
+        of_data = {"name": data, "subset": subset, "split": split}
+        results = {"model": model, "adapter": adapter, "strength": strength, "data": of_data, **result.to_dict()}
         if texts is not None:
             results["perplexity"] = evaluation.perplexity(base, tokenizer, texts, batch_size=batch_size)
     common.write_json(json_file, results)

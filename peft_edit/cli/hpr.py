@@ -186,7 +186,8 @@ def train_hpr(
 def select(
     model: common.Model,
     adapter: Annotated[
-        str, typer.Argument(help="Trained HPR adapter: id on the Hub or local folder.", show_default=False)
+        str,
+        typer.Argument(help="Trained HPR adapter: local folder, or on the Hub user/name@revision.", show_default=False),
     ],
     store: Store,
     out: Out,

@@ -4,11 +4,10 @@ from collections.abc import Sized
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from peft.config import PeftConfig
-
 from ...functional.checks import check_choice
 from ...registration import peft_type
 from ...sites import check_names, normalise_layers
+from ..config import EditConfig
 
 
 Rotation = Literal["angle", "reflection"]
@@ -16,7 +15,7 @@ TokenScope = Literal["all", "last"]
 
 
 @dataclass
-class HPRConfig(PeftConfig):
+class HPRConfig(EditConfig):
     """
     This is the configuration class to store the configuration of a [`HPRModel`]. HPR (Householder Pseudo-Rotation) is
     proposed in https://aclanthology.org/2024.emnlp-main.761.
@@ -51,6 +50,8 @@ class HPRConfig(PeftConfig):
             Written by the selection: block index to the accuracy of its probe on held-out activations, in [0, 1].
         base_model_fingerprint (`str | None`):
             Written by the training: `fingerprint` of the model whose activations it was trained on.
+        fitted_on (`dict[str, Any]`):
+            Written by the training: the name of the data where it is known, the numbers of questions and token pairs.
         init_weights (`bool`):
             Leave this `True`: a probe of zeros, which edits nothing. `False` draws it at random, for tests.
         modules_to_save (`list[str] | None`):

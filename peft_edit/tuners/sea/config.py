@@ -3,19 +3,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from peft.config import PeftConfig
-
 from ...functional.checks import check_choice
 from ...functional.sea import FEATURE_MAPS, FeatureSpace, Projections, Rescale, check_energy
 from ...registration import peft_type
 from ...sites import check_names, normalise_layers
+from ..config import EditConfig
 
 
 Site = Literal["mlp", "block"]
 
 
 @dataclass
-class SEAConfig(PeftConfig):
+class SEAConfig(EditConfig):
     """
     This is the configuration class to store the configuration of a [`SEAModel`]. SEA (Spectral Editing of Activations)
     is proposed in https://huggingface.co/papers/2405.09719.
@@ -57,6 +56,8 @@ class SEAConfig(PeftConfig):
             these were taken.
         base_model_fingerprint (`Optional[str]`):
             Written by the fit: the fingerprint of the model that the demonstrations were collected from.
+        fitted_on (`dict[str, Any]`):
+            Written by the fit: the name of the data where it is known, the numbers of questions and demonstrations.
         init_weights (`bool`):
             Leave this `True`. `False` makes a random edit of rank one at every site, for tests.
         modules_to_save (`Optional[list[str]]`):

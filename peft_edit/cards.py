@@ -1,0 +1,240 @@
+"""Adapter and results -> model card, the README.md of an adapter's folder and of its repository on the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from peft import PeftConfig
+
+from .card_results import Results, data_id, eval_results_of, is_hub_id, read_results, tables_of
+from .sites import layer_index
+
+
+README = "README.md"
+# Stands in a card for a repository that is not known yet, see `for_repository`.
+UNKNOWN_REPOSITORY = "your-name/your-adapter"
+# The hash is of the rest of the card: whoever edits a card owns it.
+MARKER = "<!-- Written by peft_edit, and written anew with the adapter until somebody edits it. {} -->"
+MARKER_LINE = re.compile(re.escape(MARKER).replace(r"\{\}", r"([0-9a-f]{16})"))
+
+# Fields of the configurations that say how an adapter edits; and those that say how SEA was fitted, which are no more
+# than defaults in an adapter that was not fitted here.
+SETTINGS = {
+    "SEA": ("site", "feature_map", "feature_space", "input_scale", "rescale", "projections", "strength"),
+    "HPR": ("rotation", "alpha", "gate", "token_scope", "num_angle_layers", "angle_hidden_size"),
+}
+FIT_SETTINGS = ("positive_energy", "negative_energy", "centered")
+# Statistics of a site that are shown where all sites have them.
+SITE_STATISTICS = ("mean_rescale", "relative_error")
+
+
+def model_card(config: PeftConfig, *, base_model: str | None = None, results: Iterable[Results] = ()) -> ModelCard:
+    """The model card of a SEA or HPR adapter. What is not known is left out.
+
+    Args:
+        config: of the adapter; what its fit or training wrote there becomes the card.
+        base_model: id of the base model on the Hub, where the configuration names a local folder.
+        results: what `peft-edit evaluate --json` wrote, as files or dictionaries: of the base model (before), and with
+            this adapter (after).
+
+    Raises:
+        ValueError: results of another kind, or a base model that can be no id on the Hub.
+    """
+    if base_model is not None and not is_hub_id(base_model):
+        raise ValueError(f"base_model must be an id on the Hub such as user/model, got {base_model!r}")
+    name = base_model or config.base_model_name_or_path
+    base_id = name if name and is_hub_id(name) else None
+    read = [read_results(result) for result in results]
+    text = _template(f"{config.peft_type.value.lower()}.md").render(
+        title=_title(config, name),
+        method=config.peft_type.value,
+        base_id=base_id,
+        base_text=_link(base_id, "") if base_id else f"`{Path(name).name}`" if name else "its base model",
+        results=[
+            (heading, tables)
+            for heading, side in (("Results", False), ("Side effects", True))
+            if (tables := tables_of(read, side))
+        ],
+        repository=UNKNOWN_REPOSITORY,
+        **_of_config(config),
+    )
+    # Blocks that are left out leave blank lines.
+    text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return _card(_metadata(config, base_id, _title(config, name), eval_results_of(read)), text)
+
+
+def _metadata(config: PeftConfig, base_id: str | None, title: str, measured: list[EvalResult]) -> ModelCardData:
+    dataset = data_id(config.fitted_on.get("data"))
+    return ModelCardData(
+        base_model=base_id,
+        library_name="peft",
+        pipeline_tag="text-generation" if config.task_type == "CAUSAL_LM" else None,
+        tags=[config.peft_type.value.lower(), "activation-editing", "representation-engineering", "peft-edit"],
+        datasets=[dataset] if dataset else None,
+        model_name=title if measured else None,
+        eval_results=measured or None,
+    )
+
+
+def _of_config(config: PeftConfig) -> dict[str, Any]:
+    """What the templates take from a configuration."""
+    method, fitted_on = config.peft_type.value, config.fitted_on
+    dataset = data_id(fitted_on.get("data"))
+    layers = _sea_layers(config) if method == "SEA" else _hpr_layers(config)
+    return {
+        "config": config,
+        "settings": _settings(config, method),
+        "layers": layers,
+        "has_statistics": all(set(SITE_STATISTICS) <= set(layer) for layer in layers),
+        "fitted_on": fitted_on if {"demonstrations", "token_pairs"} & set(fitted_on) else {},
+        "data_text": _link(dataset, "datasets/")
+        if dataset
+        else f"`{fitted_on['data']}`"
+        if "data" in fitted_on
+        else None,
+    }
+
+
+def _card(metadata: ModelCardData, text: str) -> ModelCard:
+    card = ModelCard.from_template(metadata, template_str="---\n{{ card_data }}\n---\n\n{{ text }}", text=text)
+    return ModelCard(with_marker(str(card)))
+
+
+def write_card(
+    folder: str | os.PathLike, config: PeftConfig, *, base_model: str | None = None, results: Iterable[Results] = ()
+) -> bool:
+    """Write the card of an adapter into its folder, unless somebody has written the README.md there, or edited it.
+
+    Args:
+        folder: of the adapter.
+        config, base_model, results: see `model_card`.
+
+    Returns:
+        Whether the card was written.
+
+    Raises:
+        ValueError: as for `model_card`; results of an adapter in another folder.
+    """
+    folder, results = Path(folder), list(results)
+    for adapter in (read_results(result)["adapter"] for result in results):
+        if adapter is not None and Path(adapter).exists() and not folder.samefile(adapter):
+            raise ValueError(f"results of {adapter} are none of {folder}: pass those of evaluate --adapter {folder}")
+    if has_own_readme(folder):
+        return False
+    temporary = folder / f".{README}.tmp"
+    model_card(config, base_model=base_model, results=results).save(temporary)
+    os.replace(temporary, folder / README)
+    return True
+
+
+def has_own_readme(folder: Path) -> bool:
+    """Whether somebody has written the README.md in a folder, or edited it."""
+    path = folder / README
+    return path.exists() and not may_replace(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def may_replace(text: str) -> bool:
+    """Whether nobody has a hand in a README.md: it is a card of ours as we wrote it, or the template of the Hub's
+    client as PEFT and Transformers fill it in."""
+    return is_generated(text) or _is_stub(text)
+
+
+def is_generated(text: str) -> bool:
+    """Whether this is a card of ours that nobody has edited."""
+    marker = MARKER_LINE.search(text)
+    return marker is not None and marker[1] == _digest(text)
+
+
+def for_repository(text: str, repo_id: str, subfolder: str = "") -> str:
+    """A card of ours, now that its repository is known, and the folder in it."""
+    place = f'"{repo_id}", subfolder="{subfolder}"' if subfolder else f'"{repo_id}"'
+    return with_marker(text.replace(f'"{UNKNOWN_REPOSITORY}"', place))
+
+
+def index_card(configs: Mapping[str, PeftConfig]) -> ModelCard:
+    """The card of a repository whose adapters are in folders: folder to configuration."""
+    cards = {folder: model_card(config) for folder, config in configs.items() if config.peft_type.value in SETTINGS}
+    bases = {card.data.base_model for card in cards.values()} - {None}
+    tags = sorted({tag for card in cards.values() for tag in card.data.tags})
+    metadata = ModelCardData(base_model=sorted(bases) or None, library_name="peft", tags=tags or None)
+    text = "# Adapters\n\n" + "\n".join(
+        f"- [{folder}]({folder}/{README}): {_title(configs[folder])}" if folder in cards else f"- {folder}"
+        for folder in configs
+    )
+    return _card(metadata, f"{text}\n")
+
+
+def with_marker(text: str) -> str:
+    """The card with the marker that fits it, in its place below the metadata."""
+    marker = MARKER.format(_digest(text))
+    if MARKER_LINE.search(text):
+        return MARKER_LINE.sub(marker, text)
+    _, metadata, body = text.split("---\n", 2)
+    return f"---\n{metadata}---\n{marker}\n{body}"
+
+
+def _digest(text: str) -> str:
+    """Of the card without its marker; the ends of lines do not matter, as git may change them."""
+    lines = [line.rstrip() for line in MARKER_LINE.sub("", text).splitlines()]
+    return hashlib.sha256("\n".join(line for line in lines if line).encode()).hexdigest()[:16]
+
+
+def _is_stub(text: str) -> bool:
+    """Whether a README.md has no line but those of the template of the Hub's client and what is filled in there by PEFT
+    and Transformers."""
+    template = ModelCard.from_template(ModelCardData()).text.splitlines()
+    known = {line.strip() for line in template} | {"### Framework versions"}
+    filled_in = re.compile(r"- PEFT [\w.]+|This is the model card of a .* transformers model that has been pushed .*")
+    lines = (line.strip() for line in REGEX_YAML_BLOCK.sub("", text, count=1).splitlines())
+    return all(line in known or filled_in.fullmatch(line) for line in lines)
+
+
+def _title(config: PeftConfig, base_model: str | None = None) -> str:
+    name = base_model or config.base_model_name_or_path
+    return f"{config.peft_type.value} adapter{f' for {Path(name).name}' if name else ''}"
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # Markdown
+    )
+    return environment.get_template(name)
+
+
+def _link(repo_id: str, prefix: str) -> str:
+    return f"[{repo_id}](https://huggingface.co/{prefix}{repo_id})"
+
+
+def _settings(config: PeftConfig, method: str) -> list[tuple[str, str]]:
+    names = [*SETTINGS[method], *(FIT_SETTINGS if method == "SEA" and config.fitted_on else ())]
+    if method == "SEA" and config.feature_map is None:
+        names = [name for name in names if name not in ("feature_map", "feature_space", "input_scale")]
+    if method == "HPR" and config.angle_hidden_size is None:
+        names.remove("angle_hidden_size")
+    return [(f"`{name}`", f"`{json.dumps(getattr(config, name))}`") for name in names]
+
+
+def _sea_layers(config: PeftConfig) -> list[dict[str, Any]]:
+    # In a file the sites are sorted as texts.
+    return [
+        {"index": layer_index(site), "site": site, "ranks": ranks, **config.fit_statistics.get(site, {})}
+        for site, ranks in sorted(config.rank_pattern.items(), key=lambda item: (layer_index(item[0]) or 0, item[0]))
+    ]
+
+
+def _hpr_layers(config: PeftConfig) -> list[dict[str, Any]]:
+    accuracies = sorted((int(index), value) for index, value in config.probe_accuracy.items())
+    return [{"index": i, "accuracy": value, "edits": config.edits(i)} for i, value in accuracies]

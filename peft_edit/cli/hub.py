@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import common
+
+
+Folder = Annotated[Path, typer.Argument(help="Folder of the adapter.", show_default=False)]
+
+
+def card(
+    folder: Folder,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="What evaluate --json wrote, of the base model and with the adapter. May be repeated."),
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Id of the base model on the Hub, where the adapter names a local folder.")
+    ] = None,
+) -> None:
+    """Write the model card of an adapter, README.md in its folder, with results. Your own README.md is left alone.
+
+    Example: peft-edit card sea-truthful --results base.json --results edited.json
+    """
+    from .. import cards, hub
+
+    config = hub.read_config(folder)
+    if not cards.write_card(folder, config, base_model=base_model, results=results or ()):
+        raise ValueError(f"{folder / cards.README} is not a generated card: move it away to get one")
+    print(f"Card: {folder / cards.README}")
+
+
+def push(
+    folder: Folder,
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub, user/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, created where it is missing. Default: main.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    token: Annotated[str | None, typer.Option(help="Default: that of hf auth login, or of HF_TOKEN.")] = None,
+    json_file: common.Json = None,
+) -> None:
+    """Upload an adapter with its model card to the Hub, in one commit.
+
+    Example: peft-edit push sea-truthful user/llama2-7b-sea-truthful --private
+    """
+    from .. import hub
+
+    common.check_json(json_file)
+    commit = hub.push_folder(
+        folder,
+        repo_id,
+        commit_message=message,
+        private=True if private else None,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+    )
+    results = {"repository": str(commit.repo_url.repo_id), "commit": commit.oid, "url": commit.commit_url}
+    common.write_json(json_file, results | {"pull_request": commit.pr_url})
+    print(f"Pull request: {commit.pr_url}" if commit.pr_url else f"Commit: {commit.commit_url}")

@@ -1,0 +1,304 @@
+import json
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import tiny_model
+
+from peft_edit import ActivationStore, HPRConfig, SEAConfig, fit_sea
+from peft_edit.cards import for_repository, index_card, is_generated, may_replace, model_card, write_card
+from peft_edit.cli import main
+from peft_edit.saving import save_adapter
+
+
+LLAMA = "meta-llama/Llama-2-7b-hf"
+BASE = {
+    "model": "m",
+    "adapter": None,
+    "strength": 1.0,
+    "mc1": 0.4,
+    "mc2": 0.5,
+    "perplexity": 2.0,
+    "questions": [{}] * 7,
+}
+EDITED = BASE | {"adapter": "/home/me/sea", "mc1": 0.65, "mc2": 0.6, "perplexity": 2.125}
+
+
+def text_of(folder) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def sea_config(**changes) -> SEAConfig:
+    sites = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    statistics = {"rms": 1.0, "mean_rescale": 1.25, "mean_rescale_deviation": 0.5, "relative_error": 0.0625}
+    return SEAConfig(
+        **{
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": LLAMA,
+            "rank_pattern": {site: [5 + i, 7] for i, site in enumerate(sites)},
+            "fit_statistics": {site: {**statistics, "strength": 1.0} for site in sites},
+            "fitted_on": {"data": "truthful_qa", "questions": 367, "demonstrations": 400},
+            "base_model_fingerprint": "0" * 16,
+            **changes,
+        }
+    )
+
+
+def hpr_config(**changes) -> HPRConfig:
+    return HPRConfig(
+        **{
+            "base_model_name_or_path": LLAMA,
+            "selected_layers": [3],
+            "probe_accuracy": {"3": 0.97, "11": 0.91},
+            "fitted_on": {"data": "preferences.jsonl", "questions": 30, "token_pairs": 4000},
+            **changes,
+        }
+    )
+
+
+def test_metadata_of_sea():
+    metadata = model_card(
+        sea_config(), results=[BASE, EDITED | {"data": {"name": "truthful_qa", "split": "test"}}]
+    ).data
+    assert metadata.base_model == LLAMA and metadata.library_name == "peft"
+    assert metadata.pipeline_tag == "text-generation" and metadata.datasets == ["truthfulqa/truthful_qa"]
+    assert {"sea", "activation-editing", "peft-edit"} <= set(metadata.tags)
+    assert [(r.metric_type, r.metric_value, r.dataset_type, r.dataset_split) for r in metadata.eval_results] == [
+        ("mc1", 0.65, "truthfulqa/truthful_qa", "test"),
+        ("mc2", 0.6, "truthfulqa/truthful_qa", "test"),
+    ]
+
+
+def test_metadata_of_hpr():
+    metadata = model_card(hpr_config()).data
+    assert metadata.base_model == LLAMA and "hpr" in metadata.tags
+    # A file of the user's is no data set on the Hub, and nothing was measured.
+    assert metadata.datasets is None and metadata.eval_results is None and metadata.pipeline_tag is None
+
+
+@pytest.mark.parametrize(
+    ("config", "lines"),
+    [
+        (
+            sea_config(),
+            [
+                "# SEA adapter for Llama-2-7b-hf",
+                f"activations of [{LLAMA}](https://huggingface.co/{LLAMA})",
+                '| `rescale` | `"token"` |',
+                "| `positive_energy` | `0.998` |",
+                "| 1 | `model.layers.1.mlp.down_proj` | 6 | 7 | 1.250 | 0.062 |",
+                "to 400 demonstrations from 367 questions of [truthfulqa/truthful_qa](https://huggingface.co/datasets/",
+                f'AutoModelForCausalLM.from_pretrained("{LLAMA}")',
+                "import peft_edit",
+                "the errors are in the table above",
+                "@inproceedings{qiu2024spectral",
+            ],
+        ),
+        (sea_config(rescale="none"), ["It can be merged into the weights exactly"]),
+        (sea_config(site="block"), ["It cannot be merged into the weights (edit of whole decoder blocks)"]),
+        (
+            sea_config(feature_map="tanh"),
+            ['| `feature_map` | `"tanh"` |', "cannot be merged into the weights (feature"],
+        ),
+        (sea_config(projections="exchanged"), ["the reverse edit"]),
+        (
+            hpr_config(gate=0.1),
+            [
+                "# HPR adapter for Llama-2-7b-hf",
+                "| `gate` | `0.1` |",
+                "| 3 | 0.9700 | yes |",
+                "| 11 | 0.9100 | no |",
+                "Trained on 4000 pairs of answer tokens",
+                "from 30 questions of `preferences.jsonl`.",
+                "It cannot be merged into the weights: each token has an angle of its own",
+                "@inproceedings{pham2024householder",
+            ],
+        ),
+        (hpr_config(token_scope="last"), ["so that results depend on padding"]),
+        (hpr_config(probe_accuracy={}), ["The outputs of decoder blocks 3."]),
+        (hpr_config(probe_accuracy={}, selected_layers=None), ["The outputs of all decoder blocks."]),
+        (hpr_config(probe_accuracy={}, selected_layers=[]), ["## Layers\n\nNone."]),
+    ],
+)
+def test_what_a_card_says(config, lines):
+    text = str(model_card(config))
+    assert [line for line in lines if line not in text] == []
+    assert "\n\n\n" not in text and "None |" not in text and "{" not in text.partition("## Citation")[0]
+
+
+def test_layers_are_in_order():
+    config = SEAConfig(rank_pattern={f"model.layers.{i}.mlp.down_proj": [3, 4] for i in (10, 2, 1)})
+    places = [str(model_card(config)).index(f"| {i} | `model.layers.{i}.") for i in (1, 2, 10)]
+    assert places == sorted(places)
+
+
+def test_what_is_not_known_is_left_out():
+    text = str(model_card(SEAConfig(rank_pattern={"layers.0": [1, 2]}, fit_statistics={"layers.0": {"rms": 1.0}})))
+    assert "base_model:" not in text and "datasets:" not in text and "model-index" not in text
+    for absent in ("energy", "centered", "## Data", "## Results", "## Side effects", "mean rescale", "fingerprint"):
+        assert absent not in text, absent
+    text = str(model_card(sea_config(fitted_on={"demonstrations": 9})))
+    assert "Fitted in closed form to 9 demonstrations.\n" in text
+    assert "**It has not been fitted: it edits nothing.**" in str(model_card(SEAConfig()))
+    assert "not been fitted" not in str(model_card(sea_config()))
+
+
+def test_results_before_and_after():
+    strong = EDITED | {"strength": 2.0, "mc1": 0.7}
+    text = str(model_card(sea_config(), results=[strong, EDITED, BASE]))
+    assert "Measured on 7 questions.\n\n| model | MC1 % | MC2 % |\n|---|---:|---:|\n" in text
+    rows = ["| base model | 40.0 | 50.0 |", "| this adapter | 65.0 (+25.0) | 60.0 (+10.0) |"]
+    rows.append("| this adapter, strength 2 | 70.0 (+30.0) | 60.0 (+10.0) |")
+    assert "\n".join(rows) in text
+    assert "## Side effects\n\nPerplexity of other text.\n\n| model | perplexity |" in text
+    assert "| this adapter | 2.125 (+0.125) |" in text
+    assert "/home" not in text
+
+
+def test_results_on_several_data():
+    other = EDITED | {"data": {"name": "/data/own.jsonl"}, "accuracy": 0.25}
+    card = model_card(sea_config(), results=[BASE, other])
+    assert "Measured on `own.jsonl`, 7 questions.\n\n| model | MC1 % | MC2 % | accuracy |" in str(card)
+    assert "| this adapter | 65.0 | 60.0 | 0.2500 |" in str(card)  # no base on the same data
+    assert {result.dataset_name for result in card.data.eval_results} == {"own.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("[]", "must be what peft-edit evaluate"), ('{"adapter": null}', "must be what peft-edit"), ("{", "is no JSON")],
+)
+def test_other_results_are_refused(tmp_path, content, expected):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=f"results.json {expected}"):
+        model_card(sea_config(), results=[tmp_path / "results.json"])
+
+
+def test_local_base_models_are_named_and_not_linked(tmp_path):
+    config = sea_config(base_model_name_or_path=str(tmp_path / "my-model"))
+    text = str(model_card(config))
+    assert "base_model:" not in text and "activations of `my-model`" in text and str(tmp_path) not in text
+    assert model_card(config, base_model=LLAMA).data.base_model == LLAMA
+    with pytest.raises(ValueError, match="base_model must be an id on the Hub"):
+        model_card(config, base_model=str(tmp_path))
+
+
+def test_a_card_belongs_to_whoever_edits_it():
+    card = str(model_card(sea_config()))
+    assert is_generated(card) and is_generated(card.replace("\n", "\r\n"))
+    assert is_generated(for_repository(card, "user/name")) and '(base, "user/name")' in for_repository(
+        card, "user/name"
+    )
+    edited = [card.replace("## Limits", "## Bounds"), card.replace("tags:", "license: mit\ntags:"), "# Mine\n", ""]
+    assert not any(map(is_generated, edited))
+    assert [may_replace(text) for text in edited] == [False, False, False, True]
+    # The metadata can be read and written again.
+    assert is_generated(str(ModelCard(card)))
+
+
+@pytest.mark.parametrize("config_cls", [SEAConfig, HPRConfig])
+def test_saving_writes_the_card_in_place_of_pefts(config_cls, llama, tmp_path):
+    model = get_peft_model(llama, config_cls())
+    model.save_pretrained(tmp_path)
+    assert is_generated(text_of(tmp_path)) and "More Information Needed" not in text_of(tmp_path)
+    before = text_of(tmp_path)
+    model.peft_config["default"].base_model_name_or_path = LLAMA
+    model.save_pretrained(tmp_path)
+    assert text_of(tmp_path) != before and LLAMA in text_of(tmp_path)
+
+
+def test_adapters_that_transformers_saves_get_a_card_too(llama, tmp_path):
+    llama.add_adapter(SEAConfig(strength=0.5))
+    llama.save_pretrained(tmp_path)
+    assert is_generated(text_of(tmp_path)) and "| `strength` | `0.5` |" in text_of(tmp_path)
+
+
+@pytest.mark.parametrize("save", [lambda model, folder: model.save_pretrained(folder), save_adapter])
+def test_a_readme_of_the_user_stays_byte_for_byte(llama, tmp_path, save):
+    model = get_peft_model(llama, SEAConfig())
+    save(model, tmp_path)
+    own = text_of(tmp_path).replace("## Limits", "## Bounds").encode() + b"\r\n"
+    for text in (own, b"no metadata", b"\xff\xfe"):
+        (tmp_path / "README.md").write_bytes(text)
+        save(model, tmp_path)
+        assert (tmp_path / "README.md").read_bytes() == text
+
+
+def test_a_template_that_peft_left_is_replaced(llama, tmp_path):
+    get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert "More Information Needed" in text_of(tmp_path) and may_replace(text_of(tmp_path))  # LoRA's is PEFT's matter
+    assert not may_replace(text_of(tmp_path).replace("[More Information Needed]", "Ask me.", 1))
+    get_peft_model(llama, SEAConfig()).save_pretrained(tmp_path)
+    assert is_generated(text_of(tmp_path))
+
+
+def test_cards_of_several_adapters(llama, tmp_path):
+    model = get_peft_model(llama, SEAConfig(), adapter_name="truth")
+    model.add_adapter("fair", SEAConfig(strength=0.5))
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    assert "| `strength` | `0.5` |" in text_of(tmp_path / "fair") and is_generated(text_of(tmp_path / "truth"))
+    text = str(index_card({"truth": sea_config(), "fair": hpr_config(), "lora": LoraConfig()}))
+    assert is_generated(text) and f"base_model:\n- {LLAMA}\n" in text
+    assert "- [fair](fair/README.md): HPR adapter for Llama-2-7b-hf\n- lora\n" in text
+
+
+def test_the_fit_records_its_data(llama, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    layers = {i: torch.randn(12, 32, generator=generator) for i in range(3)}
+    store = ActivationStore.from_tensors(tmp_path / "store", positive=layers, negative=layers, neutral=layers)
+    store.metadata["data"] = {"name": str(tmp_path / "mine.jsonl"), "rows": 12}
+    model = get_peft_model(llama, SEAConfig())
+    fit_sea(model, store)
+    model.save_pretrained(tmp_path / "sea")
+    reloaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "sea")
+    expected = {"data": "mine.jsonl", "questions": 12, "demonstrations": 12}
+    assert reloaded.peft_config["default"].fitted_on == expected
+    assert "to 12 demonstrations from 12 questions of `mine.jsonl`." in text_of(tmp_path / "sea")
+    assert str(tmp_path) not in json.dumps(expected) + text_of(tmp_path / "sea")
+
+
+def test_fitted_on_must_be_a_dict():
+    with pytest.raises(ValueError, match="fitted_on must be a dict"):
+        SEAConfig(fitted_on="truthful_qa")
+
+
+def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["peft-edit", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as exit_:
+        return exit_.code or 0, *capsys.readouterr()
+    return 0, *capsys.readouterr()
+
+
+def test_command_writes_the_results_into_the_card(llama, tmp_path, monkeypatch, capsys):
+    get_peft_model(llama, SEAConfig(init_weights=False)).save_pretrained(tmp_path / "sea")
+    results = []
+    for name, content in (("base", BASE), ("edited", EDITED)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        results += ["--results", tmp_path / f"{name}.json"]
+    status, out, _ = run(monkeypatch, capsys, "card", tmp_path / "sea", *results, "--base-model", LLAMA)
+    assert status == 0 and out == f"Card: {tmp_path / 'sea' / 'README.md'}\n"
+    text = text_of(tmp_path / "sea")
+    assert "| this adapter | 65.0 (+25.0) |" in text and f"base_model: {LLAMA}\n" in text and is_generated(text)
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other.json").write_text(json.dumps(EDITED | {"adapter": str(tmp_path / "other")}))
+    for arguments, expected in (
+        ((tmp_path / "sea", "--results", tmp_path / "other.json"), f"are none of {tmp_path / 'sea'}: pass those"),
+        ((tmp_path / "sea",), "is not a generated card: move it away"),
+        ((tmp_path / "sea", "--base-model", "a/b/c"), "--base-model must be an id on the Hub"),
+        ((tmp_path / "sea", "--results", tmp_path / "none.json"), "No such file"),
+        ((tmp_path / "none",), "there is no folder"),
+    ):
+        (tmp_path / "sea" / "README.md").write_text("mine" if "generated" in expected else "")
+        status, _, err = run(monkeypatch, capsys, "card", *arguments)
+        assert status == 2 and expected in err and err.count("\n") == 1, err
+
+
+def test_nothing_half_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(ModelCard, "save", lambda self, path: (path.write_text("half"), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        write_card(tmp_path, sea_config())
+    assert not (tmp_path / "README.md").exists()
