@@ -13,7 +13,15 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 
 # Names that `load_contrast_set` knows -> data sets on the Hub.
-DATASETS = {"truthful_qa": "truthfulqa/truthful_qa"}
+DATASETS = {
+    "truthful_qa": "truthfulqa/truthful_qa",
+    "halueval": "pminervini/HaluEval",
+    "bbq": "oskarvanderwal/bbq",
+    "bbq_lite": "hails/bigbench",
+    "simple_ethical_questions": "hails/bigbench",
+    "toxigen": "skg/toxigen-data",
+    "crows_pairs": "jannalu/crows_pairs_multilingual",
+}
 DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
 # Measure -> its name in tables, the factor there and the decimals. Others are shown by their own names.
 MEASURES = {"mc1": ("MC1 %", 100, 1), "mc2": ("MC2 %", 100, 1), "perplexity": ("perplexity", 1, 3)}
