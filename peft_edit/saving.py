@@ -35,8 +35,7 @@ def check_adapter_folder(path: Path, method: str, *others: str) -> None:
 
 
 def save_adapter(model: PeftModel, path: Path, texts: Mapping[str, str] | None = None, *others: str) -> None:
-    """Save an adapter, with further files of these names and texts. A README.md that is the
-    user's own is kept. For
+    """Save an adapter, with further files of these names and texts. A README.md of the user's is kept. For
     `others` see `check_adapter_folder`.
 
     Raises:
