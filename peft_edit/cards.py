@@ -26,6 +26,8 @@ UNKNOWN_REPOSITORY = "your-name/your-adapter"
 MARKER = "<!-- Written by peft_edit, and written anew with the adapter until somebody edits it. {} -->"
 MARKER_LINE = re.compile(re.escape(MARKER).replace(r"\{\}", r"([0-9a-f]{16})"))
 
+# Metadata that PEFT and Transformers write.
+STUB_METADATA = ("base_model", "library_name", "pipeline_tag", "tags")
 # Fields of the configurations that say how an adapter edits; and those that say how SEA was fitted, which are no more
 # than defaults in an adapter that was not fitted here.
 SETTINGS = {
@@ -88,7 +90,8 @@ def _metadata(config: PeftConfig, base_id: str | None, title: str, measured: lis
 def _of_config(config: PeftConfig) -> dict[str, Any]:
     """What the templates take from a configuration."""
     method, fitted_on = config.peft_type.value, config.fitted_on
-    dataset = data_id(fitted_on.get("data"))
+    name = fitted_on.get("data")
+    dataset = data_id(name)
     layers = _sea_layers(config) if method == "SEA" else _hpr_layers(config)
     return {
         "config": config,
@@ -96,11 +99,7 @@ def _of_config(config: PeftConfig) -> dict[str, Any]:
         "layers": layers,
         "has_statistics": all(set(SITE_STATISTICS) <= set(layer) for layer in layers),
         "fitted_on": fitted_on if {"demonstrations", "token_pairs"} & set(fitted_on) else {},
-        "data_text": _link(dataset, "datasets/")
-        if dataset
-        else f"`{fitted_on['data']}`"
-        if "data" in fitted_on
-        else None,
+        "data_text": _link(dataset, "datasets/") if dataset else name and f"`{name}`",
     }
 
 
@@ -189,12 +188,15 @@ def _digest(text: str) -> str:
 
 
 def _is_stub(text: str) -> bool:
-    """Whether a README.md has no line but those of the template of the Hub's client and what is filled in there by PEFT
-    and Transformers."""
+    """Whether a README.md has nothing but the template of the Hub's client and what PEFT and Transformers fill in."""
     template = ModelCard.from_template(ModelCardData()).text.splitlines()
     known = {line.strip() for line in template} | {"### Framework versions"}
     filled_in = re.compile(r"- PEFT [\w.]+|This is the model card of a .* transformers model that has been pushed .*")
-    lines = (line.strip() for line in REGEX_YAML_BLOCK.sub("", text, count=1).splitlines())
+    match = REGEX_YAML_BLOCK.search(text)
+    metadata, body = (match[2], text[match.end() :]) if match else ("", text)
+    if not set(re.findall(r"^([\w-]+):", metadata, flags=re.MULTILINE)) <= set(STUB_METADATA):
+        return False
+    lines = (line.strip() for line in body.splitlines())
     return all(line in known or filled_in.fullmatch(line) for line in lines)
 
 

@@ -31,7 +31,8 @@ def leave_cards_to(config_cls: type[PeftConfig]) -> None:
         return
 
     def create_or_update_model_card(self: PeftModel, output_dir: str | os.PathLike) -> None:
-        if not isinstance(self.active_peft_config, config_cls):  # a PeftModel's adapters are of one method
+        # All adapters of a PeftModel are of one method.
+        if not any(isinstance(config, config_cls) for config in self.peft_config.values()):
             of_peft(self, output_dir)
 
     PeftModel.create_or_update_model_card = create_or_update_model_card

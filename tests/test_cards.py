@@ -227,6 +227,8 @@ def test_a_readme_of_the_user_stays_byte_for_byte(llama, tmp_path, save):
 def test_a_template_that_peft_left_is_replaced(llama, tmp_path):
     get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert "More Information Needed" in text_of(tmp_path) and may_replace(text_of(tmp_path))  # LoRA's is PEFT's matter
+    assert not may_replace(text_of(tmp_path).replace("library_name:", "license: mit\nlibrary_name:"))
+    assert not may_replace("---\nlicense: mit\n---\n")
     assert not may_replace(text_of(tmp_path).replace("[More Information Needed]", "Ask me.", 1))
     get_peft_model(llama, SEAConfig()).save_pretrained(tmp_path)
     assert is_generated(text_of(tmp_path))
