@@ -296,6 +296,8 @@ def main() -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     families = sys.argv[1:] or FAMILIES
+    if unknown := set(families) - set(FAMILIES):
+        sys.exit(f"not among the families: {', '.join(sorted(unknown))}; choose of {', '.join(FAMILIES)}")
     rows = {family: try_family(family) for family in tqdm(families, unit="family", leave=False)}
     print(table(rows))
 

@@ -235,7 +235,7 @@ def _batch_rows(model: nn.Module, sites: dict[int, str], batch: list[Sequence], 
 
     def keep(layer: int):
         def hook(module, args, output) -> None:
-            h = output[0] if isinstance(output, tuple) else output
+            h = output[0] if isinstance(output, (tuple, list)) else output
             h = h.reshape(*input_ids.shape, -1)  # OPT flattens batch and sequence before its MLP
             selected = kept.to(h.device)
             if mean:

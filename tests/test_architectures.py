@@ -9,8 +9,10 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from peft import get_peft_model
+from test_collect import TOKENIZER, contrast
 
-from peft_edit import HPRConfig, SEAConfig
+from peft_edit import HPRConfig, SEAConfig, collect_activations, fit_sea
 from peft_edit.sites import find_sites
 
 
@@ -96,6 +98,18 @@ def test_blocks_of_one_sublayer_each():
     for layers in (None, 0, 2):
         with pytest.raises(ValueError, match="gives the output of their MLP: pass layers_to_transform without them"):
             find_sites(model, "mlp", layers=layers)
+
+
+def test_collecting_from_blocks_that_return_lists(tmp_path):
+    """As GPT's do: a list that begins with the activations."""
+    model = tiny_model("openai-gpt")
+    store = collect_activations(model, TOKENIZER, contrast(), tmp_path, site="block", tokens="answer")
+    assert store.answer_tokens(1).shape[1] == 32 and store.answer_tokens(1).isfinite().all()
+    model = get_peft_model(model, SEAConfig(site="block"))
+    fit_sea(model, collect_activations(model, TOKENIZER, contrast(), tmp_path / "last", site="block"))
+    with model.disable_adapter():
+        base = logits(model)
+    assert not torch.equal(logits(model), base)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ class EditLayer(BaseTunerLayer):
         """Whether padding on the right changes what the adapter does to a sequence."""
         return False
 
-    def edit_output(self, output: Tensor | tuple) -> Tensor | tuple:
+    def edit_output(self, output: Tensor | tuple | list) -> Tensor | tuple | list:
         """Edit a module's output: a tensor, (..., d), or a tuple or list that begins with one."""
         if type(output) in (tuple, list):
             return type(output)((self.edit_output(output[0]), *output[1:]))
@@ -131,7 +131,9 @@ def check_not_on_disk(model: nn.Module, block: nn.Module, name: str) -> None:
         )
 
 
-def edit_block_output(kind: type, block: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+def edit_block_output(
+    kind: type, block: nn.Module, args: tuple, output: Tensor | tuple | list
+) -> Tensor | tuple | list:
     """Forward hook of a module whose edits are children and not wrappers, so that its attributes and key names stay.
 
     Each method has a layer of its own kind and a hook here. The hook of the oldest edits for all, in the order in which

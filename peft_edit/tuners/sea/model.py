@@ -125,7 +125,7 @@ class SEAModel(EditModel):
         """Refuse what cannot be merged before any layer is changed, and warn of what merges inexactly."""
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-        uses = Counter(id(parameter) for _, parameter in self.model.named_parameters(remove_duplicate=False))
+        uses = Counter(id(p) for module in self.model.modules() for p in module.parameters(recurse=False))
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name not in self.peft_config:
                 names = ", ".join(map(repr, self.peft_config))
