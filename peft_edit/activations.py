@@ -233,9 +233,16 @@ def _batch_rows(model: nn.Module, sites: dict[int, str], batch: list[Sequence], 
 
     rows: dict[int, Tensor] = {}
 
-    def keep(layer: int):
+    def keep(layer: int, name: str):
         def hook(module, args, output) -> None:
-            h = output[0] if isinstance(output, (tuple, list)) else output
+            h = output[0] if type(output) in (tuple, list) else output
+            shape = tuple(h.shape[:-1]) if isinstance(h, Tensor) else ()
+            if shape not in (tuple(input_ids.shape), (input_ids.numel(),)):
+                found = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+                raise ValueError(
+                    f"{name} gives {found} for input of shape {tuple(input_ids.shape)}, not one activation for each "
+                    "position of each row: choose another site or target_modules"
+                )
             h = h.reshape(*input_ids.shape, -1)  # OPT flattens batch and sequence before its MLP
             selected = kept.to(h.device)
             if mean:
@@ -251,7 +258,9 @@ def _batch_rows(model: nn.Module, sites: dict[int, str], batch: list[Sequence], 
     try:
         for layer, name in sites.items():
             # First of the hooks: the edit of a block is a hook too.
-            handles.append(_before_edit(model.get_submodule(name)).register_forward_hook(keep(layer), prepend=True))
+            handles.append(
+                _before_edit(model.get_submodule(name)).register_forward_hook(keep(layer, name), prepend=True)
+            )
         # The model without its LM head, whose logits nobody reads.
         model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
     finally:

@@ -55,17 +55,51 @@ def test_reasons_name_no_module():
     assert reason(ValueError(message)) == "it edits the output of a module, which is odd"
 
 
-@pytest.mark.parametrize("family, found", [("qwen4_exp_text", r"\(1, 9, 128\)"), ("reformer", "ReformerOutput")])
-@pytest.mark.parametrize("config", [SEAConfig(site="block", init_weights=False), HPRConfig(init_weights=False)])
-def test_blocks_without_one_residual_stream_are_refused(family, found, config):
-    model = edited(tiny_model(family), config)
-    match = (
-        rf"^the edit at [\w.]+\.0 needs a tensor of width 32, the module gives {found}: choose another site or target"
-    )
-    with pytest.raises(ValueError, match=match):
-        logits(model)
-    with model.disable_adapter():
-        logits(model)
+@pytest.mark.parametrize(
+    "family, found",
+    [
+        ("deepseek_v4", r"\(1, 9, 4, 32\)"),
+        ("gemma3n_text", r"\(4, 1, 9, 32\)"),
+        ("qwen4_exp_text", r"\(1, 9, 128\)"),
+        ("reformer", "ReformerOutput"),
+    ],
+)
+def test_blocks_without_one_residual_stream_are_refused(family, found):
+    match = rf"^the edit at [\w.]+\.0 needs one tensor of width 32, the module gives {found}: choose another site"
+    for config in (SEAConfig(site="block", init_weights=False), HPRConfig(init_weights=False)):
+        model = edited(tiny_model(family), config)
+        with pytest.raises(ValueError, match=match):
+            logits(model)
+        with model.disable_adapter():
+            logits(model)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "gemma3n_text", "reformer", "prophetnet"])
+def test_collecting_needs_one_activation_for_each_position(family, tmp_path):
+    with pytest.raises(ValueError, match=r"^[\w.]+ gives .* not one activation for each position of each row"):
+        collect_activations(tiny_model(family), TOKENIZER, contrast(), tmp_path, site="block", tokens="answer")
+
+
+def test_positions_before_rows_are_refused():
+    """A batch of several adapters could not tell them apart, nor could a collection."""
+    for config in (SEAConfig(), SEAConfig(site="block"), HPRConfig()):
+        with pytest.raises(ValueError, match="XLNetLMHeadModel begin with the positions and not with the rows"):
+            edited(tiny_model("xlnet"), config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama4_text", "openai-gpt", "cpmant", "prophetnet", "xlstm", "gpt_oss"])
+def test_mixed_batches_of_unusual_shapes(family):
+    """Flattened, in lists, with prompts or further streams beside the tokens."""
+    ids = torch.stack((torch.arange(3, 12), torch.arange(20, 29)))
+    for config in (SEAConfig(init_weights=False), HPRConfig(init_weights=False, gate=1.0)):
+        model = edited(tiny_model(family), config)
+        expected = model(input_ids=ids, use_cache=False).logits
+        with model.disable_adapter():
+            base = model(input_ids=ids, use_cache=False).logits
+        mixed = model(input_ids=ids, use_cache=False, adapter_names=["__base__", "default"]).logits
+        torch.testing.assert_close(mixed, torch.stack((base[0], expected[1])), rtol=1e-4, atol=1e-4)
+        assert not torch.equal(base, expected)
 
 
 # Where a family's MLP ends, for those whose names or structure mislead.

@@ -46,10 +46,11 @@ class EditLayer(BaseTunerLayer):
             return type(output)((self.edit_output(output[0]), *output[1:]))
         if self.disable_adapters:
             return output
-        if not isinstance(output, Tensor) or output.shape[-1] != self.features:
+        # Some blocks (DeepSeek-V4, Gemma 3n) give several streams at once, or a whole structure (Reformer).
+        if not isinstance(output, Tensor) or output.dim() > 3 or output.shape[-1] != self.features:
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"the edit at {self.site} needs a tensor of width {self.features}, the module gives {found}: "
+                f"the edit at {self.site} needs one tensor of width {self.features}, the module gives {found}: "
                 "choose another site or target_modules"
             )
         if self.row_adapters is not None:
