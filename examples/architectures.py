@@ -273,6 +273,7 @@ def reason(error: ValueError) -> str:
     text = re.split(r": pass |: choose |; ", str(error).splitlines()[0])[0]
     text = re.sub(r"^adapter 'default' cannot be merged: ", "", text)
     text = re.sub(r"[\w.]+\.\d+(\.[\w.]+)?", "a module", text)
+    text = re.sub(r" of width \d+, the module gives .*", "", text)
     text = re.sub(r" of layers \[.*?\]", "", text)
     return re.sub(r" of \w+(For|With|LMHead)\w+| \(\d+ layers,.*\)", "", text)
 
@@ -296,6 +297,8 @@ def main() -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     families = sys.argv[1:] or FAMILIES
+    if unknown := set(families) - set(FAMILIES):
+        sys.exit(f"not among the families: {', '.join(sorted(unknown))}; choose of {', '.join(FAMILIES)}")
     rows = {family: try_family(family) for family in tqdm(families, unit="family", leave=False)}
     print(table(rows))
 

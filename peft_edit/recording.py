@@ -91,7 +91,14 @@ class Recorder:
     def _keep(self, name: str, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         if self._kept is None:  # a prompt, whose rows nobody wants
             return
-        h = output[0] if isinstance(output, tuple) else output
+        h = output[0] if type(output) in (tuple, list) else output
+        shape = tuple(h.shape[:-1]) if isinstance(h, Tensor) else ()
+        if shape not in (tuple(self._kept.shape), (self._kept.numel(),)):
+            found = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+            raise ValueError(
+                f"{self.names[name]} gives {found} for input of shape {tuple(self._kept.shape)}, not one activation for "
+                "each position of each row: choose another site or target_modules"
+            )
         h = h.reshape(*self._kept.shape, -1)  # OPT flattens batch and sequence before its MLP
         kept = self._kept.to(h.device)
         if self.mean:

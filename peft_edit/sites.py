@@ -71,8 +71,17 @@ def decoder_blocks(model: nn.Module) -> dict[int, str]:
     The blocks are the outermost list of as many modules as the configuration has layers or, without one (LongCat counts
     two layers a block), of modules that the model itself calls its blocks. Where several fit (a vision tower of the
     same depth), it is the one inside `get_decoder()`.
+
+    Raises:
+        ValueError: there is no such list, or several, or activations do not begin with the rows of the batch (XLNet).
     """
-    count = getattr(text_config(model), "num_hidden_layers", None)
+    config = text_config(model)
+    if config.model_type == "xlnet":
+        raise ValueError(
+            f"the activations of {type(model).__name__} begin with the positions and not with the rows of a batch, "
+            "which is not supported; use another model"
+        )
+    count = getattr(config, "num_hidden_layers", None)
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     found = [n for n, m in lists.items() if len(m) == count]

@@ -9,8 +9,10 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from peft import get_peft_model
+from test_collect import TOKENIZER, contrast
 
-from peft_edit import HPRConfig, SEAConfig
+from peft_edit import HPRConfig, SEAConfig, collect_activations, fit_sea
 from peft_edit.sites import find_sites
 
 
@@ -53,17 +55,51 @@ def test_reasons_name_no_module():
     assert reason(ValueError(message)) == "it edits the output of a module, which is odd"
 
 
-@pytest.mark.parametrize("family, found", [("qwen4_exp_text", r"\(1, 9, 128\)"), ("reformer", "ReformerOutput")])
-@pytest.mark.parametrize("config", [SEAConfig(site="block", init_weights=False), HPRConfig(init_weights=False)])
-def test_blocks_without_one_residual_stream_are_refused(family, found, config):
-    model = edited(tiny_model(family), config)
-    match = (
-        rf"^the edit at [\w.]+\.0 needs a tensor of width 32, the module gives {found}: choose another site or target"
-    )
-    with pytest.raises(ValueError, match=match):
-        logits(model)
-    with model.disable_adapter():
-        logits(model)
+@pytest.mark.parametrize(
+    "family, found",
+    [
+        ("deepseek_v4", r"\(1, 9, 4, 32\)"),
+        ("gemma3n_text", r"\(4, 1, 9, 32\)"),
+        ("qwen4_exp_text", r"\(1, 9, 128\)"),
+        ("reformer", "ReformerOutput"),
+    ],
+)
+def test_blocks_without_one_residual_stream_are_refused(family, found):
+    match = rf"^the edit at [\w.]+\.0 needs one tensor of width 32, the module gives {found}: choose another site"
+    for config in (SEAConfig(site="block", init_weights=False), HPRConfig(init_weights=False)):
+        model = edited(tiny_model(family), config)
+        with pytest.raises(ValueError, match=match):
+            logits(model)
+        with model.disable_adapter():
+            logits(model)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "gemma3n_text", "reformer", "prophetnet"])
+def test_collecting_needs_one_activation_for_each_position(family, tmp_path):
+    with pytest.raises(ValueError, match=r"^[\w.]+ gives .* not one activation for each position of each row"):
+        collect_activations(tiny_model(family), TOKENIZER, contrast(), tmp_path, site="block", tokens="answer")
+
+
+def test_positions_before_rows_are_refused():
+    """A batch of several adapters could not tell them apart, nor could a collection."""
+    for config in (SEAConfig(), SEAConfig(site="block"), HPRConfig()):
+        with pytest.raises(ValueError, match="XLNetLMHeadModel begin with the positions and not with the rows"):
+            edited(tiny_model("xlnet"), config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama4_text", "openai-gpt", "cpmant", "prophetnet", "xlstm", "gpt_oss"])
+def test_mixed_batches_of_unusual_shapes(family):
+    """Flattened, in lists, with prompts or further streams beside the tokens."""
+    ids = torch.stack((torch.arange(3, 12), torch.arange(20, 29)))
+    for config in (SEAConfig(init_weights=False), HPRConfig(init_weights=False, gate=1.0)):
+        model = edited(tiny_model(family), config)
+        expected = model(input_ids=ids, use_cache=False).logits
+        with model.disable_adapter():
+            base = model(input_ids=ids, use_cache=False).logits
+        mixed = model(input_ids=ids, use_cache=False, adapter_names=["__base__", "default"]).logits
+        torch.testing.assert_close(mixed, torch.stack((base[0], expected[1])), rtol=1e-4, atol=1e-4)
+        assert not torch.equal(base, expected)
 
 
 # Where a family's MLP ends, for those whose names or structure mislead.
@@ -96,6 +132,18 @@ def test_blocks_of_one_sublayer_each():
     for layers in (None, 0, 2):
         with pytest.raises(ValueError, match="gives the output of their MLP: pass layers_to_transform without them"):
             find_sites(model, "mlp", layers=layers)
+
+
+def test_collecting_from_blocks_that_return_lists(tmp_path):
+    """As GPT's do: a list that begins with the activations."""
+    model = tiny_model("openai-gpt")
+    store = collect_activations(model, TOKENIZER, contrast(), tmp_path, site="block", tokens="answer")
+    assert store.answer_tokens(1).shape[1] == 32 and store.answer_tokens(1).isfinite().all()
+    model = get_peft_model(model, SEAConfig(site="block"))
+    fit_sea(model, collect_activations(model, TOKENIZER, contrast(), tmp_path / "last", site="block"))
+    with model.disable_adapter():
+        base = logits(model)
+    assert not torch.equal(logits(model), base)
 
 
 @torch.no_grad()

@@ -388,6 +388,15 @@ def test_inside_edit_strength():
         assert refused(model, "^cannot merge inside edit_strength")
 
 
+def test_a_module_of_two_names_is_one():
+    """Only weights in two modules are shared; a module that the model has in two places is edited once."""
+    model = edited_model(rescale="none")
+    expected = logits(model)
+    model.get_base_model().again = model.get_base_model().model.layers[1]
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
 class Wrapped(torch.Tensor):
     """Of another class and still floating, as torchao's quantised weights and FSDP's sharded ones are."""
 

@@ -40,16 +40,17 @@ class EditLayer(BaseTunerLayer):
         """Whether padding on the right changes what the adapter does to a sequence."""
         return False
 
-    def edit_output(self, output: Tensor | tuple) -> Tensor | tuple:
+    def edit_output(self, output: Tensor | tuple | list) -> Tensor | tuple | list:
         """Edit a module's output: a tensor, (..., d), or a tuple or list that begins with one."""
         if type(output) in (tuple, list):
             return type(output)((self.edit_output(output[0]), *output[1:]))
         if self.disable_adapters:
             return output
-        if not isinstance(output, Tensor) or output.shape[-1] != self.features:
+        # Some blocks (DeepSeek-V4, Gemma 3n) give several streams at once, or a whole structure (Reformer).
+        if not isinstance(output, Tensor) or output.dim() > 3 or output.shape[-1] != self.features:
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"the edit at {self.site} needs a tensor of width {self.features}, the module gives {found}: "
+                f"the edit at {self.site} needs one tensor of width {self.features}, the module gives {found}: "
                 "choose another site or target_modules"
             )
         if self.row_adapters is not None:
@@ -131,7 +132,9 @@ def check_not_on_disk(model: nn.Module, block: nn.Module, name: str) -> None:
         )
 
 
-def edit_block_output(kind: type, block: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+def edit_block_output(
+    kind: type, block: nn.Module, args: tuple, output: Tensor | tuple | list
+) -> Tensor | tuple | list:
     """Forward hook of a module whose edits are children and not wrappers, so that its attributes and key names stay.
 
     Each method has a layer of its own kind and a hook here. The hook of the oldest edits for all, in the order in which

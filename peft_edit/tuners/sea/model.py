@@ -138,7 +138,7 @@ class SEAModel(EditModel):
                     f"cannot merge at {inner.site}: another adapter, {type(module).__name__}, lies around SEA's; load "
                     "and merge SEA before that one is loaded"
                 )
-        uses = Counter(id(parameter) for _, parameter in self.model.named_parameters(remove_duplicate=False))
+        uses = Counter(id(p) for module in self.model.modules() for p in module.parameters(recurse=False))
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name not in self.peft_config:
                 names = ", ".join(map(repr, self.peft_config))
