@@ -25,7 +25,7 @@ Projection = Callable[[Tensor], Tensor]
 # The inverse feature maps diverge at the ends of their domain: arguments stay this far inside (the published value).
 DOMAIN_MARGIN = 1e-4
 # Elements that are merged at once: few enough for the caches and for their copies to need no memory that counts.
-MERGE_NUMEL = 2**22
+MERGE_NUMEL = 2**20
 
 
 def project(x: Tensor, basis: Tensor, columns: bool = False) -> Tensor:
