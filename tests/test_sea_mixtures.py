@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny import logits
 from torch import nn
 
-from peft_edit import SEAConfig
+from peft_edit import HPRConfig, SEAConfig
+from peft_edit.tuners.hpr import HPRLayer
 from peft_edit.tuners.sea import SEABlock, SEALayer, outputs
 
 
@@ -234,6 +235,18 @@ def test_an_adapter_inside_is_refused():
         model = edited(model=base.double())
     with pytest.raises(ValueError, match=r"at model\.layers\.0\.mlp: another adapter, Linear, lies inside it"):
         model.merge_adapter()
+
+
+def test_other_edits_of_the_same_output_are_refused():
+    """What they do comes before this edit, and would come after the merged one."""
+    match = r"at model\.layers\.0\.mlp: another adapter, \w+, lies inside it"
+    with pytest.raises(ValueError, match=match):
+        edited("qwen2_moe", target_modules=["mlp.shared_expert", "mlp"]).merge_adapter()
+    model = edited()
+    block = mixtures_of(model)[0].get_base_layer()
+    block.add_module("hpr", HPRLayer(block, "hpr", HPRConfig(), "model.layers.0.mlp", HIDDEN))
+    with pytest.raises(ValueError, match=match):
+        mixtures_of(model)[0].merge()
 
 
 # The trial
