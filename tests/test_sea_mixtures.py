@@ -282,6 +282,9 @@ def test_large_weights_of_the_trial_repeat_one_row():
     values = outputs._random(torch.Size((64, 4096, 1024)), 1, torch.Generator().manual_seed(0))
     assert values.shape == (64, 4096, 1024) and values.untyped_storage().nbytes() == 4 * 4096
     assert len(values[0, :, 0].unique()) > 4000
+    mixed = outputs._mix(values, 1)
+    assert mixed.shape == values.shape and mixed.untyped_storage().nbytes() == 4 * 4096
+    assert torch.equal(mixed[5, :, 7], 2 * values[0, :, 0] - values[0, :, 0].flip(0))
 
 
 @pytest.mark.parametrize("wrong", ["axis", "left out", "stranger"])
