@@ -81,19 +81,19 @@ class Checkpoint:
         self.files = [name] if weight_map is None else sorted(set(weight_map.values()))
         if missing := [file for file in self.files if not (path / file).is_file()]:
             raise ValueError(
-                f"{path} lacks {len(missing)} of the {len(self.files)} files that its {self.index} names, the first is "
-                f"{missing[0]}: download or save the checkpoint again"
+                f"{path} lacks {len(missing)} of the {len(self.files)} files that its {self.index or 'config.json'} "
+                f"names, the first is {missing[0]}: download or save the checkpoint again"
             )
         self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
             stored = self._read_header(file)
-            if weight_map is not None:
-                named = {key for key, of in weight_map.items() if of == file}
-                if differing := sorted(named ^ set(stored)):
-                    raise ValueError(
-                        f"{self.index} and {file} of {path} disagree about {differing[0]}: "
-                        "download or save the checkpoint again"
-                    )
+            # What the index leaves out is loaded all the same, as Transformers does it.
+            named = {key for key, of in (weight_map or {}).items() if of == file}
+            if differing := sorted((named - set(stored)) | (set(stored) & set(self.tensors))):
+                raise ValueError(
+                    f"{self.index} of {path} says that {differing[0]} is in one file, and the files disagree: "
+                    "download or save the checkpoint again"
+                )
             self.tensors |= stored
 
     def _weight_map(self) -> dict[str, str]:

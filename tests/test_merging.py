@@ -174,6 +174,17 @@ def test_other_files_are_kept_and_other_weights_are_not(pair, tmp_path):
     assert all(found[name] == name.encode() for name in kept) and not set(left) & set(found)
 
 
+def test_tensors_that_the_index_leaves_out_are_merged_too(pair, tmp_path):
+    """Transformers loads them."""
+    base, adapter = pair
+    index = json.loads((base / INDEX).read_text())
+    del index["weight_map"]["model.layers.1.mlp.down_proj.weight"]
+    (base / INDEX).write_text(json.dumps(index))
+    merge_checkpoint(base, adapter, tmp_path / "out", allow_fingerprint_mismatch=True)
+    merged, expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict(), in_memory(base, adapter)
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
 def test_sites_without_a_fit_are_copied(tmp_path):
     base, adapter = make(tmp_path, layers_to_transform=[1])
     assert merge_checkpoint(base, adapter, tmp_path / "out").edited == ("model.layers.1.mlp.down_proj.weight",)
@@ -334,8 +345,10 @@ def damage(base: Path, how: str) -> None:
         shards[2].unlink()
     elif how == "truncated":
         shards[2].write_bytes(shards[2].read_bytes()[:-10])
-    elif how == "unnamed":
-        del index["weight_map"][next(iter(load_file(shards[1])))]
+    elif how == "ghost":
+        index["weight_map"]["model.ghost.weight"] = shards[1].name
+    elif how == "twice":
+        save_file({**load_file(shards[0]), **load_file(shards[1])}, shards[1])
     elif how == "elsewhere":
         index["weight_map"]["model.norm.weight"] = "../model.safetensors"
     elif how == "no index":
@@ -367,7 +380,8 @@ def damage(base: Path, how: str) -> None:
     [
         ("missing", "lacks 1 of the 7 files that its model.safetensors.index.json names, the first is model-00003"),
         ("truncated", r"model-00003-of-00007\.safetensors is damaged"),
-        ("unnamed", "disagree about"),
+        ("ghost", r"says that model\.ghost\.weight is in one file, and the files disagree"),
+        ("twice", "is in one file, and the files disagree"),
         ("elsewhere", "must name files beside it"),
         ("no index", "is no index of a checkpoint"),
         ("pickled", "its weights are pickled: pass a safetensors checkpoint"),

@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny import logits
 from torch import nn
 
-from peft_edit import SEAConfig
+from peft_edit import HPRConfig, SEAConfig
+from peft_edit.tuners.hpr import HPRLayer
 from peft_edit.tuners.sea import SEABlock, SEALayer, outputs
 
 
@@ -236,6 +237,18 @@ def test_an_adapter_inside_is_refused():
         model.merge_adapter()
 
 
+def test_other_edits_of_the_same_output_are_refused():
+    """What they do comes before this edit, and would come after the merged one."""
+    match = r"at model\.layers\.0\.mlp: another adapter, \w+, lies inside it"
+    with pytest.raises(ValueError, match=match):
+        edited("qwen2_moe", target_modules=["mlp.shared_expert", "mlp"]).merge_adapter()
+    model = edited()
+    block = mixtures_of(model)[0].get_base_layer()
+    block.add_module("hpr", HPRLayer(block, "hpr", HPRConfig(), "model.layers.0.mlp", HIDDEN))
+    with pytest.raises(ValueError, match=match):
+        mixtures_of(model)[0].merge()
+
+
 # The trial
 
 
@@ -269,6 +282,9 @@ def test_large_weights_of_the_trial_repeat_one_row():
     values = outputs._random(torch.Size((64, 4096, 1024)), 1, torch.Generator().manual_seed(0))
     assert values.shape == (64, 4096, 1024) and values.untyped_storage().nbytes() == 4 * 4096
     assert len(values[0, :, 0].unique()) > 4000
+    mixed = outputs._mix(values, 1)
+    assert mixed.shape == values.shape and mixed.untyped_storage().nbytes() == 4 * 4096
+    assert torch.equal(mixed[5, :, 7], 2 * values[0, :, 0] - values[0, :, 0].flip(0))
 
 
 @pytest.mark.parametrize("wrong", ["axis", "left out", "stranger"])

@@ -25,7 +25,7 @@ Projection = Callable[[Tensor], Tensor]
 # The inverse feature maps diverge at the ends of their domain: arguments stay this far inside (the published value).
 DOMAIN_MARGIN = 1e-4
 # Elements that are merged at once: few enough for the caches and for their copies to need no memory that counts.
-MERGE_NUMEL = 2**22
+MERGE_NUMEL = 2**20
 
 
 def project(x: Tensor, basis: Tensor, columns: bool = False) -> Tensor:
@@ -274,8 +274,8 @@ def merge(
     return (mean_rescale * merged if rescale == "token" else merged).to(weight.dtype)
 
 
-def merge_pieces(weight: Tensor, columns: bool, merge: Callable[[Tensor], Tensor], out: Tensor) -> None:
-    """Apply `merge` to the rows of a weight, (n, d), or to its columns, (d, n).
+def merge_pieces(weight: Tensor, columns: bool, apply: Callable[[Tensor], Tensor], out: Tensor) -> None:
+    """Apply a map such as `merge` to the rows of a weight, (n, d), or to its columns, (d, n).
 
     It goes in pieces of a size that follows from the shape alone, each copied first. So the result is the same to the
     last bit wherever the weight lies and whatever its strides are, it takes little memory, and `out` may be `weight`.
@@ -283,7 +283,7 @@ def merge_pieces(weight: Tensor, columns: bool, merge: Callable[[Tensor], Tensor
     along = int(columns)
     step = max(1, MERGE_NUMEL // weight.shape[1 - along])
     for piece, target in zip(weight.split(step, dim=along), out.split(step, dim=along), strict=True):
-        target.copy_(merge(piece.clone(memory_format=torch.contiguous_format)))
+        target.copy_(apply(piece.clone(memory_format=torch.contiguous_format)))
 
 
 @dataclass(frozen=True)

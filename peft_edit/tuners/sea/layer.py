@@ -366,7 +366,7 @@ class SEABlock(nn.Module, SEALayer, BlockEditLayer):
         super().check_mergeable(adapter_name)
         block = self.get_base_layer()
         for part in block.modules():
-            if isinstance(part, BaseTunerLayer) and not isinstance(part, BlockEditLayer):
+            if isinstance(part, BaseTunerLayer) and part is not self:
                 raise ValueError(
                     f"cannot merge adapter {adapter_name!r} at {self.site}: another adapter, {type(part).__name__}, "
                     "lies inside it; merge that one first"

@@ -154,8 +154,10 @@ def _random(shape: torch.Size, axis: int, generator: torch.Generator) -> Tensor:
 
 
 def _mix(y: Tensor, axis: int) -> Tensor:
-    """A linear map along an axis that commutes with no norm and no elementwise function."""
-    return 2 * y - y.flip(axis)
+    """A linear map along an axis that commutes with no norm and no elementwise function. What repeats one row goes on
+    to do so."""
+    row = y[tuple(slice(1) if stride == 0 else slice(None) for stride in y.stride())]
+    return (2 * row - row.flip(axis)).expand(y.shape)
 
 
 def _first(output: Tensor | tuple) -> Tensor:
