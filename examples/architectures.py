@@ -273,6 +273,7 @@ def reason(error: ValueError) -> str:
     text = re.split(r": pass |: choose |; ", str(error).splitlines()[0])[0]
     text = re.sub(r"^adapter 'default' cannot be merged: ", "", text)
     text = re.sub(r"[\w.]+\.\d+(\.[\w.]+)?", "a module", text)
+    text = re.sub(r" \(\w+Error: .*\)$", "", text)
     text = re.sub(r" of width \d+, the module gives .*", "", text)
     text = re.sub(r" of layers \[.*?\]", "", text)
     return re.sub(r" of \w+(For|With|LMHead)\w+| \(\d+ layers,.*\)", "", text)

@@ -22,7 +22,7 @@ from .cards import with_marker
 from .functional.subspaces import change, low_rank
 from .saving import adapter_folder, check_adapter_folder
 from .sites import layer_index, target_modules, unwrap
-from .tuners.sea import SEAConfig, SEALayer
+from .tuners.sea import SEAConfig, SEALayer, SEALinear
 
 
 # Written beside the adapter; a LoRA adapter without it is not ours to replace.
@@ -174,6 +174,11 @@ def check_folder(path: Path) -> None:
 def _check_layer(layer: SEALayer, adapter_name: str) -> None:
     if layer.merged:
         raise ValueError("cannot export while adapters are merged: call unmerge_adapter first")
+    if not isinstance(layer, SEALinear):
+        raise ValueError(
+            f"cannot export as LoRA: adapter {adapter_name!r} edits the output of {layer.site}, which is no linear "
+            "layer; merge it instead"
+        )
     try:
         layer.check_mergeable(adapter_name)  # the conditions of merging are those of exporting
     except ValueError as error:

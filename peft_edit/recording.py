@@ -96,8 +96,8 @@ class Recorder:
         if shape not in (tuple(self._kept.shape), (self._kept.numel(),)):
             found = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
             raise ValueError(
-                f"{self.names[name]} gives {found} for input of shape {tuple(self._kept.shape)}, not one activation for "
-                "each position of each row: choose another site or target_modules"
+                f"{self.names[name]} gives {found} for input of shape {tuple(self._kept.shape)}, not one activation "
+                "for each position of each row: choose another site or target_modules"
             )
         h = h.reshape(*self._kept.shape, -1)  # OPT flattens batch and sequence before its MLP
         kept = self._kept.to(h.device)

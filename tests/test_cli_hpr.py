@@ -479,7 +479,7 @@ def test_splits_of_the_paper(run, tmp_path, split):
 
 BAD_STORES = [
     ("last", "tokens"),
-    ("mlp", "site 'mlp'"),
+    ("mlp", "output of 'mlp'"),
     ("empty", "is no activation store"),
     ("nowhere", "is no activation store"),
 ]

@@ -148,7 +148,7 @@ class SEAModel(EditModel):
             for layer in self.model.modules():
                 if isinstance(layer, SEALayer) and layer.is_fitted(name) and name not in layer.merged_adapters:
                     layer.check_mergeable(name)
-                    if any(uses[id(parameter)] > 1 for parameter in layer.get_base_layer().parameters(recurse=False)):
+                    if any(uses[id(output.parameter)] > 1 for output in layer.output_tensors().values()):
                         raise ValueError(
                             f"adapter {name!r} cannot be merged: the weights of {layer.site} are shared with another "
                             "module, which would be edited too; keep it as an adapter"
