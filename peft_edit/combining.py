@@ -79,12 +79,8 @@ def combine_sea(
         raise ValueError("cannot combine while adapters are merged: call unmerge_adapter first")
     factors, statistics = {}, {}
     for layer in tqdm(layers, desc="combining", unit="layer", leave=None):
-        fitted = [name for name in adapters if layer.is_fitted(name)]
-        both = []
-        for parts in (layer.sea_positive, layer.sea_negative):
-            for name in fitted:
-                parts[name].check()
-            both.append(join([parts[name].weight.cpu() for name in fitted]))
+        fitted = [layer.factors(name) for name in adapters if layer.is_fitted(name)]
+        both = [join(parts) for parts in zip(*fitted, strict=True)]
         factors[layer.site] = both
         if store is not None:
             neutral = store.neutral(layer_index(layer.site)).double()

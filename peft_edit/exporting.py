@@ -181,13 +181,13 @@ def _export_site(
     layer: SEALayer, adapter_name: str, config: SEAConfig, rank: int | None
 ) -> tuple[SiteExport, tuple[Tensor, Tensor, Tensor | None]]:
     """Factors B, (d, r), and A, (r, m), of a layer's update, and the update of its bias, (d,), float32 on the CPU."""
-    positive, negative = layer.sea_positive[adapter_name].weight, layer.sea_negative[adapter_name].weight
+    positive, negative = layer.factors(adapter_name)
     factor_rank = len(positive) + len(negative)
     if config.projections == "exchanged":
         positive, negative = negative, positive
     elif config.projections == "negative":
         positive = positive[:0]
-    directions, values = change(positive.cpu(), negative.cpu())
+    directions, values = change(positive, negative)
     base = layer.get_base_layer()
     with align_module_device(base), torch.no_grad():
         weight = base.weight

@@ -1,9 +1,11 @@
 """One SEA adapter of several: spans joined, saved, merged and exported as any other."""
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import logits, vivid_model
+from transformers.integrations import peft as native
 
 from peft_edit import ActivationStore, HPRConfig, SEAConfig, combine_sea, fit_sea, sea_to_lora
 from peft_edit.tuners.sea import SEALayer
@@ -134,6 +136,23 @@ def test_saved_loaded_merged_and_exported_as_any_other(tmp_path):
     assert torch.equal(active(model, "joint"), expected)
     model.delete_adapter("joint")
     assert list(model.peft_config) == ["b"]
+
+
+def test_adapters_of_transformers(tmp_path, monkeypatch):
+    # Transformers 5.24 refuses the newest PEFT that is released; nothing else in it does.
+    monkeypatch.setattr(native, "MIN_PEFT_VERSION", peft.__version__)
+    model = pair((axes(0), axes(1)), (axes(2), axes(3)))
+    for name in ("a", "b"):
+        model.save_pretrained(tmp_path, selected_adapters=[name])
+    expected = active(model, "a", "b")
+    model = vivid_model()
+    for name in ("a", "b"):
+        model.load_adapter(tmp_path / name, name)
+    model.set_adapter(combine_sea(model, ["a", "b"]))
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path / "joint")
+    again = PeftModel.from_pretrained(vivid_model(), tmp_path / "joint")
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-5)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import FAMILIES, SIZES, logits, token_ids, vivid_model
@@ -195,6 +196,15 @@ def test_half_precision_weights(tmp_path):
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     reference = logits(fitted()).float()
     assert (logits(lora_of(tmp_path, dtype=torch.bfloat16)).float() - reference).norm() < 0.05 * reference.norm()
+
+
+def test_offloaded_weights(tmp_path):
+    model = cpu_offload(fitted(), execution_device=torch.device("cpu"))
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    assert layer.weight.is_meta and layer.sea_positive["default"].weight.is_meta
+    sea_to_lora(model, tmp_path)
+    assert layer.weight.is_meta and layer.sea_positive["default"].weight.is_meta
+    torch.testing.assert_close(logits(lora_of(tmp_path)), logits(fitted()), rtol=0, atol=1e-5)
 
 
 def test_the_named_adapter_is_exported(tmp_path):

@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -139,6 +140,15 @@ class SEALayer(EditLayer):
             label = f"{sign} factor of SEA adapter {adapter_name!r} at {self.site}"
             names[adapter_name] = SEAProjection(factor, label, checked)
         self.frozen_peft_weight_names[adapter_name] = self.adapter_layer_names
+
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """An adapter's two factors, (k, d) each, checked, on the CPU, also where they are offloaded."""
+        factors = []
+        for projection in (self.sea_positive[adapter_name], self.sea_negative[adapter_name]):
+            with align_module_device(projection):
+                projection.check()
+                factors.append(projection.weight.detach().cpu())
+        return tuple(factors)
 
     def has_adapter(self, adapter_name: str) -> bool:
         return adapter_name in self.sea_positive

@@ -93,9 +93,8 @@ class SEAModel(EditModel):
             if isinstance(target, BaseTunerLayer):
                 # Without the name of the site, so that Python shows it once.
                 warnings.warn(
-                    f"SEA adapter {adapter_name!r} edits what {type(target).__module__.split('.')[-2]} adapters of the "
-                    "same linear layers give. PEFT can no longer save those from this model, nor merge them: save, or "
-                    "merge, them before SEA is added.",
+                    f"SEA adapter {adapter_name!r} edits what adapters of another method give on the same layers. PEFT "
+                    "can no longer save or merge those in this model: save, or merge, them before SEA is added.",
                     stacklevel=2,
                 )
             # Not by `_replace_module`, which moves the factors to the weights, for offloaded ones to meta.
