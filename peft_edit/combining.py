@@ -57,8 +57,9 @@ def combine_sea(
         The new adapter's name.
 
     Raises:
-        ValueError: an adapter is missing, merged, not fitted, has a feature map, or differs from the others in its
-            site, projections, rescale, strength or base model; the name is taken; the store is of another model.
+        ValueError: an adapter is missing, merged, not fitted, has a feature map or modules_to_save, or differs from
+            the others in its site, projections, rescale, strength or base model; the name is taken; the store is of
+            another model.
     """
     configs = _configs(model, adapters)
     config = configs[0]
@@ -114,6 +115,8 @@ def _configs(model: nn.Module, adapters: Sequence[str]) -> list[SEAConfig]:
                 f"adapter {name!r} has the feature map {config.feature_map!r}, whose directions are not those of "
                 "activations: fit one adapter to the demonstrations of all behaviours together"
             )
+        if config.modules_to_save:
+            raise ValueError(f"adapter {name!r} has modules_to_save, which cannot be joined: fit one without them")
         if not config.rank_pattern:
             raise ValueError(f"adapter {name!r} edits nothing: fit it first")
         for field in COMMON:

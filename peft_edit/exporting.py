@@ -95,8 +95,8 @@ def sea_to_lora(
 
     Raises:
         ValueError: the adapter is no SEA adapter, merged, inside `edit_strength`, edits nothing or other modules than
-            linear layers (decoder blocks, mixtures of experts), has a feature map, rescale="average" or
-            projections="positive"; the weights are quantised or not loaded; or the folder holds something else.
+            linear layers (decoder blocks, mixtures of experts), has a feature map, modules_to_save, rescale="average"
+            or projections="positive"; the weights are quantised or not loaded; or the folder holds something else.
     """
     out_dir = Path(out_dir)
     check_folder(out_dir)
@@ -157,6 +157,8 @@ def check_exportable(config: PeftConfig) -> None:
             "projections='positive' removes all but the kept directions, which is no low-rank update; merge it, or use "
             "projections='both'"
         )
+    elif config.modules_to_save:
+        reason = f"its modules_to_save {config.modules_to_save} are no part of a LoRA update; merge it"
     if reason:
         raise ValueError(f"this SEA adapter cannot be exported as LoRA: {reason}")
 
@@ -224,14 +226,12 @@ def _rescale_error(layer: SEALayer, config: SEAConfig) -> float:
 
 def _lora_config(model: nn.Module, config: SEAConfig, export: LoRAExport) -> LoraConfig:
     bare, names = unwrap(model), [site.site for site in export.sites]
-    targets = target_modules(bare, names, None)
-    layers = None
+    layers, targets = None, target_modules(bare, names, None)
     if isinstance(targets, str):
-        # With their layers, names are enough more often. They are safer than a regular expression: not every server
-        # reads one, and all take the layers from the names of the tensors.
-        chosen = sorted({layer_index(name) for name in names} - {None})
-        short = target_modules(bare, names, chosen)
-        targets, layers = (targets, None) if isinstance(short, str) else (short, chosen)
+        # Not every server reads a regular expression. With their layers, names are enough more often.
+        layers = sorted({layer_index(name) for name in names} - {None})
+        targets = target_modules(bare, names, layers)
+        layers = None if isinstance(targets, str) else layers
     return LoraConfig(
         task_type=config.task_type or TaskType.CAUSAL_LM,
         base_model_name_or_path=config.base_model_name_or_path or getattr(bare, "name_or_path", None),
@@ -279,27 +279,28 @@ def _card(config: LoraConfig, export: LoRAExport) -> str:
     metadata = [f"base_model: {base}"] if base and not os.path.exists(base) else []
     metadata += ["library_name: peft", "tags:", "- lora", "- activation-editing", "- sea"]
     exact = "It has the same effect as the edit, up to rounding." if not export.notes else "What to know:"
-    lines = [
-        "---",
-        *metadata,
-        "---",
-        OWN_CARD,
-        "",
-        "# SEA edit as a LoRA adapter",
-        "",
-        "This LoRA adapter was not trained. It is a Spectral Editing of Activations (SEA, "
-        "[arXiv 2405.09719](https://arxiv.org/abs/2405.09719)) of the outputs of "
-        f"{len(export.sites)} linear layers, written as a low-rank update of their weights. {exact}",
-        "",
-        *(f"- {note[0].upper()}{note[1:]}." for note in export.notes),
-        "",
-        f"Rank and `lora_alpha` are {export.rank} in every layer (vLLM: `--max-lora-rank` of at least that).",
-        "",
-        "```python",
-        "from peft import AutoPeftModelForCausalLM",
-        "",
-        'model = AutoPeftModelForCausalLM.from_pretrained("this/folder")',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            "---",
+            *metadata,
+            "---",
+            OWN_CARD,
+            "",
+            "# SEA edit as a LoRA adapter",
+            "",
+            "This LoRA adapter was not trained. It is a Spectral Editing of Activations (SEA, "
+            "[arXiv 2405.09719](https://arxiv.org/abs/2405.09719)) of the outputs of "
+            f"{len(export.sites)} linear layers, written as a low-rank update of their weights. {exact}",
+            "",
+            *(f"- {note[0].upper()}{note[1:]}." for note in export.notes),
+            "",
+            f"Rank and `lora_alpha` are {export.rank} in every layer (vLLM: `--max-lora-rank` of at least that).",
+            "",
+            "```python",
+            "from peft import AutoPeftModelForCausalLM",
+            "",
+            'model = AutoPeftModelForCausalLM.from_pretrained("this/folder")',
+            "```",
+            "",
+        ]
+    )

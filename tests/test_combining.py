@@ -228,6 +228,7 @@ def with_hpr():
         (lambda: mixed(projections="positive"), (["a", "b"],), "must agree in projections"),
         (lambda: mixed(site="block"), (["a", "b"],), "must agree in site"),
         (lambda: mixed(feature_map="tanh"), (["a", "b"],), "^adapter 'b' has the feature map 'tanh'.* all behaviours"),
+        (lambda: mixed(modules_to_save=["lm_head"]), (["a", "b"],), "^adapter 'b' has modules_to_save"),
         (of_other_models, (["a", "b"],), "^the adapters were fitted on different models"),
         (merged, (["a", "b"],), "merged: call unmerge_adapter"),
     ],

@@ -142,18 +142,23 @@ def test_shared_directions_take_no_rank(tmp_path):
     torch.testing.assert_close(logits(lora_of(tmp_path)), logits(model), rtol=0, atol=1e-5)
 
 
-def test_layers_that_edit_are_named(tmp_path):
-    model = fitted(layers_to_transform=[0, 2])
-    sea_to_lora(model, tmp_path / "some")
-    config = json.loads((tmp_path / "some" / "adapter_config.json").read_text())
-    assert config["target_modules"] == ["down_proj"] and config["layers_to_transform"] == [0, 2]
-    torch.testing.assert_close(logits(lora_of(tmp_path / "some")), logits(model), rtol=0, atol=1e-5)
-    # A layer whose directions all cancel is none of them.
+@pytest.mark.filterwarnings("ignore:the edited layers have a bias")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_edit_are_named(family, tmp_path):
+    model = fitted(family, layers_to_transform=[0, 2])
+    sea_to_lora(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    name = {"gpt2": "mlp.c_proj", "opt": "fc2", "falcon": "dense_4h_to_h"}.get(family, "down_proj")
+    assert config["target_modules"] == [name] and config["layers_to_transform"] == [0, 2]
+    torch.testing.assert_close(logits(lora_of(tmp_path, family)), logits(model), rtol=0, atol=1e-5)
+
+
+def test_a_layer_whose_directions_all_cancel_is_not_named(tmp_path):
     model = fitted(ranks=[(3, 3), (2, 2), (1, 1)], shared=0)
     layer = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
     layer.set_factors("default", layer.sea_positive["default"].weight, layer.sea_positive["default"].weight.flip(0))
-    assert len(sea_to_lora(model, tmp_path / "cancelled").sites) == 2
-    torch.testing.assert_close(logits(lora_of(tmp_path / "cancelled")), logits(model), rtol=0, atol=1e-5)
+    assert len(sea_to_lora(model, tmp_path).sites) == 2
+    torch.testing.assert_close(logits(lora_of(tmp_path)), logits(model), rtol=0, atol=1e-5)
 
 
 def test_truncation_states_its_error(tmp_path):
@@ -259,6 +264,7 @@ def structure():
         (lambda: fitted(feature_map="tanh"), "feature map 'tanh' is not linear; fit with feature_map=None"),
         (lambda: fitted(rescale="average"), "rescale='average' halves activations"),
         (lambda: fitted(projections="positive"), "projections='positive' removes all but"),
+        (lambda: fitted(modules_to_save=["lm_head"]), r"modules_to_save \['lm_head'\] are no part of a LoRA"),
         (block_model, "it edits the outputs of decoder blocks"),
         (mixture, "^cannot export as LoRA: .* edits the output of model.layers.0.mlp, which is no linear layer"),
         (merged_model, "merged: call unmerge_adapter"),
