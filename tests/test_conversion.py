@@ -180,11 +180,15 @@ def protocol_four(entries):
     return {**entries, name: pickle.dumps(Evil(Path("evil")), protocol=4)}
 
 
-def endless_hash(entries):
-    """A dict whose key is a tuple that takes 2^60 steps to hash: each level holds the one below twice."""
-    name = next(n for n in entries if n.endswith("data.pkl"))
+def endless_hash(start, end):
+    """A key that takes 2^60 steps to hash: a tuple each of whose levels holds the one below twice."""
     levels = b"".join(b"q%ch%c\x86" % (i, i) for i in range(60))
-    return {**entries, name: b"\x80\x02})" + levels + b"K\x01s."}
+
+    def change(entries):
+        name = next(n for n in entries if n.endswith("data.pkl"))
+        return {**entries, name: b"\x80\x02" + start + b")" + levels + end}
+
+    return change
 
 
 def other_size(entries):
@@ -199,17 +203,24 @@ def expanded(path):
 
 
 REFUSED = {
-    "code": (lambda p: torch.save(Evil(p.parent / "evil"), p), "more than one tensor .*nothing in it was executed"),
+    "code": (
+        lambda p: torch.save(Evil(p.parent / "evil"), p),
+        "else than one tensor.*: refused, nothing in it was executed",
+    ),
     "code beside a tensor": (
         lambda p: torch.save([stack(), Evil(p.parent / "evil")], p),
-        "more than one tensor .*nothing in it was executed",
+        "else than one tensor.*: refused, nothing in it was executed",
     ),
     "another way to code": (lambda p: rewrite(p, protocol_four), "nothing in it was executed"),
-    "a list": (lambda p: torch.save([stack()], p), "more than one tensor"),
-    "a dict": (lambda p: torch.save({"uu": stack()}, p), "more than one tensor"),
-    "a number": (lambda p: torch.save(3, p), "must hold one tensor, got int"),
-    "endless hash": (lambda p: rewrite(p, endless_hash), "more than one tensor"),
-    "integers": (lambda p: torch.save(stack().long(), p), "more than one tensor .*LongStorage"),
+    "a list": (lambda p: torch.save([stack()], p), "else than one tensor"),
+    "a dict": (lambda p: torch.save({"uu": stack()}, p), "else than one tensor"),
+    "a number": (lambda p: torch.save(3, p), "else than one tensor: refused"),
+    "endless hash of a dict": (lambda p: rewrite(p, endless_hash(b"}", b"K\x01s.")), "else than one tensor: refused"),
+    "endless hash of an argument": (
+        lambda p: rewrite(p, endless_hash(b"ccollections\nOrderedDict\n", b"K\x01\x86\x85\x85R.")),
+        "else than one tensor .collections OrderedDict",
+    ),
+    "integers": (lambda p: torch.save(stack().long(), p), "else than one tensor \(torch LongStorage\)"),
     "large pickle": (
         lambda p: rewrite(p, lambda e: {n: d + bytes(9999) if n.endswith(".pkl") else d for n, d in e.items()}),
         "one tensor and nothing else",
