@@ -111,6 +111,16 @@ def test_an_edit_around_lora_says_what_peft_can_no_longer_do(saved):
         model.merge_and_unload()
 
 
+def test_merging_an_edit_below_lora_is_refused(saved):
+    model = PeftModel.from_pretrained(vivid_model(), saved("sea")[0], adapter_name="sea")
+    outer = PeftModel.from_pretrained(model.get_base_model(), saved("lora")[0], adapter_name="lora")
+    before = logits(outer)
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match=r"lies around SEA's; load and merge SEA before that one is loaded"):
+            merge()
+    assert torch.equal(logits(outer), before)
+
+
 @pytest.mark.parametrize("names", [("lora", "sea"), ("sea", "lora"), ("sea", "sea")])
 def test_linear_methods_merge_one_after_the_other(saved, names):
     paths = [saved(name)[0] for name in names]

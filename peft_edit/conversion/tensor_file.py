@@ -74,7 +74,7 @@ def _check_archive(path: Path, limit: int, expected: str) -> None:
             if len(pickles) != 1 or pickles[0].file_size > PICKLE_BYTES:
                 raise ValueError(f"{path} must hold one tensor and nothing else, as torch.save writes it")
             pickle = archive.read(pickles[0])
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except (zipfile.BadZipFile, RuntimeError, EOFError) as error:  # RuntimeError: encrypted, or another way to pack
         raise ValueError(f"{path} is damaged, or not written by torch.save: {error}") from error
     try:
         operations = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(pickle)]

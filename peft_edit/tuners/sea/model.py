@@ -129,6 +129,14 @@ class SEAModel(EditModel):
         """Refuse what cannot be merged before any layer is changed, and warn of what merges inexactly."""
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        for module in self.model.modules():
+            inner = getattr(module, "base_layer", None) if isinstance(module, BaseTunerLayer) else None
+            if isinstance(inner, SEALayer):
+                # PEFT merges the outer one first, into the weights that are to be edited, and drops the inner one.
+                raise ValueError(
+                    f"cannot merge at {inner.site}: another adapter, {type(module).__name__}, lies around SEA's; load "
+                    "and merge SEA before that one is loaded"
+                )
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name not in self.peft_config:
                 names = ", ".join(map(repr, self.peft_config))
