@@ -27,24 +27,26 @@ def combine_sea(
     adapter_name: str | None = None,
     store: ActivationStore | str | os.PathLike | None = None,
 ) -> str:
-    """Make one SEA adapter of several fitted ones, whose factors span the directions of all of them.
+    """Make one SEA adapter of several fitted ones, that does what each of them does.
 
     With the factors of the edits a, b, ... the joint edit is
 
-        U+ = basis of span(U+_a, U+_b, ...)      U- = basis of span(U-_a, U-_b, ...)
         y = h + U+ (U+^T h) - U- (U-^T h)
+        U+ U+^T = the orthogonal projection nearest to the sum of U+_a U+_a^T, U+_b U+_b^T, ...; likewise U-
 
-    It amplifies what any edit amplifies once, removes what any removes, and leaves alone what one amplifies and another
-    removes. The order does not matter, equal edits give themselves, and it is an ordinary SEA adapter: saved, merged
-    and exported like any other, of at most the sum of the ranks. Where one adapter alone edits a site, its edit
-    stays. The energies in its configuration are those of the first adapter.
+    nearest in the Frobenius norm: U+ spans the eigenvectors of the sum whose eigenvalues are above 1/2. Directions of
+    two edits less than 60 degrees apart become one, their mean; of those further apart both stay. So it amplifies,
+    once, what any edit amplifies, removes what any removes, and leaves alone what one amplifies and another removes.
+    Equal edits give themselves, the order does not matter, and the result is an ordinary SEA adapter: saved, merged and
+    exported like any other, of at most the sum of the ranks. Where one adapter alone edits a site, its edit stays. The
+    energies in its configuration are those of the first adapter.
 
     That is not one edit after the other, as several active adapters are, M_b M_a h: there a direction that both amplify
     grows fourfold instead of twofold, and where the spans are oblique to each other the order matters. The two agree
     where the spans of one edit are orthogonal to those of the other.
 
-    A joint edit of a third kind is one fit to the demonstrations of all behaviours together (`concatenate_datasets` of
-    contrast sets, then `collect_activations` and `fit_sea`): one covariance, in whose energy the larger set outweighs.
+    Where the demonstrations are at hand, one fit to those of all behaviours together (`concatenate_datasets` of
+    contrast sets, then `collect_activations` and `fit_sea`) knows more than the fitted factors do.
 
     Args:
         model: a model with the adapters. They stay as they are, and active or not.

@@ -1,12 +1,13 @@
-"""What an edit changes, spans joined, and factors of dense projections."""
+"""What an edit changes, projections joined, and factors of dense projections."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_edit.functional.subspaces import CANCELLED, SAME_DIRECTION, change, factor_projection, join, low_rank
+from peft_edit.functional.subspaces import CANCELLED, change, factor_projection, join, low_rank
 
 
 GOLDEN = load_file(Path(__file__).parent / "fixtures" / "sea_fit.safetensors")
@@ -45,21 +46,39 @@ def test_shared_directions_cancel(dtype):
     assert change(shared, turned)[0].shape == (0, D)
 
 
-def test_joined_spans_contain_each_and_nothing_else():
-    a, b = basis(4), basis(6, seed=1)
-    for both in (join([a, b]), join([b, a])):
+def test_equal_spans_join_to_themselves_and_orthogonal_ones_to_their_sum():
+    rows = basis(10)
+    a, b = rows[:4], rows[4:]
+    turned = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0] @ a
+    for both, expected in ((join([a, turned, a]), a), (join([a, b]), rows), (join([rows, b]), rows)):
         assert_basis(both)
-        assert len(both) == 10
-        for rows in (a, b):
-            torch.testing.assert_close(rows @ both.T @ both, rows, rtol=0, atol=1e-12)
-    torch.testing.assert_close(join([a, a]).T @ join([a, a]), a.T @ a, rtol=0, atol=1e-12)
+        torch.testing.assert_close(both.T @ both, expected.T @ expected, rtol=0, atol=1e-12)
     assert join([a, a[:0]]).shape == a.shape and join([a[:0], a[:0]]).shape == (0, D)
 
 
-@pytest.mark.parametrize(("sine", "rank"), [(0.9 * SAME_DIRECTION, 1), (1.1 * SAME_DIRECTION, 2)])
-def test_nearly_equal_directions_count_once(sine, rank):
+@pytest.mark.parametrize(("degrees", "rank"), [(0.01, 1), (30, 1), (59, 1), (61, 2), (89, 2)])
+def test_directions_that_are_close_become_their_mean(degrees, rank):
     u, v = basis(2)
-    assert len(join([u[None], ((1 - sine**2) ** 0.5 * u + sine * v)[None]])) == rank
+    angle = math.radians(degrees)
+    both = join([u[None], (math.cos(angle) * u + math.sin(angle) * v)[None]])
+    assert len(both) == rank
+    mean = math.cos(angle / 2) * u + math.sin(angle / 2) * v
+    assert abs(both[0] @ mean) == pytest.approx(1)
+
+
+def test_joined_projection_is_the_nearest_to_the_sum():
+    parts = [basis(5), basis(6, seed=1), basis(4, seed=2)]
+    total = sum(part.T @ part for part in parts)
+    both = join(parts)
+    assert_basis(both)
+    reversed_order = join(parts[::-1])
+    torch.testing.assert_close(both.T @ both, reversed_order.T @ reversed_order, rtol=0, atol=1e-12)
+    least = (both.T @ both - total).norm()
+    assert least < min((other.T @ other - total).norm() for other in (*parts, both[:-1], basis(len(both), seed=3)))
+    _, vectors = torch.linalg.eigh(total)
+    for rank in range(D + 1):
+        top = vectors[:, D - rank :]
+        assert least <= (top @ top.T - total).norm() + 1e-12
 
 
 @pytest.mark.parametrize("rank", [0, 1, 7, D - 1, D])

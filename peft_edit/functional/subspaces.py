@@ -1,4 +1,4 @@
-"""Spans of thin factors: what an edit changes, two spans joined, and the factor of a dense projection.
+"""Spans of thin factors: what an edit changes, projections joined, and the factor of a dense projection.
 
 A basis is (k, d) with orthonormal rows; k is its rank, d the hidden size. Decompositions run in float64.
 """
@@ -14,9 +14,6 @@ from torch import Tensor
 # Directions that both factors share cancel to the rounding of float32 factors, a few 1e-7; a direction whose eigenvalue
 # is smaller than this changes an activation by less than a millionth.
 CANCELLED = 1e-6
-# Sine of the angle below which a direction of one factor is taken to lie in the span of another. Factors that went
-# through bfloat16 are off by up to 4e-3.
-SAME_DIRECTION = 1e-2
 
 
 def change(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,15 +35,20 @@ def change(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(bases: Sequence[Tensor]) -> Tensor:
-    """Basis of the sum of several spans, (k, d), float64.
+    """Basis of the orthogonal projection that is nearest to the sum of several ones, in the Frobenius norm.
 
-    It contains each of them; its rank is at most the sum of theirs, and less where they share directions: those that
-    lie closer together than `SAME_DIRECTION` count once, and become their mean. The order of the bases does not matter.
+    It spans the eigenvectors of the sum whose eigenvalues are above 1/2. Directions of two bases less than 60 degrees
+    apart become one, their mean; of those further apart both stay. The whole sum of the spans would also hold the small
+    differences between directions that are meant to be the same, as full directions.
+
+    Args:
+        bases: (k, d) each.
+
+    Returns:
+        (k, d), float64, of at most the sum of the ranks. The order of the bases does not matter.
     """
-    stacked = torch.cat(list(bases)).double()
-    _, singular, right = torch.linalg.svd(stacked, full_matrices=False)
-    # Two unit vectors at angle t have the singular values sqrt(1 + cos t) and sqrt(1 - cos t).
-    return right[singular.square() > 1 - (1 - SAME_DIRECTION**2) ** 0.5]
+    _, singular, right = torch.linalg.svd(torch.cat(list(bases)).double(), full_matrices=False)
+    return right[singular.square() > 0.5]
 
 
 def factor_projection(projection: Tensor) -> tuple[Tensor, float]:
