@@ -2,12 +2,10 @@
 
 import functools
 
-import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import base_logits, logits, vivid_model
-from transformers.integrations import peft as native
 
 from peft_edit import HPRConfig, SEAConfig, edit_strength
 from peft_edit.tuners.sea import SEALinear
@@ -29,12 +27,6 @@ pytestmark = [ignore_peft, pytest.mark.filterwarnings("ignore:SEA adapter .* edi
 def no_grad():
     with torch.no_grad():
         yield
-
-
-@pytest.fixture
-def native_adapters(monkeypatch):
-    """Transformers 5.24 refuses the newest PEFT that is released; nothing else in it does."""
-    monkeypatch.setattr(native, "MIN_PEFT_VERSION", peft.__version__)
 
 
 @functools.cache
@@ -69,7 +61,7 @@ def natively(*folders):
 
 
 @in_either_order
-def test_both_ways_to_load_two_methods_agree(saved, native_adapters, first, second):
+def test_both_ways_to_load_two_methods_agree(saved, first, second):
     folders = [(name, saved(name)[0]) for name in (first, second)]
     together = logits(stacked(*folders))
     assert torch.equal(together, logits(natively(*folders)))
@@ -78,7 +70,7 @@ def test_both_ways_to_load_two_methods_agree(saved, native_adapters, first, seco
 
 
 @in_either_order
-def test_each_of_two_methods_can_be_switched_off(saved, native_adapters, first, second):
+def test_each_of_two_methods_can_be_switched_off(saved, first, second):
     folders = [(name, saved(name)[0]) for name in (first, second)]
     model = stacked(*folders)
     with model.disable_adapter():
@@ -90,7 +82,7 @@ def test_each_of_two_methods_can_be_switched_off(saved, native_adapters, first, 
 
 
 @pytest.mark.parametrize(("first", "second"), [pair for pair in PAIRS if pair != ("lora", "sea")])
-def test_both_are_saved_from_one_model(saved, native_adapters, tmp_path, first, second):
+def test_both_are_saved_from_one_model(saved, tmp_path, first, second):
     folders = [(name, saved(name)[0]) for name in (first, second)]
     model = stacked(*folders)
     for name in (first, second):
