@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .contrast import check_contrast_set
-from .fingerprint import fingerprint
+from .fingerprint import active_adapters, adapters_fingerprint, fingerprint
 from .inference import can_share_prompts, greedy_answers, inference, length_limit
 from .plan import CHUNK, Batch, Draft, Options, Plan, make_draft
 from .processes import Processes, processes
@@ -168,7 +167,8 @@ def collect_activations(
         "model": getattr(bare.config, "_name_or_path", None),
         "revision": getattr(bare.config, "_commit_hash", None),
         "fingerprint": fingerprint(model),
-        "active_adapters": _active_adapters(model),
+        "active_adapters": active_adapters(model),
+        "adapters_fingerprint": adapters_fingerprint(model),
         "data": {"name": data.info.dataset_name, "split": data.split and str(data.split), "rows": len(data)},
         "data_fingerprint": _data_fingerprint(data, tokenizer, options.prompt_format),
         "batch_size": batch_size,
@@ -366,17 +366,6 @@ def _check_finite(rows: Tensor, name: str, plan: Plan, batch: Batch) -> None:
             f"layer {layer}: the activations ({site}) of {plan.describe(number)} are not finite: "
             "load the model and store in a wider dtype (bfloat16 or float32)"
         )
-
-
-def _active_adapters(model: nn.Module) -> list[str]:
-    return sorted(
-        {
-            name
-            for module in model.modules()
-            if isinstance(module, BaseTunerLayer) and not module.disable_adapters
-            for name in module.active_adapters
-        }
-    )
 
 
 def _width(model: nn.Module, modules: dict[str, dict[int, str]]) -> int:

@@ -8,13 +8,13 @@ from itertools import product
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_prompts import TEMPLATE, byte_tokenizer, word_tokenizer
 from tiny import FAMILIES, tiny_model
 from transformers import GenerationConfig
 
-from peft_edit import ActivationStore, SEAConfig, activations, collect_activations, fingerprint, schedule
+from peft_edit import ActivationStore, SEAConfig, activations, collect_activations, edit_strength, fingerprint, schedule
 from peft_edit.contrast import CONTRAST_FEATURES
 from peft_edit.inference import greedy_answers
 from peft_edit.store import FORMAT_VERSION, ShardFile, layout, shards
@@ -768,6 +768,30 @@ def test_other_data_models_and_tokenizers_are_noticed(tmp_path, llama):
         collect(tiny_model(seed=1))
     with pytest.raises(ValueError, match="active_adapters is"):
         collect(get_peft_model(tiny_model(), SEAConfig()))
+
+
+def test_other_weights_configurations_and_strengths_of_an_adapter_are_noticed(tmp_path):
+    def adapted(seed=0, **changes):
+        base = tiny_model()
+        torch.manual_seed(seed)
+        return get_peft_model(base, SEAConfig(init_weights=False, **changes))
+
+    def collect(model):
+        return collect_activations(model, TOKENIZER, contrast(), tmp_path / "store", neutral="prompt")
+
+    model = adapted()
+    model.save_pretrained(tmp_path / "adapter")
+    collect(model)
+    collect(PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter"))  # the same, from disk
+    collect(model.get_base_model())
+    with edit_strength(model, 2.0), pytest.raises(ValueError, match="adapters_fingerprint is"):
+        collect(model)
+    for other in (adapted(seed=1), adapted(rescale="none")):
+        with pytest.raises(ValueError, match="adapters_fingerprint is"):
+            collect(other)
+    native = tiny_model()
+    native.load_adapter(str(tmp_path / "adapter"))
+    collect(native)
 
 
 def test_another_chat_template_is_noticed(tmp_path):
