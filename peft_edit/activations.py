@@ -34,8 +34,10 @@ from .store import (
     META,
     ROW_TOKENS,
     ActivationStore,
+    StoreShape,
     StoreWriter,
     check_folder,
+    has_size,
     locked,
     read_index,
     read_manifest,
@@ -183,7 +185,8 @@ def collect_activations(
         stage = together.from_main(lambda: _stage(path, settings, resume))
         if stage != "complete":
             stack.enter_context(inference(bare))
-            collection = _Collection(bare, tokenizer, StoreWriter(path, settings), together)
+            writer = StoreWriter(path, settings if stage == "new" else read_metadata(path))
+            collection = _Collection(bare, tokenizer, writer, together)
             if stage != "running":
                 collection.plan(data, options, begun=stage == "begun")
             collection.run()
@@ -192,8 +195,8 @@ def collect_activations(
 
 
 def _stage(path: Path, settings: dict[str, Any], resume: bool) -> str:
-    """How far the collection into `path` is: "new", "begun" (settings are written), "running" (the index too) or
-    "complete"."""
+    """How far the collection into `path` is: "new", "begun" (settings are written), "running" (the index too, and some
+    of the shards) or "complete"."""
     check_folder(path)
     if not (path / META).exists():
         return "new"
@@ -212,7 +215,9 @@ def _stage(path: Path, settings: dict[str, Any], resume: bool) -> str:
             "choose another folder, or pass resume=False to replace it"
         )
     if metadata["complete"]:
-        return "complete"
+        shape = StoreShape.of(metadata)
+        whole = all(has_size(path / shard["file"], shape, shard["rows"]) for shard in metadata["shards"])
+        return "complete" if whole else "running"
     return "running" if (path / INDEX).exists() else "begun"
 
 

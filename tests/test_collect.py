@@ -678,6 +678,19 @@ def test_a_damaged_shard_of_an_incomplete_store_is_collected_again(tmp_path, lla
     assert ("shard-00002.safetensors is damaged: it is collected again" in caplog.text) == (damage != "missing")
 
 
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_of_a_complete_store_what_is_missing_is_collected_again(tmp_path, llama, shard_a_batch, damage):
+    collect_activations(llama, TOKENIZER, contrast(), tmp_path, **SMALL)
+    before, shard = files(tmp_path), tmp_path / "shard-00002.safetensors"
+    content = shard.read_bytes()
+    shard.unlink()
+    if damage == "truncated":
+        shard.write_bytes(content[:-5])
+    with recorded(llama.model) as calls:  # other batches than those of the store are no matter
+        found = collect_activations(llama, TOKENIZER, contrast(), tmp_path, **SMALL | {"batch_size": 3})
+    assert len(calls) == 1 and files(tmp_path) == before and len(found.positive(0)) == len(found)
+
+
 def test_a_damaged_index_is_named(tmp_path, llama, shard_a_batch, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, 1)

@@ -329,6 +329,22 @@ def test_a_full_disk_is_said_and_the_store_goes_on(tmp_path, small_shards, monke
     assert files(full) == files(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("when", ["begin", "finish"])
+def test_a_disk_that_is_full_before_or_after_the_shards_is_said(tmp_path, monkeypatch, llama, when):
+    def fail(path, text):
+        if path.name == "meta.json" and ('"complete": true' in text) == (when == "finish"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        publish_text(path, text)
+
+    publish_text = writer.publish_text
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "publish_text", fail)
+        with pytest.raises(OSError, match=r"no space left for .*: 0\.0 MB are needed, .*; what was collected is kept"):
+            collect_activations(llama, TOKENIZER, contrast(), tmp_path, neutral="prompt")
+    assert (tmp_path / "shard-00000.safetensors").exists() == (when == "finish")
+    assert len(collect_activations(llama, TOKENIZER, contrast(), tmp_path, neutral="prompt"))
+
+
 def test_too_small_a_disk_is_said_before_the_first_forward_pass(tmp_path, monkeypatch, llama):
     passes = []
     llama.model.register_forward_pre_hook(lambda *call: passes.append(call))

@@ -146,7 +146,7 @@ def inspect(
     if damaged:
         raise ValueError(
             f"{len(damaged)} of {len(shards)} shards of {store} are damaged or missing, the first is {damaged[0]}: "
-            "collect again with resume=False"
+            "delete those that are there, and collect again with the same arguments"
         )
     if check:
         print("All shards are as they were written.")

@@ -11,7 +11,7 @@ checked by itself.
 
 from .layout import FORMAT_VERSION, INDEX, META, ROW_TOKENS, check_folder, read_index, read_manifest, read_metadata
 from .reader import ActivationStore, Store, open_pairs
-from .shards import ShardFile, StoreShape
+from .shards import ShardFile, StoreShape, has_size
 from .writer import StoreWriter, locked
 
 
@@ -26,6 +26,7 @@ __all__ = [
     "StoreShape",
     "StoreWriter",
     "check_folder",
+    "has_size",
     "locked",
     "open_pairs",
     "read_index",
