@@ -88,10 +88,10 @@ class Recorder:
         finally:
             self._kept, self._rows = None, {}
 
-    def _keep(self, name: str, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+    def _keep(self, name: str, module: nn.Module, args: tuple, output: Tensor | tuple | list) -> None:
         if self._kept is None:  # a prompt, whose rows nobody wants
             return
-        h = output[0] if isinstance(output, tuple) else output
+        h = output[0] if isinstance(output, (tuple, list)) else output
         h = h.reshape(*self._kept.shape, -1)  # OPT flattens batch and sequence before its MLP
         kept = self._kept.to(h.device)
         if self.mean:

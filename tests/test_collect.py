@@ -94,7 +94,7 @@ class Literal:
     @staticmethod
     def _keep(rows, name, length):
         def hook(module, args, output):
-            output = output[0] if isinstance(output, tuple) else output
+            output = output[0] if isinstance(output, (tuple, list)) else output
             rows[name] = output.reshape(length, -1).clone()  # Falcon adds to it in place
 
         return hook

@@ -20,7 +20,7 @@ from peft import get_peft_model
 from test_collect import BLOCKS, MLP_OUTPUTS, QUESTIONS, TOKENIZER, Literal, close, contrast, expected_pairs, files
 from test_prompts import byte_tokenizer
 from tiny import FAMILIES, tiny_model
-from transformers import AutoModelForCausalLM, JambaConfig, MistralConfig, Phi3Config
+from transformers import AutoModelForCausalLM, JambaConfig, MistralConfig, OpenAIGPTConfig, Phi3Config
 
 import peft_edit.activations
 from peft_edit import ActivationStore, HPRConfig, SEAConfig, collect_activations, fit_sea, schedule
@@ -130,6 +130,22 @@ def test_models_whose_state_cannot_be_copied_run_whole_sequences(tmp_path, shari
     )
     assert not can_share_prompts(AutoModelForCausalLM.from_config(long))
     assert all(can_share_prompts(tiny_model(family)) for family in FAMILIES)
+
+
+def test_blocks_that_return_a_list_are_collected_and_edited(tmp_path):
+    config = OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    options = {"neutral": "generated", "max_new_tokens": 3, "answers": "all", "site": "block"}
+    found = collect_activations(model, TOKENIZER, contrast(), tmp_path, **options)
+    assert found.modules[1] == "transformer.h.1" and not can_share_prompts(model)
+    literal = Literal(model, found.modules[1])
+    close(found.positive(1)[0], literal(expected_pairs(QUESTIONS[0], "all")[0][0])[-1])
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        before = model(ids).logits
+        adapted = get_peft_model(model, SEAConfig(site="block", init_weights=False))
+        assert not torch.allclose(adapted(ids).logits, before, atol=1e-3)
 
 
 def test_selecting_rows_of_a_cache_leaves_it_as_it_is(llama):

@@ -36,9 +36,9 @@ class EditLayer(BaseTunerLayer):
         """Whether padding on the right changes what the adapter does to a sequence."""
         return False
 
-    def edit_output(self, output: Tensor | tuple) -> Tensor | tuple:
-        """Edit a module's output: a tensor, (..., d), or a tuple that begins with one."""
-        if isinstance(output, tuple):
+    def edit_output(self, output: Tensor | tuple | list) -> Tensor | tuple:
+        """Edit a module's output: a tensor, (..., d), or a tuple or list that begins with one."""
+        if isinstance(output, (tuple, list)):
             return (self.edit_output(output[0]), *output[1:])
         if self.disable_adapters:
             return output
@@ -120,7 +120,7 @@ def check_not_on_disk(model: nn.Module, block: nn.Module, name: str) -> None:
         )
 
 
-def edit_block_output(kind: type, block: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+def edit_block_output(kind: type, block: nn.Module, args: tuple, output: Tensor | tuple | list) -> Tensor | tuple:
     """Forward hook of a module whose edits are children and not wrappers, so that its attributes and key names stay.
 
     Each method has a layer of its own kind and a hook here. The hook of the oldest edits for all, in the order in which
