@@ -153,6 +153,7 @@ def collect_activations(
         max_new_tokens=max_new_tokens,
         truncate=truncate,
         limit=length_limit(bare),
+        vocabulary=bare.get_input_embeddings().weight.shape[0],
     )
     settings = {
         "sites": sites,

@@ -234,7 +234,7 @@ def test_prompts_are_cut_on_the_left_when_asked(tmp_path):
     found = collect_activations(model, TOKENIZER, contrast(questions, [0, 1]), tmp_path / "b", **options)
     close(found.positive(1)[0], literal([*prompt[-10:], 30, 31])[-1])
     questions[0][1][0].extend(range(40, 56))
-    with pytest.raises(ValueError, match="row 0: without a prompt its longest answer is still more than the 16 tokens"):
+    with pytest.raises(ValueError, match=r"row 0: without a prompt its longest .* lower max_new_tokens, or"):
         collect_activations(model, TOKENIZER, contrast(questions, [0, 1]), tmp_path / "c", **options)
     assert not (tmp_path / "c").exists()
 
@@ -250,6 +250,13 @@ def test_the_token_that_begins_every_text_is_not_cut_off(tmp_path):
     for ids in index["token_ids"].split(index["sequence_lengths"].tolist()):
         assert len(ids) == 16 and ids[0] == tokenizer.bos_token_id
         assert tokenizer.decode(ids[1:]) in ("nopqrstuvwxyz 1", "nopqrstuvwxyz 2")
+
+
+def test_the_tokenizer_of_another_model_is_noticed(tmp_path, llama):
+    data = contrast([([], [[]], [[]], None)], [7], prompt=["ab"], positives=[["1"]], negatives=[["2"]])
+    with pytest.raises(ValueError, match=r"row 7: the tokenizer gives the id \d+, the model has embeddings for 64 ids"):
+        collect_activations(llama, byte_tokenizer("<s> $A"), data, tmp_path / "a", neutral="prompt")
+    assert not (tmp_path / "a").exists()
 
 
 # Kills, full disks, and two at once
