@@ -38,6 +38,7 @@ from .store import (
     StoreWriter,
     check_folder,
     has_size,
+    is_whole,
     locked,
     read_index,
     read_manifest,
@@ -197,7 +198,7 @@ def collect_activations(
 
 def _stage(path: Path, settings: dict[str, Any], resume: bool) -> str:
     """How far the collection into `path` is: "new", "begun" (settings are written), "running" (the index too, and some
-    of the shards) or "complete"."""
+    of the shards) or "complete". A complete store goes back where its files are gone or too short."""
     check_folder(path)
     if not (path / META).exists():
         return "new"
@@ -215,11 +216,11 @@ def _stage(path: Path, settings: dict[str, Any], resume: bool) -> str:
             f"{path} holds a store collected with other arguments ({what}): "
             "choose another folder, or pass resume=False to replace it"
         )
-    if metadata["complete"]:
-        shape = StoreShape.of(metadata)
-        whole = all(has_size(path / shard["file"], shape, shard["rows"]) for shard in metadata["shards"])
-        return "complete" if whole else "running"
-    return "running" if (path / INDEX).exists() else "begun"
+    if not (path / INDEX).exists():
+        return "begun"
+    shape = StoreShape.of(metadata)
+    whole = all(has_size(path / shard["file"], shape, shard["rows"]) for shard in metadata["shards"])
+    return "complete" if metadata["complete"] and whole else "running"
 
 
 @dataclass
@@ -288,6 +289,8 @@ class _Collection:
         """Collect the shards that are missing, and write the manifest."""
         path, writer = self.writer.path, self.writer
         plan = Plan(read_index(path), self.settings["tokens"])
+        if not is_whole(path / INDEX):
+            raise ValueError(f"{path / INDEX} is damaged: delete it to have it written again")
         rows = [plan.shard_rows(number) for number in range(len(plan.shards))]
         mine = self.together.share(range(len(plan.shards)))
         digests = {number: writer.digest(number, rows[number]) for number in mine}

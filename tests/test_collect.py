@@ -691,13 +691,24 @@ def test_of_a_complete_store_what_is_missing_is_collected_again(tmp_path, llama,
     assert len(calls) == 1 and files(tmp_path) == before and len(found.positive(0)) == len(found)
 
 
-def test_a_damaged_index_is_named(tmp_path, llama, shard_a_batch, monkeypatch):
+def test_a_damaged_index_is_named(tmp_path, llama, whole, monkeypatch):
+    path = tmp_path / "killed"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, 1)
-        collect_activations(llama, TOKENIZER, contrast(), tmp_path, **SMALL)
-    (tmp_path / "index.safetensors").write_bytes(b"half")
+        collect_activations(llama, TOKENIZER, contrast(), path, **SMALL)
+    index = path / "index.safetensors"
+    content = bytearray(index.read_bytes())
+    index.write_bytes(b"half")
     with pytest.raises(ValueError, match=r"index\.safetensors cannot be read"):
-        collect_activations(llama, TOKENIZER, contrast(), tmp_path, **SMALL)
+        collect_activations(llama, TOKENIZER, contrast(), path, **SMALL)
+    content[-3] ^= 1  # another token id, which nothing but the checksum tells
+    index.write_bytes(content)
+    with pytest.raises(ValueError, match=r"index\.safetensors is damaged: delete it"):
+        collect_activations(llama, TOKENIZER, contrast(), path, **SMALL)
+    for _ in range(2):  # of the interrupted collection, then of the complete one
+        index.unlink()
+        collect_activations(llama, TOKENIZER, contrast(), path, **SMALL)
+        assert files(path) == whole
 
 
 @pytest.mark.parametrize("tokens", ["last", "mean", "answer"])

@@ -458,6 +458,20 @@ def test_a_shard_is_what_safetensors_writes(tmp_path, dtype, rows):
         content[place] ^= 1
 
 
+def test_a_change_of_any_byte_of_an_index_is_noticed(tmp_path):
+    file = tmp_path / "index.safetensors"
+    shards.write_tensors(file, {"question": torch.arange(3), "token_ids": torch.arange(5, dtype=torch.int32)})
+    content = bytearray(file.read_bytes())
+    assert shards.is_whole(file) and not shards.is_whole(tmp_path / "none")
+    for place in range(len(content)):
+        content[place] ^= 1
+        file.write_bytes(content)
+        assert not shards.is_whole(file), place
+        content[place] ^= 1
+    file.write_bytes(content[:-1])
+    assert not shards.is_whole(file)
+
+
 def test_a_shard_that_fails_leaves_nothing(tmp_path):
     shape = shards.StoreShape(("mlp.0",), 4, torch.float32)
     with pytest.raises(RuntimeError, match="stop"), ShardFile(tmp_path / "s.safetensors", shape, 3) as shard:
