@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .contrast import check_contrast_set
-from .fingerprint import fingerprint
+from .fingerprint import active_adapters, adapters_fingerprint, fingerprint
 from .inference import can_share_prompts, greedy_answers, inference, length_limit
 from .plan import CHUNK, Batch, Draft, Options, Plan, make_draft
 from .processes import Processes, processes
@@ -35,8 +34,11 @@ from .store import (
     META,
     ROW_TOKENS,
     ActivationStore,
+    StoreShape,
     StoreWriter,
     check_folder,
+    has_size,
+    is_whole,
     locked,
     read_index,
     read_manifest,
@@ -152,6 +154,7 @@ def collect_activations(
         max_new_tokens=max_new_tokens,
         truncate=truncate,
         limit=length_limit(bare),
+        vocabulary=bare.get_input_embeddings().weight.shape[0],
     )
     settings = {
         "sites": sites,
@@ -168,7 +171,8 @@ def collect_activations(
         "model": getattr(bare.config, "_name_or_path", None),
         "revision": getattr(bare.config, "_commit_hash", None),
         "fingerprint": fingerprint(model),
-        "active_adapters": _active_adapters(model),
+        "active_adapters": active_adapters(model),
+        "adapters_fingerprint": adapters_fingerprint(model),
         "data": {"name": data.info.dataset_name, "split": data.split and str(data.split), "rows": len(data)},
         "data_fingerprint": _data_fingerprint(data, tokenizer, options.prompt_format),
         "batch_size": batch_size,
@@ -183,7 +187,8 @@ def collect_activations(
         stage = together.from_main(lambda: _stage(path, settings, resume))
         if stage != "complete":
             stack.enter_context(inference(bare))
-            collection = _Collection(bare, tokenizer, StoreWriter(path, settings), together)
+            writer = StoreWriter(path, settings if stage == "new" else read_metadata(path))
+            collection = _Collection(bare, tokenizer, writer, together)
             if stage != "running":
                 collection.plan(data, options, begun=stage == "begun")
             collection.run()
@@ -192,8 +197,8 @@ def collect_activations(
 
 
 def _stage(path: Path, settings: dict[str, Any], resume: bool) -> str:
-    """How far the collection into `path` is: "new", "begun" (settings are written), "running" (the index too) or
-    "complete"."""
+    """How far the collection into `path` is: "new", "begun" (settings are written), "running" (the index too, and some
+    of the shards) or "complete". A complete store goes back where its files are gone or too short."""
     check_folder(path)
     if not (path / META).exists():
         return "new"
@@ -211,9 +216,11 @@ def _stage(path: Path, settings: dict[str, Any], resume: bool) -> str:
             f"{path} holds a store collected with other arguments ({what}): "
             "choose another folder, or pass resume=False to replace it"
         )
-    if metadata["complete"]:
-        return "complete"
-    return "running" if (path / INDEX).exists() else "begun"
+    if not (path / INDEX).exists():
+        return "begun"
+    shape = StoreShape.of(metadata)
+    whole = all(has_size(path / shard["file"], shape, shard["rows"]) for shard in metadata["shards"])
+    return "complete" if metadata["complete"] and whole else "running"
 
 
 @dataclass
@@ -282,6 +289,8 @@ class _Collection:
         """Collect the shards that are missing, and write the manifest."""
         path, writer = self.writer.path, self.writer
         plan = Plan(read_index(path), self.settings["tokens"])
+        if not is_whole(path / INDEX):
+            raise ValueError(f"{path / INDEX} is damaged: delete it to have it written again")
         rows = [plan.shard_rows(number) for number in range(len(plan.shards))]
         mine = self.together.share(range(len(plan.shards)))
         digests = {number: writer.digest(number, rows[number]) for number in mine}
@@ -366,17 +375,6 @@ def _check_finite(rows: Tensor, name: str, plan: Plan, batch: Batch) -> None:
             f"layer {layer}: the activations ({site}) of {plan.describe(number)} are not finite: "
             "load the model and store in a wider dtype (bfloat16 or float32)"
         )
-
-
-def _active_adapters(model: nn.Module) -> list[str]:
-    return sorted(
-        {
-            name
-            for module in model.modules()
-            if isinstance(module, BaseTunerLayer) and not module.disable_adapters
-            for name in module.active_adapters
-        }
-    )
 
 
 def _width(model: nn.Module, modules: dict[str, dict[int, str]]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ SAMPLES_PER_TENSOR = 16
 SAMPLE_STEP = 2_654_435_761
 # Smallest normal float16: below it a model that was loaded in float16 has lost bits.
 SMALLEST = 2.0**-14
+# What an adapter's configuration says of where it comes from, and not of what it does.
+ORIGIN_FIELDS = ("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version")
 CONFIG_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 # Maps the name of a parameter to its values in the checkpoint, or None.
@@ -61,6 +64,51 @@ def fingerprint(model: nn.Module) -> str | None:
             digest.update(name.encode())
             digest.update(sample)
     return digest.hexdigest()[:16]
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Sorted names of the adapters that take part in a forward pass."""
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
+    return sorted({name for layer in layers for name in layer.active_adapters})
+
+
+def adapters_fingerprint(model: nn.Module) -> str | None:
+    """Hash of the configurations, the weights and the strength of the active adapters; None where none is active.
+
+    It tells an adapter from another one of its name, and from itself before further training.
+    """
+    names = active_adapters(model)
+    if not names:
+        return None
+    factors = {getattr(module, "strength_factor", 1.0) for module in model.modules()}
+    configs = [
+        {key: value for key, value in model.peft_config[name].to_dict().items() if key not in ORIGIN_FIELDS}
+        for name in names
+    ]
+    # Configurations hold sets, and values of their own.
+    digest = hashlib.sha256(json.dumps([names, sorted(factors), configs], sort_keys=True, default=_in_order).encode())
+    for name, tensor in _adapter_tensors(unwrap(model), set(names)):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _adapter_tensors(model: nn.Module, adapters: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of all parameters and buffers of some adapters."""
+    for layer_name, layer in model.named_modules():
+        if not isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        for module_name, module in layer.named_modules(prefix=layer_name):
+            with align_module_device(module):  # loads what is offloaded
+                parameters = module.named_parameters(module_name, recurse=False)
+                for name, tensor in itertools.chain(parameters, module.named_buffers(module_name, recurse=False)):
+                    parts = set(name.removeprefix(layer_name).split("."))
+                    if parts & adapters and not parts & {"base_layer", "original_module"}:
+                        yield name, tensor
+
+
+def _in_order(value: object) -> object:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _samples(module: nn.Module, read: Reader, prefix: str = "") -> Iterator[tuple[str, bytes | None]]:

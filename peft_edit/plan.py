@@ -33,6 +33,7 @@ class Options:
 
     Attributes:
         limit: most tokens in a sequence; None for any number.
+        vocabulary: number of token ids that the model has embeddings for.
     """
 
     tokens: str
@@ -43,6 +44,7 @@ class Options:
     max_new_tokens: int
     truncate: bool
     limit: int | None
+    vocabulary: int
 
 
 @dataclass
@@ -183,13 +185,22 @@ def _encode(tokenizer, rows: dict[str, list], options: Options):
     ]
     for i, row_id in enumerate(rows["id"]):
         answers = [answer for side in sides for answer in side[i]]
+        largest = max(itertools.chain(prompts[i], *(answer.input_ids for answer in answers)))
+        if largest >= options.vocabulary:
+            raise ValueError(
+                f"row {row_id}: the tokenizer gives the id {largest}, the model has embeddings for "
+                f"{options.vocabulary} ids: pass the model's own tokenizer, or resize its embeddings"
+            )
         answered = options.neutral in ("auto", "generated") and not texts[i]
         begins = [*(answer.prompt_ids for answer in answers), prompts[i]]
         cut = _excess(tokenizer, row_id, answers, prompts[i], answered, options)
         if cut:
             kept = int(all(ids[0] in tokenizer.all_special_ids for ids in begins))  # BOS, if there is one
             if any(len(ids) <= kept + cut for ids in begins):
-                raise ValueError(f"row {row_id}: without a prompt its longest answer is still {_more(options)}")
+                raise ValueError(
+                    f"row {row_id}: without a prompt its longest answer is still more than the {options.limit} tokens "
+                    f"that the model takes: {'lower max_new_tokens, or ' if answered else ''}leave the row out"
+                )
             prompts[i] = _shortened(prompts[i], kept, cut)
             for side in sides:
                 side[i] = [
@@ -201,10 +212,6 @@ def _encode(tokenizer, rows: dict[str, list], options: Options):
 
 def _shortened(ids: list[int], kept: int, cut: int) -> list[int]:
     return ids[:kept] + ids[kept + cut :]
-
-
-def _more(options: Options) -> str:
-    return f"more than the {options.limit} tokens that the model takes: leave the row out"
 
 
 def _excess(tokenizer, row_id: int, answers, prompt: list[int], answered: bool, options: Options) -> int:

@@ -88,7 +88,7 @@ class Recorder:
         finally:
             self._kept, self._rows = None, {}
 
-    def _keep(self, name: str, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+    def _keep(self, name: str, module: nn.Module, args: tuple, output: Tensor | tuple | list) -> None:
         if self._kept is None:  # a prompt, whose rows nobody wants
             return
         h = output[0] if type(output) in (tuple, list) else output

@@ -8,13 +8,13 @@ from itertools import product
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_prompts import TEMPLATE, byte_tokenizer, word_tokenizer
 from tiny import FAMILIES, tiny_model
 from transformers import GenerationConfig
 
-from peft_edit import ActivationStore, SEAConfig, activations, collect_activations, fingerprint, schedule
+from peft_edit import ActivationStore, SEAConfig, activations, collect_activations, edit_strength, fingerprint, schedule
 from peft_edit.contrast import CONTRAST_FEATURES
 from peft_edit.inference import greedy_answers
 from peft_edit.store import FORMAT_VERSION, ShardFile, layout, shards
@@ -94,7 +94,7 @@ class Literal:
     @staticmethod
     def _keep(rows, name, length):
         def hook(module, args, output):
-            output = output[0] if isinstance(output, tuple) else output
+            output = output[0] if isinstance(output, (tuple, list)) else output
             rows[name] = output.reshape(length, -1).clone()  # Falcon adds to it in place
 
         return hook
@@ -678,13 +678,37 @@ def test_a_damaged_shard_of_an_incomplete_store_is_collected_again(tmp_path, lla
     assert ("shard-00002.safetensors is damaged: it is collected again" in caplog.text) == (damage != "missing")
 
 
-def test_a_damaged_index_is_named(tmp_path, llama, shard_a_batch, monkeypatch):
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_of_a_complete_store_what_is_missing_is_collected_again(tmp_path, llama, shard_a_batch, damage):
+    collect_activations(llama, TOKENIZER, contrast(), tmp_path, **SMALL)
+    before, shard = files(tmp_path), tmp_path / "shard-00002.safetensors"
+    content = shard.read_bytes()
+    shard.unlink()
+    if damage == "truncated":
+        shard.write_bytes(content[:-5])
+    with recorded(llama.model) as calls:  # other batches than those of the store are no matter
+        found = collect_activations(llama, TOKENIZER, contrast(), tmp_path, **SMALL | {"batch_size": 3})
+    assert len(calls) == 1 and files(tmp_path) == before and len(found.positive(0)) == len(found)
+
+
+def test_a_damaged_index_is_named(tmp_path, llama, whole, monkeypatch):
+    path = tmp_path / "killed"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, 1)
-        collect_activations(llama, TOKENIZER, contrast(), tmp_path, **SMALL)
-    (tmp_path / "index.safetensors").write_bytes(b"half")
+        collect_activations(llama, TOKENIZER, contrast(), path, **SMALL)
+    index = path / "index.safetensors"
+    content = bytearray(index.read_bytes())
+    index.write_bytes(b"half")
     with pytest.raises(ValueError, match=r"index\.safetensors cannot be read"):
-        collect_activations(llama, TOKENIZER, contrast(), tmp_path, **SMALL)
+        collect_activations(llama, TOKENIZER, contrast(), path, **SMALL)
+    content[-3] ^= 1  # another token id, which nothing but the checksum tells
+    index.write_bytes(content)
+    with pytest.raises(ValueError, match=r"index\.safetensors is damaged: delete it"):
+        collect_activations(llama, TOKENIZER, contrast(), path, **SMALL)
+    for _ in range(2):  # of the interrupted collection, then of the complete one
+        index.unlink()
+        collect_activations(llama, TOKENIZER, contrast(), path, **SMALL)
+        assert files(path) == whole
 
 
 @pytest.mark.parametrize("tokens", ["last", "mean", "answer"])
@@ -768,6 +792,30 @@ def test_other_data_models_and_tokenizers_are_noticed(tmp_path, llama):
         collect(tiny_model(seed=1))
     with pytest.raises(ValueError, match="active_adapters is"):
         collect(get_peft_model(tiny_model(), SEAConfig()))
+
+
+def test_other_weights_configurations_and_strengths_of_an_adapter_are_noticed(tmp_path):
+    def adapted(seed=0, **changes):
+        base = tiny_model()
+        torch.manual_seed(seed)
+        return get_peft_model(base, SEAConfig(init_weights=False, **changes))
+
+    def collect(model):
+        return collect_activations(model, TOKENIZER, contrast(), tmp_path / "store", neutral="prompt")
+
+    model = adapted()
+    model.save_pretrained(tmp_path / "adapter")
+    collect(model)
+    collect(PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter"))  # the same, from disk
+    collect(model.get_base_model())
+    with edit_strength(model, 2.0), pytest.raises(ValueError, match="adapters_fingerprint is"):
+        collect(model)
+    for other in (adapted(seed=1), adapted(rescale="none")):
+        with pytest.raises(ValueError, match="adapters_fingerprint is"):
+            collect(other)
+    native = tiny_model()
+    native.load_adapter(str(tmp_path / "adapter"))
+    collect(native)
 
 
 def test_another_chat_template_is_noticed(tmp_path):

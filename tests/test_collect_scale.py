@@ -20,7 +20,7 @@ from peft import get_peft_model
 from test_collect import BLOCKS, MLP_OUTPUTS, QUESTIONS, TOKENIZER, Literal, close, contrast, expected_pairs, files
 from test_prompts import byte_tokenizer
 from tiny import FAMILIES, tiny_model
-from transformers import AutoModelForCausalLM, JambaConfig, MistralConfig, Phi3Config
+from transformers import AutoModelForCausalLM, JambaConfig, MistralConfig, OpenAIGPTConfig, Phi3Config
 
 import peft_edit.activations
 from peft_edit import ActivationStore, HPRConfig, SEAConfig, collect_activations, fit_sea, schedule
@@ -132,6 +132,22 @@ def test_models_whose_state_cannot_be_copied_run_whole_sequences(tmp_path, shari
     assert all(can_share_prompts(tiny_model(family)) for family in FAMILIES)
 
 
+def test_blocks_that_return_a_list_are_collected_and_edited(tmp_path):
+    config = OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    options = {"neutral": "generated", "max_new_tokens": 3, "answers": "all", "site": "block"}
+    found = collect_activations(model, TOKENIZER, contrast(), tmp_path, **options)
+    assert found.modules[1] == "transformer.h.1" and not can_share_prompts(model)
+    literal = Literal(model, found.modules[1])
+    close(found.positive(1)[0], literal(expected_pairs(QUESTIONS[0], "all")[0][0])[-1])
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        before = model(ids).logits
+        adapted = get_peft_model(model, SEAConfig(site="block", init_weights=False))
+        assert not torch.allclose(adapted(ids).logits, before, atol=1e-3)
+
+
 def test_selecting_rows_of_a_cache_leaves_it_as_it_is(llama):
     with torch.no_grad():
         cache = prompt_cache(llama, [(3, 4), (5, 6)])
@@ -218,7 +234,7 @@ def test_prompts_are_cut_on_the_left_when_asked(tmp_path):
     found = collect_activations(model, TOKENIZER, contrast(questions, [0, 1]), tmp_path / "b", **options)
     close(found.positive(1)[0], literal([*prompt[-10:], 30, 31])[-1])
     questions[0][1][0].extend(range(40, 56))
-    with pytest.raises(ValueError, match="row 0: without a prompt its longest answer is still more than the 16 tokens"):
+    with pytest.raises(ValueError, match=r"row 0: without a prompt its longest .* lower max_new_tokens, or"):
         collect_activations(model, TOKENIZER, contrast(questions, [0, 1]), tmp_path / "c", **options)
     assert not (tmp_path / "c").exists()
 
@@ -234,6 +250,13 @@ def test_the_token_that_begins_every_text_is_not_cut_off(tmp_path):
     for ids in index["token_ids"].split(index["sequence_lengths"].tolist()):
         assert len(ids) == 16 and ids[0] == tokenizer.bos_token_id
         assert tokenizer.decode(ids[1:]) in ("nopqrstuvwxyz 1", "nopqrstuvwxyz 2")
+
+
+def test_the_tokenizer_of_another_model_is_noticed(tmp_path, llama):
+    data = contrast([([], [[]], [[]], None)], [7], prompt=["ab"], positives=[["1"]], negatives=[["2"]])
+    with pytest.raises(ValueError, match=r"row 7: the tokenizer gives the id \d+, the model has embeddings for 64 ids"):
+        collect_activations(llama, byte_tokenizer("<s> $A"), data, tmp_path / "a", neutral="prompt")
+    assert not (tmp_path / "a").exists()
 
 
 # Kills, full disks, and two at once
@@ -329,6 +352,22 @@ def test_a_full_disk_is_said_and_the_store_goes_on(tmp_path, small_shards, monke
     assert files(full) == files(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("when", ["begin", "finish"])
+def test_a_disk_that_is_full_before_or_after_the_shards_is_said(tmp_path, monkeypatch, llama, when):
+    def fail(path, text):
+        if path.name == "meta.json" and ('"complete": true' in text) == (when == "finish"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        publish_text(path, text)
+
+    publish_text = writer.publish_text
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "publish_text", fail)
+        with pytest.raises(OSError, match=r"no space left for .*: 0\.0 MB are needed, .*; what was collected is kept"):
+            collect_activations(llama, TOKENIZER, contrast(), tmp_path, neutral="prompt")
+    assert (tmp_path / "shard-00000.safetensors").exists() == (when == "finish")
+    assert len(collect_activations(llama, TOKENIZER, contrast(), tmp_path, neutral="prompt"))
+
+
 def test_too_small_a_disk_is_said_before_the_first_forward_pass(tmp_path, monkeypatch, llama):
     passes = []
     llama.model.register_forward_pre_hook(lambda *call: passes.append(call))
@@ -417,6 +456,20 @@ def test_a_shard_is_what_safetensors_writes(tmp_path, dtype, rows):
         (tmp_path / "s.safetensors").write_bytes(content)
         assert shards.shard_digest(tmp_path / "s.safetensors", shape, rows) is None, place
         content[place] ^= 1
+
+
+def test_a_change_of_any_byte_of_an_index_is_noticed(tmp_path):
+    file = tmp_path / "index.safetensors"
+    shards.write_tensors(file, {"question": torch.arange(3), "token_ids": torch.arange(5, dtype=torch.int32)})
+    content = bytearray(file.read_bytes())
+    assert shards.is_whole(file) and not shards.is_whole(tmp_path / "none")
+    for place in range(len(content)):
+        content[place] ^= 1
+        file.write_bytes(content)
+        assert not shards.is_whole(file), place
+        content[place] ^= 1
+    file.write_bytes(content[:-1])
+    assert not shards.is_whole(file)
 
 
 def test_a_shard_that_fails_leaves_nothing(tmp_path):

@@ -285,6 +285,7 @@ def test_dropped_answers_are_counted_once_in_the_log(tmp_path, caplog):
         ({"messages": [{"role": "user", "content": ["Q?"]}]}, "row 4: messages must be messages with a role"),
         ({"id": 3}, "row 3: the id stands in several rows"),
         ({"id": "4"}, "row '4': id must be an integer, got str"),
+        ({"id": 2**63}, f"row {2**63}: id must fit in 64 bits"),
         ({"id": None}, "row None: id must be an integer, got nothing"),
     ],
 )

@@ -95,7 +95,7 @@ def collect(
 
 def inspect(
     store: Annotated[Path, typer.Argument(help="Store that collect wrote.", show_default=False)],
-    check: Annotated[bool, typer.Option(help="Read all shards and compare their checksums.")] = True,
+    check: Annotated[bool, typer.Option(help="Read all files and compare their checksums.")] = True,
     json_file: common.Json = None,
 ) -> None:
     """Show what a store holds and check it: exit status 2 where a file is damaged or the collection did not finish.
@@ -140,13 +140,13 @@ def inspect(
             print(f"{name + ':':17}{value}")
     damaged = None
     if check:
-        checks = tqdm(opened.check_shards(), total=len(shards), desc="checking", unit="shard", leave=None)
+        checks = tqdm(opened.check_files(), total=1 + len(shards), desc="checking", unit="file", leave=None)
         damaged = [file for file, whole in checks if not whole]
     common.write_json(json_file, {"store": str(store), "bytes": size, "damaged": damaged, **rows, **metadata})
     if damaged:
         raise ValueError(
-            f"{len(damaged)} of {len(shards)} shards of {store} are damaged or missing, the first is {damaged[0]}: "
-            "collect again with resume=False"
+            f"{len(damaged)} of {1 + len(shards)} files of {store} are damaged or missing, the first is {damaged[0]}: "
+            "delete those that are there, and collect again with the same arguments"
         )
     if check:
-        print("All shards are as they were written.")
+        print("All files are as they were written.")

@@ -47,6 +47,8 @@ def select(records: list[dict], ids: Iterable[int] | None, source: str) -> list[
     for record in records:
         if type(record.get("id")) is not int:
             raise ValueError(f"row {record.get('id')!r}: id must be an integer, got {kind(record.get('id'))}")
+        if not -(2**63) <= record["id"] < 2**63:
+            raise ValueError(f"row {record['id']}: id must fit in 64 bits: number the rows, or leave the column out")
         if by_id.setdefault(record["id"], record) is not record:
             raise ValueError(
                 f"row {record['id']}: the id stands in several rows: number the rows, or leave the column out"

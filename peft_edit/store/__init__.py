@@ -4,14 +4,14 @@
     index.safetensors   which row belongs to which demonstration; the token ids that were run, and in which batches
     shard-00000.safetensors, ...   one tensor per site and layer, "mlp.0": (rows of this shard, d)
 
-Each unique sequence is run and stored once; the index refers to its rows as often as it is needed. Each shard holds a
-checksum of its tensors, and appears under its name complete or not at all, so that it can be written by any process and
-checked by itself.
+Each unique sequence is run and stored once; the index refers to its rows as often as it is needed. The index and each
+shard hold a checksum. A shard appears under its name complete or not at all, so that it can be written by any process
+and checked by itself.
 """
 
 from .layout import FORMAT_VERSION, INDEX, META, ROW_TOKENS, check_folder, read_index, read_manifest, read_metadata
 from .reader import ActivationStore, Store, open_pairs
-from .shards import ShardFile, StoreShape
+from .shards import ShardFile, StoreShape, has_size, is_whole
 from .writer import StoreWriter, locked
 
 
@@ -26,6 +26,8 @@ __all__ = [
     "StoreShape",
     "StoreWriter",
     "check_folder",
+    "has_size",
+    "is_whole",
     "locked",
     "open_pairs",
     "read_index",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..sites import normalise_layers
 from .layout import AGAIN, INDEX, ROW_TOKENS, dtype_of, read_index, read_metadata
-from .shards import StoreShape, shard_digest
+from .shards import StoreShape, is_whole, shard_digest
 
 
 # What reading needs of the index; the rest says what was run.
@@ -204,9 +204,11 @@ class ActivationStore:
             )
         return tensor
 
-    def check_shards(self) -> Iterator[tuple[str, bool]]:
-        """Compare each shard with its checksum: yields its file name, and whether it is whole. Reads all of them."""
+    def check_files(self) -> Iterator[tuple[str, bool]]:
+        """Compare the index and each shard with its checksum: yields its file name, and whether it is whole. Reads all
+        of them."""
         shape = StoreShape.of(self.metadata)
+        yield INDEX, is_whole(self.path / INDEX)
         for shard in self.metadata["shards"]:
             yield shard["file"], shard_digest(self.path / shard["file"], shape, shard["rows"]) == shard["sha256"]
 

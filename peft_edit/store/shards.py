@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,15 +76,33 @@ def _header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to a safetensors file without the copies of them that the library makes."""
+    """Write tensors to a safetensors file without the copies of them that the library makes, and with a checksum."""
     # The widest first, as the library does: then each begins at a multiple of the size of its elements.
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    digest = hashlib.sha256(_header(entries, {"sha256": UNKNOWN_DIGEST}))
+    for tensor in tensors.values():
+        digest.update(_bytes(tensor))
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
-        file.write(_header({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, {}))
+        file.write(_header(entries, {"sha256": digest.hexdigest()}))
         for tensor in tensors.values():
             file.write(_bytes(tensor))
     publish(temporary, path)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and as `write_tensors` wrote it, in every byte."""
+    if not path.is_file():
+        return False
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    found = re.search(rb'"sha256":"([0-9a-f]{64})"', content[:start])
+    if found is None:
+        return False
+    digest = hashlib.sha256(content[: found.start(1)] + UNKNOWN_DIGEST.encode())
+    digest.update(memoryview(content)[found.end(1) :])
+    return digest.hexdigest().encode() == found[1]
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -141,16 +160,18 @@ class ShardFile:
             self._temporary.unlink(missing_ok=True)
 
 
+def has_size(path: Path, shape: StoreShape, rows: int) -> bool:
+    """Whether a shard is there and as long as its rows; what they are is not looked at."""
+    return path.is_file() and path.stat().st_size == len(shape.header(rows)) + rows * shape.row_bytes
+
+
 def shard_digest(path: Path, shape: StoreShape, rows: int) -> str | None:
     """Checksum of a shard's tensors; None where the file is missing, truncated or altered in any byte."""
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    if not has_size(path, shape, rows):
         return None
+    file = os.open(path, os.O_RDONLY)
     try:
         start = len(shape.header(rows))
-        if os.fstat(file).st_size != start + rows * shape.row_bytes:
-            return None
         digest = _digest(file, start)
         return digest if os.pread(file, start, 0) == shape.header(rows, digest) else None
     finally:

@@ -23,7 +23,6 @@ from .layout import (
     check_folder,
     publish_text,
     read_manifest,
-    read_metadata,
 )
 from .reader import ActivationStore
 from .shards import ShardFile, StoreShape, shard_digest, write_tensors
@@ -73,15 +72,6 @@ class StoreWriter:
         self.path = Path(path)
         self.metadata = {"format_version": FORMAT_VERSION, **settings, "complete": False, "shards": []}
         self.shape = StoreShape.of(self.metadata)
-
-    @classmethod
-    def resume(cls, path: str | os.PathLike) -> StoreWriter:
-        """Go on with the store at `path`."""
-        writer = cls.__new__(cls)
-        writer.path = Path(path)
-        writer.metadata = read_metadata(writer.path)
-        writer.shape = StoreShape.of(writer.metadata)
-        return writer
 
     def begin(self) -> None:
         """Write the settings; what a store with other settings has left there is removed."""
@@ -138,7 +128,9 @@ class StoreWriter:
         return ActivationStore(self.path)
 
     def _write_metadata(self, metadata: dict[str, Any]) -> None:
-        publish_text(self.path / META, json.dumps(metadata, indent=2) + "\n")
+        text = json.dumps(metadata, indent=2) + "\n"
+        with reporting_full_disk(self.path, len(text), "what was collected is kept"):
+            publish_text(self.path / META, text)
 
 
 @contextmanager
