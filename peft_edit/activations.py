@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .contrast import check_contrast_set
+from .draft import CHUNK, Draft, Options, make_draft
 from .fingerprint import active_adapters, adapters_fingerprint, fingerprint
 from .inference import can_share_prompts, greedy_answers, inference, length_limit
-from .plan import CHUNK, Batch, Draft, Options, Plan, make_draft
+from .plan import Batch, Plan
 from .processes import Processes, processes
 from .prompts import encode_prompts, listed_choices, resolve_prompt_format
 from .recording import Recorder, Runner

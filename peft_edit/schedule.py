@@ -32,11 +32,8 @@ class SequenceTable:
     """Unique sequences of token ids, in the order in which they were added, without a Python object for each id."""
 
     def __init__(self) -> None:
-        self.starts: list[int] = []
-        self.stops: list[int] = []
-        self.groups: list[int] = []
-        self._ids = array("i")
-        self._ends: list[int] = [0]
+        self.starts, self.stops, self.groups = array("q"), array("q"), array("q")
+        self._ids, self._ends = array("i"), array("q", [0])
         self._numbers: dict[bytes, int] = {}
 
     def __len__(self) -> int:

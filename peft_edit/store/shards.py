@@ -95,14 +95,15 @@ def is_whole(path: Path) -> bool:
     """Whether a file is there and as `write_tensors` wrote it, in every byte."""
     if not path.is_file():
         return False
-    content = path.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    found = re.search(rb'"sha256":"([0-9a-f]{64})"', content[:start])
-    if found is None:
-        return False
-    digest = hashlib.sha256(content[: found.start(1)] + UNKNOWN_DIGEST.encode())
-    digest.update(memoryview(content)[found.end(1) :])
-    return digest.hexdigest().encode() == found[1]
+    with open(path, "rb") as file:
+        size = file.read(8)
+        # A damaged length may be anything.
+        header = size + file.read(min(int.from_bytes(size, "little"), path.stat().st_size))
+        found = re.search(rb'"sha256":"([0-9a-f]{64})"', header)
+        if found is None:
+            return False
+        unknown = header[: found.start(1)] + UNKNOWN_DIGEST.encode() + header[found.end(1) :]
+        return _digest(file.fileno(), len(header), hashlib.sha256(unknown)).encode() == found[1]
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -178,8 +179,9 @@ def shard_digest(path: Path, shape: StoreShape, rows: int) -> str | None:
         os.close(file)
 
 
-def _digest(file: int, place: int) -> str:
-    digest = hashlib.sha256()
+def _digest(file: int, place: int, digest: hashlib._Hash | None = None) -> str:
+    """SHA-256 of an open file from a place on, after what `digest` has seen."""
+    digest = hashlib.sha256() if digest is None else digest
     while data := os.pread(file, READ_BYTES, place):
         digest.update(data)
         place += len(data)
