@@ -133,9 +133,11 @@ def collect_activations(
         "batch_size": batch_size,
         "max_tokens_per_batch": max_tokens_per_batch,
     }.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    sites = [site] if isinstance(site, str) else list(dict.fromkeys(site))
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed must be an integer, got {seed!r}")
+    sites = [site] if isinstance(site, str) else list(dict.fromkeys(site or ()))
     if not sites or set(sites) - set(SITES):
         raise ValueError(f"site must be one of {', '.join(map(repr, SITES))} or both, got {site!r}")
     if len(sites) > 1 and target_modules is not None:
@@ -240,6 +242,11 @@ class _Collection:
     def plan(self, data: Dataset, options: Options, begun: bool) -> None:
         """Write the settings, let the model answer prompts, and write the index."""
         draft = self.together.agree(lambda: make_draft(self.tokenizer, data, options))
+        if draft.prompts and self.model.base_model is self.model:
+            raise ValueError(
+                f"{type(self.model).__name__} cannot generate neutral answers: load the model with its LM head "
+                "(AutoModelForCausalLM), or pass neutral='prompt'"
+            )
         if not begun:
             self.together.from_main(self.writer.begin)
         limits = self.settings["batch_size"], self.settings["max_tokens_per_batch"]

@@ -15,8 +15,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 T = TypeVar("T")
 
-# A process that has done its share waits for the others for as long as it takes; launchers end all when one fails.
-TIMEOUT = timedelta(days=7)
+# A process that has done its share waits this long for the others; launchers end all when one fails.
+TIMEOUT = timedelta(days=1)
 
 
 @dataclass(frozen=True)

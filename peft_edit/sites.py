@@ -48,8 +48,19 @@ def check_names(field: str, names: object) -> None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, without the `PeftModel` around it. Its module names are the adapter's site names."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    """The model itself, without the `PeftModel` around it. Its module names are the adapter's site names.
+
+    Raises:
+        ValueError: the adapter is one of prompt learning, which lives in the `PeftModel` and not in the model.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"an adapter of prompt learning ({model.active_peft_config.peft_type.value}) puts virtual tokens before "
+            "the prompts, which cannot be followed here: pass the base model, or another adapter"
+        )
+    return model.get_base_model()
 
 
 def text_config(model: nn.Module):

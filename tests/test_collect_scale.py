@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from filelock import FileLock
-from peft import get_peft_model
+from peft import PromptTuningConfig, get_peft_model
 from test_collect import BLOCKS, MLP_OUTPUTS, QUESTIONS, TOKENIZER, Literal, close, contrast, expected_pairs, files
 from test_prompts import byte_tokenizer
 from tiny import FAMILIES, tiny_model
@@ -174,6 +174,23 @@ def test_an_edit_that_depends_on_padding_is_refused(tmp_path, llama):
     assert not (tmp_path / "a").exists()
 
 
+def test_virtual_tokens_are_refused(tmp_path, llama):
+    model = get_peft_model(llama, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match=r"prompt learning \(PROMPT_TUNING\) puts virtual tokens before the prompts"):
+        collect_activations(model, TOKENIZER, contrast(), tmp_path / "a")
+
+
+def test_a_model_without_a_head_generates_nothing(tmp_path, llama):
+    with pytest.raises(ValueError, match=r"LlamaModel cannot generate neutral answers: .*, or pass neutral='prompt'"):
+        collect_activations(llama.model, TOKENIZER, contrast(), tmp_path / "a", neutral="generated")
+    assert not (tmp_path / "a").exists()
+    found = collect_activations(llama.model, TOKENIZER, contrast(), tmp_path / "a", neutral="prompt")
+    close(
+        found.positive(1),
+        collect_activations(llama, TOKENIZER, contrast(), tmp_path / "b", neutral="prompt").positive(1),
+    )
+
+
 # Several sites
 
 
@@ -203,7 +220,7 @@ def test_a_fit_takes_its_site(tmp_path, llama):
         assert {f.site for f in fit.layers} == set(ActivationStore(tmp_path, site).modules.values())
 
 
-@pytest.mark.parametrize("site", [(), "attention", ("mlp", "attention")])
+@pytest.mark.parametrize("site", [(), None, "attention", ("mlp", "attention")])
 def test_unknown_sites_are_named(tmp_path, llama, site):
     with pytest.raises(ValueError, match="site must be one of 'mlp', 'block' or both, got "):
         collect_activations(llama, TOKENIZER, contrast(), tmp_path / "a", site=site)

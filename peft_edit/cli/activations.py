@@ -87,8 +87,8 @@ def collect(
     if not processes().is_main:
         return
     size = sum(file.stat().st_size for file in out.iterdir())
-    common.write_json(json_file, {"store": str(out), "bytes": size, "demonstrations": len(store), **store.metadata})
-    what = "token pairs" if tokens == "answer" else "demonstrations"
+    common.write_json(json_file, {"store": str(out), "bytes": size, _what(store): len(store), **store.metadata})
+    what = _what(store).replace("_", " ")
     print(f"{len(store)} {what} of {len(contrast)} questions, {len(store.layers)} layers, {size / 1e6:.1f} MB")
     print(f"Store: {out}")
 
@@ -131,7 +131,7 @@ def inspect(
         "neutral": metadata.get("neutral"),
         "prompt format": metadata.get("prompt_format"),
         "questions": len(opened.questions().unique()),
-        "token pairs" if opened.tokens == "answer" else "demonstrations": len(opened),
+        _what(opened).replace("_", " "): len(opened),
         "rows": sum(shard["rows"] for shard in shards),
         "size": f"{size / 1e6:,.1f} MB in {len(shards)} shards",
     }
@@ -142,7 +142,8 @@ def inspect(
     if check:
         checks = tqdm(opened.check_files(), total=1 + len(shards), desc="checking", unit="file", leave=None)
         damaged = [file for file, whole in checks if not whole]
-    common.write_json(json_file, {"store": str(store), "bytes": size, "damaged": damaged, **rows, **metadata})
+    counts = {"questions": rows["questions"], _what(opened): len(opened), "rows": rows["rows"]}
+    common.write_json(json_file, {"store": str(store), "bytes": size, "damaged": damaged, **counts, **metadata})
     if damaged:
         raise ValueError(
             f"{len(damaged)} of {1 + len(shards)} files of {store} are damaged or missing, the first is {damaged[0]}: "
@@ -150,3 +151,8 @@ def inspect(
         )
     if check:
         print("All files are as they were written.")
+
+
+def _what(store) -> str:
+    """What the length of a store counts."""
+    return "token_pairs" if store.tokens == "answer" else "demonstrations"

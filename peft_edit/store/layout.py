@@ -98,8 +98,8 @@ def check_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: choose a folder")
     names = sorted(file.name for file in path.iterdir()) if path.exists() else []
-    foreign = [name for name in names if not STORE_FILE.fullmatch(name)]
-    # What a run leaves that was killed before it wrote its manifest is hidden.
+    # What a run leaves that was killed before it wrote its manifest is hidden, as is what file managers leave.
+    foreign = [name for name in names if not name.startswith(".") and not STORE_FILE.fullmatch(name)]
     if META not in names and (foreign or any(not name.startswith(".") for name in names)):
         raise ValueError(f"{path} is not empty: choose another folder")
     if foreign:
