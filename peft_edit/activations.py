@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from .store import (
     read_index,
     read_manifest,
     read_metadata,
+    read_token_ids,
 )
 from .store.layout import publish_text
 from .store.writer import no_space, reporting_full_disk
@@ -270,6 +272,8 @@ class _Collection:
 
     def _answers(self, draft: Draft, limits: tuple[int | None, int]) -> list[list[int]]:
         """The model's own answers, each batch of which is kept in a file of its own until the index is written."""
+        if not draft.prompts:
+            return []
         order = sorted(range(len(draft.prompts)), key=lambda i: -len(draft.prompts[i]))
         new = self.settings["max_new_tokens"]
         all_batches = [
@@ -296,7 +300,8 @@ class _Collection:
     def run(self) -> None:
         """Collect the shards that are missing, and write the manifest."""
         path, writer = self.writer.path, self.writer
-        plan = Plan(read_index(path), self.settings["tokens"])
+        index = read_index(path, without=["token_ids"])
+        plan = Plan(index, self.settings["tokens"], partial(read_token_ids, path))
         if not is_whole(path / INDEX):
             raise ValueError(f"{path / INDEX} is damaged: delete it to have it written again")
         rows = [plan.shard_rows(number) for number in range(len(plan.shards))]

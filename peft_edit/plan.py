@@ -7,12 +7,17 @@ sequences and batches.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+
+# Sequences whose token ids are read at once.
+WINDOW = 1024
 
 
 @dataclass(frozen=True)
@@ -24,23 +29,43 @@ class Batch:
 
 
 class Plan:
-    """The sequences of a store's index, in the order in which they are run."""
+    """The sequences of a store's index, in the order in which they are run.
 
-    def __init__(self, index: dict[str, Tensor], tokens: str):
+    Args:
+        index: the tensors of the index.
+        tokens: which tokens of an answer are kept.
+        read_ids: gives the part of `token_ids` between two places, so that not all of it is in memory; None where it is
+            in `index`.
+    """
+
+    def __init__(self, index: dict[str, Tensor], tokens: str, read_ids: Callable[[int, int], Tensor] | None = None):
         self._index, self.tokens = index, tokens
-        self._ends = [0, *index["sequence_lengths"].cumsum(dim=0).tolist()]
-        self.spans: list[list[int]] = index["spans"].tolist()
+        self._read_ids = read_ids or (lambda start, stop: index["token_ids"][start:stop])
+        self._window, self._window_first = torch.empty(0), -1
+        # Arrays: there may be many more sequences than a Python object for each would fit.
+        self._ends = array("q", [0, *index["sequence_lengths"].cumsum(dim=0).tolist()])
+        self._starts, self._stops = (array("q", column) for column in index["spans"].T.tolist())
         self.cuts: list[list[int]] = index["bucket_cuts"].tolist()
 
     def __len__(self) -> int:
-        return len(self.spans)
+        return len(self._starts)
 
     def ids(self, number: int) -> Tensor:
-        return self._index["token_ids"][self._ends[number] : self._ends[number + 1]]
+        """Token ids of a sequence."""
+        first = number - number % WINDOW
+        if first != self._window_first:
+            self._window = self._read_ids(self._ends[first], self._ends[min(first + WINDOW, len(self))])
+            self._window_first = first
+        place = self._ends[first]
+        return self._window[self._ends[number] - place : self._ends[number + 1] - place]
+
+    def span(self, number: int) -> tuple[int, int]:
+        """First position of a sequence that is kept, and the one behind the last."""
+        return self._starts[number], self._stops[number]
 
     def rows(self, number: int) -> int:
         """How many rows of a sequence are kept."""
-        start, stop = self.spans[number]
+        start, stop = self.span(number)
         return stop - start if self.tokens == "answer" else 1
 
     @cached_property

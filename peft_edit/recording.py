@@ -35,7 +35,7 @@ class Runner:
         ids, mask = pad([plan.ids(i)[cut:] for i in batch.sequences], input_device(self.model))
         kept = torch.zeros_like(ids, dtype=torch.bool)
         for row, i in zip(kept, batch.sequences, strict=True):
-            start, stop = plan.spans[i]
+            start, stop = plan.span(i)
             row[start - cut : stop - cut] = True
         mask = torch.cat((mask.new_ones(len(mask), cut), mask), dim=1)
         with self.recorder.keeping(kept) as rows:

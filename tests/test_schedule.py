@@ -69,7 +69,7 @@ def test_a_plan_runs_every_sequence_once(questions, batch_size, max_tokens, forw
         plan, found = plan_of(table, batch_size=batch_size, max_tokens=max_tokens)
     unique = {(tuple(prompt + answer), len(prompt)) for prompt, answers in questions for answer in answers}
     assert sorted(found.order) == list(range(len(unique))) == list(range(len(plan)))
-    assert {(tuple(plan.ids(i).tolist()), plan.spans[i][0]) for i in range(len(plan))} == unique
+    assert {(tuple(plan.ids(i).tolist()), plan.span(i)[0]) for i in range(len(plan))} == unique
 
     every = [batch for shard in plan.shards for batch in shard]
     assert [i for batch in every for i in batch.sequences] == list(range(len(plan)))
@@ -84,7 +84,7 @@ def test_a_plan_runs_every_sequence_once(questions, batch_size, max_tokens, forw
         assert lengths == sorted(lengths, reverse=True)
         assert len(lengths) == 1 or len(lengths) * lengths[0] <= max_tokens
         for i in batch.sequences:
-            assert plan.prompt(i, batch.bucket) in prompts and cut <= plan.spans[i][0]
+            assert plan.prompt(i, batch.bucket) in prompts and cut <= plan.span(i)[0]
     for shard_batches in plan.shards[:-1]:
         assert sum(len(batch.sequences) for batch in shard_batches) >= shard
 

@@ -9,7 +9,17 @@ shard hold a checksum. A shard appears under its name complete or not at all, so
 and checked by itself.
 """
 
-from .layout import FORMAT_VERSION, INDEX, META, ROW_TOKENS, check_folder, read_index, read_manifest, read_metadata
+from .layout import (
+    FORMAT_VERSION,
+    INDEX,
+    META,
+    ROW_TOKENS,
+    check_folder,
+    read_index,
+    read_manifest,
+    read_metadata,
+    read_token_ids,
+)
 from .reader import ActivationStore, Store, open_pairs
 from .shards import ShardFile, StoreShape, has_size, is_whole
 from .writer import StoreWriter, locked
@@ -33,4 +43,5 @@ __all__ = [
     "read_index",
     "read_manifest",
     "read_metadata",
+    "read_token_ids",
 ]

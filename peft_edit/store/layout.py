@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,25 @@ def _damaged(file: Path, what: str) -> ValueError:
     return ValueError(f"{file} is damaged ({what}): collect again into another folder")
 
 
-def read_index(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Tensors of a store's index.safetensors; of `names` those that are there, None for all."""
+def read_index(path: Path, names: Iterable[str] | None = None, *, without: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Tensors of a store's index.safetensors, memory-mapped; of `names` those that are there, None for all."""
+    with _open_index(path) as tensors:
+        found = tensors.keys()
+        wanted = found if names is None else [name for name in names if name in found]
+        return {name: tensors.get_tensor(name) for name in wanted if name not in without}
+
+
+def read_token_ids(path: Path, start: int, stop: int) -> Tensor:
+    """Part of the token ids in a store's index, (stop - start,) int32, of which nothing stays mapped."""
+    with _open_index(path) as tensors:
+        return tensors.get_slice("token_ids")[start:stop].clone()
+
+
+@contextmanager
+def _open_index(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path / INDEX, framework="pt") as tensors:
-            found = tensors.keys()
-            wanted = found if names is None else [name for name in names if name in found]
-            return {name: tensors.get_tensor(name) for name in wanted}
+            yield tensors
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path / INDEX} cannot be read ({error}): {AGAIN}") from error
 
