@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -41,10 +40,9 @@ def load():
     return model, AutoTokenizer.from_pretrained(ASSETS / "model")
 
 
-def questions(data_files, times=1, limit=None):
+def questions(data_files, times=1):
     """TruthfulQA, or several times as many different questions."""
     data = load_contrast_set("truthful_qa", data_files=data_files)
-    data = data.select(range(limit or len(data)))
     rows = [
         {**row, "id": n * len(data) + i, "prompt": f"{n} {row['prompt']}" if n else row["prompt"]}
         for n in range(times)
@@ -99,71 +97,81 @@ def places(positive, negative):
     return shorter - next((i for i in range(shorter) if positive[i] != negative[i]), shorter)
 
 
-def child(function, *args, processes=1):
-    """Call a function of this file in processes of its own; what the first prints."""
+def data_folder(folder, data_files, times=1):
+    """The data on disk, memory-mapped by whoever collects: its own memory is not what is measured."""
+    path = folder / f"data-{times}"
+    if not path.exists():
+        questions(data_files, times).save_to_disk(path)
+    return path
+
+
+def child_command(store, data, processes=1):
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launch, __file__, "--child", function, *map(str, args)]
+    return [sys.executable, *launch, __file__, "--child", str(store), str(data)]
+
+
+def child(*arguments, **options):
+    """What the main process of a collection in processes of its own prints last."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+    command = child_command(*arguments, **options)
+    printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
+    return json.loads(printed.splitlines()[-1])
 
 
-def collect_child(folder, data_files, times, limit):
-    data = questions(data_files or None, int(times), int(limit) or None)
+def collect_child(store, data):
+    data = Dataset.load_from_disk(data)
     model, tokenizer = load()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print("ready", flush=True)
     start = time.perf_counter()
-    collect_activations(model, tokenizer, data, folder, **OPTIONS)
+    collect_activations(model, tokenizer, data, store, **OPTIONS)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if processes().is_main:
-        print(json.dumps({"seconds": seconds, "peak": peak / 1024, "before": before / 1024}))
+        # Not ru_maxrss, which a child takes over from its parent.
+        status = Path("/proc/self/status").read_text().splitlines()
+        peak = int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1024
+        print(json.dumps({"seconds": seconds, "peak": peak}))
 
 
 def memory(folder, data_files):
     """Peak of a process that collects, and of one that collects ten times as much."""
-    found = [child("collect_child", folder / f"memory-{n}", data_files or "", n, 0) for n in (1, 10)]
+    found = [child(folder / f"memory-{n}", data_folder(folder, data_files, n)) for n in (1, 10)]
     for times, result in zip((1, 10), found, strict=True):
-        peak, before, seconds = (round(result[name]) for name in ("peak", "before", "seconds"))
-        print(f"{times} times TruthfulQA: peak {peak} MiB ({before} before), {seconds} s")
+        print(f"{times} times TruthfulQA: peak {result['peak']:.0f} MiB, {result['seconds']:.0f} s")
     print(f"peak of ten times as much: {100 * (found[1]['peak'] / found[0]['peak'] - 1):+.1f} %")
     shutil.rmtree(folder / "memory-10")
 
 
 def two(folder, data_files):
     """Two processes of one thread each against one."""
-    ratios = []
+    data = data_folder(folder, data_files)
     for i in range(3):
-        names = [folder / f"{name}-{i}" for name in ("one", "two")]
-        seconds = [
-            child("collect_child", name, data_files or "", 1, 0, processes=n)["seconds"]
-            for n, name in enumerate(names, 1)
-        ]
-        ratios.append(seconds[0] / seconds[1])
-        same = all((names[1] / file.name).read_bytes() == file.read_bytes() for file in names[0].iterdir())
-        print(f"one process {seconds[0]:.1f} s, two {seconds[1]:.1f} s: {ratios[-1]:.2f} times; the same bytes: {same}")
+        stores = [folder / f"{name}-{i}" for name in ("one", "two")]
+        seconds = [child(store, data, processes=n)["seconds"] for n, store in enumerate(stores, 1)]
+        ratio, same = seconds[0] / seconds[1], contents(stores[0]) == contents(stores[1])
+        print(f"one process {seconds[0]:.1f} s, two {seconds[1]:.1f} s: {ratio:.2f} times; the same bytes: {same}")
+
+
+def contents(store):
+    return {file.name: file.read_bytes() for file in store.iterdir()}
 
 
 def kills(folder, data_files):
     """Kill a collection at random instants and let it go on."""
-    arguments = [folder / "killed", data_files or "", 1, 0]
-    whole = folder / "whole"
-    seconds = child("collect_child", whole, *arguments[1:])["seconds"]
+    data, whole, store = data_folder(folder, data_files), folder / "whole", folder / "killed"
+    seconds = child(whole, data)["seconds"]
     chance, killed = random.Random(0), 0
     for _ in range(KILLS):
-        command = [sys.executable, __file__, "--child", "collect_child", *map(str, arguments)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (folder / "killed" / "meta.json").exists() and process.poll() is None:
-            time.sleep(0.05)
-        time.sleep(4 + chance.uniform(0, seconds / 10))
+        process = subprocess.Popen(child_command(store, data), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process.stdout.readline()  # "ready"
+        time.sleep(chance.uniform(0, seconds / 5))
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             killed += 1
         process.wait()
-    shards = len(list((folder / "killed").glob("shard-*")))
-    child("collect_child", *arguments)
-    same = {file.name: file.read_bytes() for file in whole.iterdir()} == {
-        file.name: file.read_bytes() for file in (folder / "killed").iterdir()
-    }
+        process.stdout.close()
+    shards = len(list(store.glob("shard-*")))
+    child(store, data)
+    same = contents(store) == contents(whole)
     print(f"{killed} kills, after the last {shards} shards were written; the same bytes: {same}")
 
 
@@ -211,6 +219,6 @@ def main():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1:2] == ["--child"]:
-        globals()[sys.argv[2]](Path(sys.argv[3]), *sys.argv[4:])
+        collect_child(Path(sys.argv[2]), sys.argv[3])
     else:
         main()
