@@ -141,6 +141,16 @@ def test_branches_and_revisions(hub, client, pushed, folders, method):
     assert status == 0, err
 
 
+def test_commands_that_write_models_take_revisions(hub, client, folders, tmp_path):
+    assert client(push_folder, folders / "HPR", "user/two", **WRITE) == "done"
+    assert client(push_folder, folders / "SEA", "user/two", revision="sea", **WRITE) == "done"
+    for name in ("export-lora", "merge"):
+        status, _, err = client(command, name, ASSETS / "model", "user/two@sea", tmp_path / name)
+        assert status == 0 and (tmp_path / name).exists(), err
+        status, _, err = client(command, name, ASSETS / "model", "user/two@none", tmp_path / "none")
+        assert status == 2 and "user/two has no revision none" in err and err.count("\n") == 1, err
+
+
 def test_adapters_in_folders_alone_get_an_index(hub, client):
     found = client(push_model, "SEA", "user/folders", "truth", "fair", **WRITE)
     card = repository(hub, "user/folders").files["README.md"].decode()
