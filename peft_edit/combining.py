@@ -75,7 +75,7 @@ def combine_sea(
     if store is not None:
         store = store if isinstance(store, ActivationStore) else ActivationStore(store)
         for name in adapters:
-            check_store(model, store, config.site, find_adapter(model, name, SEAConfig, SEALayer)[2])
+            store = check_store(model, store, config.site, find_adapter(model, name, SEAConfig, SEALayer)[2])
 
     layers = [m for m in model.modules() if isinstance(m, SEALayer) and any(map(m.is_fitted, adapters))]
     if any(layer.merged for layer in layers):

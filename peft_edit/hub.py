@@ -135,6 +135,37 @@ def push_folder(
     return commit
 
 
+def check_token(repo_id: str) -> None:
+    """Raise an error as `push_folder` does without a token that the Hub knows, before work whose result goes there."""
+    with plain_errors(f"nothing can be uploaded to {repo_id}", repo_id, None):
+        validate_repo_id(repo_id)
+        HfApi().whoami()
+
+
+def push_checkpoint(folder: Path, repo_id: str, *, private: bool = False) -> str:
+    """Upload a merged checkpoint, to a new repository or as one commit to one that is there. When it fails, the Hub is
+    as before.
+
+    Args:
+        folder: all of it is uploaded.
+        repo_id: "user/name".
+        private: whether a repository that does not exist yet is made private.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        As `push_folder`.
+    """
+    left = [f"{folder} is complete: run hf upload {repo_id} {folder}"]
+    api = HfApi()
+    with (
+        plain_errors(f"the upload to {repo_id} failed", repo_id, None, left),
+        _prepared(api, repo_id, True if private else None, None, False, left),
+    ):
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload merged model").commit_url
+
+
 def download_adapter(repo_id: str, revision: str | None = None) -> Path:
     """The folder in the Hub's cache with an adapter's configuration and tensors, both of one commit, downloaded unless
     they are there.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -149,31 +149,6 @@ def merge_checkpoint(
         bytes=sum((folder / file).stat().st_size for file in checkpoint.files),
         relative_error=sum(errors) / len(errors) if errors else 0.0,
     )
-
-
-def check_token() -> None:
-    """Raise OSError without a token that the Hub knows, before a merge that is to be uploaded."""
-    HfApi().whoami()
-
-
-def push_checkpoint(folder: Path, repo_id: str, *, private: bool = False) -> str:
-    """Upload a merged checkpoint to the Hub, to a new repository or as one commit to one that is there.
-
-    Returns:
-        Its address.
-
-    Raises:
-        OSError: it was not uploaded.
-    """
-    api = HfApi()
-    try:
-        url = api.create_repo(repo_id, private=True if private else None, exist_ok=True)
-        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload merged model")
-    except OSError as error:
-        raise OSError(
-            f"{folder} is complete but was not uploaded to {repo_id} ({error}): run hf upload {repo_id} {folder}"
-        ) from error
-    return str(url)
 
 
 def _device(name: str) -> torch.device:

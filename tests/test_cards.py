@@ -96,6 +96,7 @@ def test_metadata_of_hpr():
             ],
         ),
         (sea_config(rescale="none"), ["It can be merged into the weights exactly"]),
+        (sea_config(fit_statistics={}), ["It cannot be merged into the weights: the mean of the factors"]),
         (sea_config(site="block"), ["It cannot be merged into the weights (edit of whole decoder blocks)"]),
         (
             sea_config(feature_map="tanh"),

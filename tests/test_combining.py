@@ -3,9 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_collect import TOKENIZER, contrast
 from tiny import logits, vivid_model
 
-from peft_edit import ActivationStore, HPRConfig, SEAConfig, combine_sea, fit_sea, sea_to_lora
+from peft_edit import ActivationStore, HPRConfig, SEAConfig, collect_activations, combine_sea, fit_sea, sea_to_lora
 from peft_edit.tuners.sea import SEALayer
 
 
@@ -180,6 +181,19 @@ def test_statistics_come_from_a_store(store, rescale, tmp_path):
     for site, expected in model.peft_config["a"].fit_statistics.items():
         assert model.peft_config["joint"].fit_statistics[site] == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(active(model, "joint"), active(model, "a"), rtol=0, atol=1e-4)
+
+
+def test_statistics_are_those_of_the_site_that_is_edited(tmp_path):
+    """Of a store with several sites, whichever it reads by itself."""
+    collect_activations(vivid_model(), TOKENIZER, contrast(), tmp_path / "store", site=("mlp", "block"))
+    config = {"site": "block", "rescale": "mean", "positive_energy": 0.6, "negative_energy": 0.6}
+    model = get_peft_model(vivid_model(), SEAConfig(**config), "a")
+    model.add_adapter("b", SEAConfig(**config))
+    for name in ("a", "b"):
+        fit_sea(model, ActivationStore(tmp_path / "store", "block"), name)
+    combine_sea(model, ["a", "b"], "joint", store=tmp_path / "store")
+    for site, expected in model.peft_config["a"].fit_statistics.items():
+        assert model.peft_config["joint"].fit_statistics[site] == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_a_store_there_are_no_statistics(store, tmp_path):

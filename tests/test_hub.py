@@ -141,6 +141,49 @@ def test_branches_and_revisions(hub, client, pushed, folders, method):
     assert status == 0, err
 
 
+def test_commands_that_write_models_take_revisions(hub, client, folders, tmp_path):
+    assert client(push_folder, folders / "HPR", "user/two", **WRITE) == "done"
+    assert client(push_folder, folders / "SEA", "user/two", revision="sea", **WRITE) == "done"
+    for name in ("export-lora", "merge"):
+        status, _, err = client(command, name, ASSETS / "model", "user/two@sea", tmp_path / name)
+        assert status == 0 and (tmp_path / name).exists(), err
+        status, _, err = client(command, name, ASSETS / "model", "user/two@none", tmp_path / "none")
+        assert status == 2 and "user/two has no revision none" in err and err.count("\n") == 1, err
+
+
+def merge(client, adapter, out, repo_id, *options, token="hf_write"):
+    return client(command, "merge", ASSETS / "model", adapter, out, "--push", repo_id, *options, token=token)
+
+
+def test_a_merged_checkpoint_goes_up_in_one_commit(hub, client, folders, tmp_path):
+    status, out, err = merge(client, folders / "SEA", tmp_path / "out", "user/merged", "--private")
+    assert status == 0 and f"Uploaded: {hub.url}/user/merged/commit/" in out, err
+    made = repository(hub, "user/merged")
+    assert made.private and [message for _, message, _ in made.log] == ["Upload merged model"]
+    assert set(made.files) - {".gitattributes"} == {path.name for path in (ASSETS / "model").iterdir()}
+    assert made.files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["preupload", "upload", "commit"])
+def test_a_merged_checkpoint_that_is_not_uploaded(hub, client, folders, tmp_path, stage):
+    hub.faults[stage], expected = FAULTS[stage]
+    hub.storage.clear()
+    status, out, err = merge(client, folders / "SEA", tmp_path / "out", "user/unmerged")
+    line = err.splitlines()[-1]
+    assert status == 2 and "Uploaded" not in out and line.startswith("peft-edit: the upload to user/unmerged failed: ")
+    assert expected.split(" to the Hub")[0].replace("adapter_model", "model") in line
+    assert f"{tmp_path / 'out'} is complete: run hf upload user/unmerged" in line and (tmp_path / "out").exists()
+    assert "models/user/unmerged" not in hub.repositories
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"), [("hf_wrong", "there is no valid token ("), (None, "there is no token: log in")]
+)
+def test_a_token_that_is_wrong_is_found_before_merging(client, folders, tmp_path, token, expected):
+    status, _, err = merge(client, folders / "SEA", tmp_path / "out", "user/unmerged", token=token)
+    assert status == 2 and expected in err and err.count("\n") == 1 and not (tmp_path / "out").exists(), err
+
+
 def test_adapters_in_folders_alone_get_an_index(hub, client):
     found = client(push_model, "SEA", "user/folders", "truth", "fair", **WRITE)
     card = repository(hub, "user/folders").files["README.md"].decode()

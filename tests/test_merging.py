@@ -500,39 +500,6 @@ def test_command(tmp_path, run):
     assert not (tmp_path / "new").exists()
 
 
-class Api:
-    """What is asked of the Hub; the upload fails as often as told."""
-
-    def __init__(self, failures=0):
-        self.asked, self.failures = [], failures
-
-    def whoami(self):
-        self.asked.append("whoami")
-
-    def create_repo(self, repo_id, **options):
-        self.asked.append((repo_id, options))
-        return namedtuple("Url", "repo_id")(repo_id)
-
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
-        self.failures -= 1
-        if self.failures >= 0:
-            raise OSError("the line is cut")
-        self.asked.append((repo_id, sorted(os.listdir(folder_path))))
-
-
-def test_push(pair, tmp_path, run, monkeypatch):
-    api = Api()
-    monkeypatch.setattr(merging, "HfApi", lambda: api)
-    assert run(*pair, tmp_path / "out", "--push", "user/merged", "--private")[0] == 0
-    asked, created, uploaded = api.asked
-    assert asked == "whoami" and created == ("user/merged", {"private": True, "exist_ok": True})
-    assert uploaded == ("user/merged", sorted(os.listdir(pair[0])))
-    api = Api(failures=1)
-    status, _, err = run(*pair, tmp_path / "again", "--push", "user/merged")
-    expected = f"{tmp_path / 'again'} is complete but was not uploaded to user/merged (the line is cut): run hf upload"
-    assert status == 2 and expected in err
-
-
 def test_from_the_hub(pair, tmp_path):
     base, adapter = pair
     repositories = {

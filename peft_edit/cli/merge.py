@@ -25,13 +25,13 @@ def merge(
 
     Example: peft-edit merge meta-llama/Llama-2-7b-hf sea-truthful llama2-7b-truthful --device cuda
     """
-    from .. import merging
+    from .. import hub, merging
 
     common.check_json(json_file)
     if private and push is None:
         raise ValueError("--private needs --push: it is about the repository")
     if push is not None:
-        merging.check_token()
+        hub.check_token(push)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *details: print(f"Warning: {message}", file=sys.stderr)
         result = merging.merge_checkpoint(
@@ -48,4 +48,4 @@ def merge(
         f"GB: {out}"
     )
     if push is not None:
-        print(f"Uploaded: {merging.push_checkpoint(out, push, private=private)}")
+        print(f"Uploaded: {hub.push_checkpoint(out, push, private=private)}")
