@@ -8,18 +8,32 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from .fingerprint import fingerprint
 from .hub import download_adapter
 
 
-def load_structure(name: str, revision: str | None = None) -> PreTrainedModel:
-    """The base model on the meta device: its modules without their weights, for what trains or looks at an adapter."""
+def auto_class(name: str, revision: str | None = None):
+    """The class of Transformers that loads a base model, and its configuration: of causal language models, else of
+    vision-language models, whose text towers are edited.
+
+    Raises:
+        ValueError: the model is of another kind.
+    """
     check_local(name, "config.json")
     config = AutoConfig.from_pretrained(name, revision=revision)
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto, config
+    raise ValueError(f"{name} is a {config.model_type} model, which is none of language: pass a causal language model")
+
+
+def load_structure(name: str, revision: str | None = None) -> PreTrainedModel:
+    """The base model on the meta device: its modules without their weights, for what trains or looks at an adapter."""
+    auto, config = auto_class(name, revision)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto.from_config(config)
 
 
 def load_adapter_config(adapter: str) -> PeftConfig:
@@ -81,5 +95,5 @@ def check_local(name: str, file: str) -> None:
     path = Path(name)
     if path.is_dir() and not (path / file).exists():
         raise ValueError(f"the folder {name} has no {file}: pass the folder that was saved")
-    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.endswith("/") or name.count("/") > 1):
         raise ValueError(f"there is no folder {name}")

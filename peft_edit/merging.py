@@ -262,7 +262,7 @@ def _check_space(checkpoint: Checkpoint, todo: list[str], others: list[str], wor
     free = shutil.disk_usage(work).free + reused
     if needed > free:
         raise ValueError(
-            f"the merged checkpoint needs {needed / 1e9:.2f} GB more and {work.parent} has {free / 1e9:.2f} GB left: "
+            f"the merged checkpoint needs {needed / 1e6:,.1f} MB more and {work.parent} has {free / 1e6:,.1f} MB left: "
             "make room or choose another disk"
         )
 

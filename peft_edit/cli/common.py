@@ -41,21 +41,22 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def load_model(name: str, *, revision: str | None = None, dtype: str = "auto", device_map: str = "auto"):
     """The base model and its tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    from ..loading import auto_class
     from ..processes import processes
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if device_map.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device-map is {device_map!r} and this machine has no CUDA device: pass auto or cpu")
-    check_local(name, "config.json")
+    auto, _ = auto_class(name, revision)
     # Each of several processes has the whole model on a device of its own.
     own_device = processes().device
     if device_map == "auto" and own_device is not None:
         device_map = str(own_device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto.from_pretrained(
             name,
             revision=revision,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
