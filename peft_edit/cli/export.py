@@ -24,14 +24,11 @@ def export_lora(
 
     Example: peft-edit export-lora meta-llama/Llama-2-7b-hf sea-truthful lora-truthful --rank 64
     """
-    from peft import PeftConfig
-
-    from .. import exporting
+    from .. import exporting, loading
 
     common.check_json(json_file)
     exporting.check_folder(out)
-    common.check_local(adapter, "adapter_config.json")
-    exporting.check_exportable(PeftConfig.from_pretrained(adapter))
+    exporting.check_exportable(loading.load_adapter_config(adapter))
     base, _ = common.load_model(model, revision=revision, dtype=dtype, device_map=device_map)
     adapted = common.load_adapter(base, adapter, allow_fingerprint_mismatch)
     with warnings.catch_warnings():
