@@ -67,7 +67,10 @@ class Checkpoint:
 
     def __init__(self, path: Path):
         self.path = path
-        name = json.loads((path / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+        try:
+            name = json.loads((path / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path / 'config.json'} is no configuration of a model ({error})") from error
         if name is None:
             names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)  # as Transformers looks for them
             if (name := next((name for name in names if (path / name).exists()), None)) is None:

@@ -139,7 +139,7 @@ def merge_checkpoint(
             shutil.copyfile(folder / name, work / name)
             sync(work / name)
     inexact = config.rank_pattern if config.rescale == "token" else ()
-    errors = [config.fit_statistics[site]["relative_error"] for site in inexact]
+    errors = [float(config.fit_statistics[site]["relative_error"]) for site in inexact]
     return CheckpointMerge(
         path=out,
         files=len(checkpoint.files),
@@ -156,7 +156,9 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+        if device.type != "cuda":
+            torch.zeros(1, device=device).cpu()  # of this build of PyTorch, and with data, which meta has not
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device must be auto, cpu, cuda, cuda:1, ..., got {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {name!r} and this machine has {torch.cuda.device_count()} CUDA devices: pass cpu")

@@ -67,8 +67,9 @@ def test_what_export_lora_refuses_before_it_loads_the_model(run, adapter, tmp_pa
     assert refused(run, "export-lora", MODEL, tmp_path / "x", out) == f"peft-edit: there is no folder {tmp_path / 'x'}"
     assert "has no adapter_config.json" in refused(run, "export-lora", MODEL, tmp_path, out)
     assert "is a folder" in refused(run, "export-lora", MODEL, sea, out, "--json", tmp_path)
-    (sea / "adapter_config.json").write_text("{")
-    assert "is none that PEFT or peft_edit reads" in refused(run, "export-lora", MODEL, sea, out)
+    for text in ('{"peft_type": "XYZ"}', "[]", "{"):
+        (sea / "adapter_config.json").write_text(text)
+        assert "is none that PEFT or peft_edit reads" in refused(run, "export-lora", MODEL, sea, out)
     assert not out.exists()
 
 

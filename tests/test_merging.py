@@ -398,6 +398,21 @@ def test_damaged_checkpoints(pair, tmp_path, how, expected):
     refused(expected, *pair, tmp_path / "out", allow_fingerprint_mismatch=True)
 
 
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_damaged_configuration(pair, tmp_path, text):
+    (pair[0] / "config.json").write_text(text)
+    refused("config.json is no configuration of a model", *pair, tmp_path / "out")
+
+
+def test_statistics_that_are_no_numbers(pair, tmp_path):
+    path = pair[1] / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["rescale"] = "token"
+    config["fit_statistics"] = {site: {"strength": 1.0, "mean_rescale": "x"} for site in config["rank_pattern"]}
+    path.write_text(json.dumps(config))
+    refused("has no number 'mean_rescale': fit this adapter again", *pair, tmp_path / "out")
+
+
 def test_adapters_of_other_models(pair, tmp_path):
     base, _ = pair
     (tmp_path / "other").mkdir()
@@ -433,7 +448,8 @@ def test_adapters_that_do_not_merge(pair, tmp_path, config, expected):
 
 def test_devices(pair, tmp_path):
     refused(r"this machine has 0 CUDA devices: pass cpu|has 1 CUDA", *pair, tmp_path / "out", device="cuda:7")
-    refused("device must be auto, cpu, cuda", *pair, tmp_path / "out", device="gpu")
+    for device in ("gpu", "meta", "mps"):
+        refused("device must be auto, cpu, cuda", *pair, tmp_path / "out", device=device)
 
 
 @pytest.mark.parametrize("family", [*MIXTURES, "gpt2"])

@@ -96,6 +96,8 @@ def check_json(path: Path | None) -> None:
         raise ValueError(f"--json must be a file, {path} is a folder")
     if any(parent.exists() and not parent.is_dir() for parent in path.parents):
         raise ValueError(f"--json {path} lies below a file: choose another path")
+    if not os.access(next(parent for parent in path.absolute().parents if parent.exists()), os.W_OK):
+        raise ValueError(f"--json {path} cannot be written there: choose another path")
 
 
 def load_data(

@@ -278,10 +278,11 @@ class SEALayer(EditLayer):
     def statistic(self, config: SEAConfig, name: str) -> float:
         """What the fit recorded of this site."""
         try:
-            return config.fit_statistics[self.site][name]
-        except KeyError:
+            return float(config.fit_statistics[self.site][name])
+        except (KeyError, TypeError, ValueError):
             raise ValueError(
-                f"fit_statistics[{self.site!r}] has no {name!r}: fit this adapter again (or give combine_sea a store)"
+                f"fit_statistics[{self.site!r}] has no number {name!r}: fit this adapter again "
+                "(or give combine_sea a store)"
             ) from None
 
     def _mean_rescale(self, config: SEAConfig) -> float:
