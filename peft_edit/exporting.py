@@ -117,7 +117,10 @@ def sea_to_lora(
             sites.append(site)
             updates[site.site] = update
     if not sites:
-        raise ValueError(f"adapter {adapter_name!r} edits nothing, so that there is nothing to export: fit it, or set its strength above 0")
+        raise ValueError(
+            f"adapter {adapter_name!r} edits nothing, so that there is nothing to export: fit it, or set its strength "
+            "above 0"
+        )
     r = max(site.rank for site in sites)
     bias = any(b is not None for _, _, b in updates.values())
     export = LoRAExport(adapter_name, r, bias, sites, _notes(config, sites, rank, bias))

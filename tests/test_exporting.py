@@ -270,7 +270,7 @@ def structure():
         (merged_model, "merged: call unmerge_adapter"),
         (around_lora, "^cannot export as LoRA: .*another adapter, Linear, lies between"),
         (structure, r"the weights of model\.layers\.0\.mlp\.down_proj are not loaded"),
-        (lambda: get_peft_model(vivid_model(), SEAConfig()), "edits nothing.*fit it first"),
+        (lambda: get_peft_model(vivid_model(), SEAConfig()), "edits nothing.*fit it, or set"),
         (lambda: fitted(strength=0), "edits nothing"),
     ],
 )
