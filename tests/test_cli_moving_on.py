@@ -12,6 +12,7 @@ from tiny import CONFIGS, logits, vivid_model
 from transformers import AutoModelForCausalLM
 
 from peft_edit import HPRConfig, SEAConfig, cli
+from peft_edit.cli import common
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -99,7 +100,9 @@ def test_convert_sea(run, bases, tmp_path):
     assert status == 0
     assert out.splitlines()[:3] == ["layer  rank +  rank -", "1           8       8", "2           9       9"]
     results = json.loads((tmp_path / "x.json").read_text())
-    assert [line for line in out.splitlines() if line.startswith("Note: ")] == [f"Note: {n}." for n in results["notes"]]
+    assert [line for line in out.splitlines() if line.startswith("Note: ")] == [
+        f"Note: {common.in_options(note)}." for note in results["notes"]
+    ]
     assert results["method"] == "SEA" and results["ranks"] == [[8, 8], [9, 9]] and len(results["notes"]) == 2
     config = json.loads((tmp_path / "sea" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(bases[3]) and config["rescale"] == "none"

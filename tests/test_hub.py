@@ -392,7 +392,7 @@ def test_transformers_pushes_its_stub_and_we_replace_it(hub, client, folders):
     assert is_generated(made.files["README.md"].decode())
 
 
-def test_adapters_of_other_methods_go_up_with_their_own_cards(hub, client, tmp_path):
+def test_adapters_of_other_methods_go_up_with_their_own_cards(hub, client, pushed, tmp_path):
     model = get_peft_model(base_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path)
     # The Hub takes no local folder for a base model, which PEFT writes into its card.

@@ -38,6 +38,45 @@ AllowMismatch = Annotated[
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+# What the messages of the Python functions advise, in the words of the command line.
+OPTIONS = {
+    "allow_fingerprint_mismatch=True": "--allow-fingerprint-mismatch",
+    "resume=False": "--no-resume",
+    "truncate=True": "--truncate",
+    "centered=False": "--no-centered",
+    "layers_to_transform": "--layers",
+    "target_modules": "--target-modules",
+    "data_files=": "--data-files ",
+    "prompt_format=": "--prompt-format ",
+    "base_model must": "--base-model must",
+    "max_new_tokens": "--max-new-tokens",
+    "num_angle_layers": "--num-angle-layers",
+    "angle_hidden_size": "--angle-hidden-size",
+    "use_cpu": "--cpu",
+    "device must be": "--device must be",
+    "device is '": "--device is '",
+    "token_scope must": "--token-scope must",
+    "add one with HPRConfig": "pass one that train-hpr made",
+    "add one with SEAConfig": "pass one that fit-sea made",
+    "site='block'": "--site block",
+    "tokens='answer'": "--tokens answer",
+    "set token_scope='all' in its configuration": "pass it through select with --token-scope all",
+    "top_k=": "--top-k ",
+    "threshold=": "--threshold ",
+    "top_k": "--top-k",
+    "rescale='none'": "--rescale none",
+    "pass layers": "pass --layers",
+    "token_scope='last'": "select --token-scope last",
+}
+
+
+def in_options(message: str) -> str:
+    """A message of a Python function in the words of the command line."""
+    for argument, option in OPTIONS.items():
+        message = message.replace(argument, option)
+    return message
+
+
 def load_model(name: str, *, revision: str | None = None, dtype: str = "auto", device_map: str = "auto"):
     """The base model and its tokenizer."""
     import torch

@@ -50,6 +50,6 @@ def convert(
         print(f"The projections are those of their factors to {converted.deviation:.1g}.")
     common.write_json(json_file, converted.to_dict())
     for note in converted.notes:
-        print(f"Note: {note}.")
+        print(f"Note: {common.in_options(note)}.")
     size = (out / "adapter_model.safetensors").stat().st_size
     print(f"{converted.method} adapter, {size / 1e6:.2f} MB: {out}")

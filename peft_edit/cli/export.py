@@ -51,7 +51,7 @@ def export_lora(
     ]
     print(common.table(header, rows))
     for note in export.notes:
-        print(f"Note: {note}.")
+        print(f"Note: {common.in_options(note)}.")
     size = (out / "adapter_model.safetensors").stat().st_size
     exact = "" if any(site.truncation_error or site.rescale_error for site in export.sites) else ", exact"
     print(f"LoRA adapter of rank {export.rank}{exact}, {size / 1e6:.2f} MB: {out}")
