@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from peft_edit import HPRConfig, SEAConfig
-from peft_edit.sites import decoder_blocks, find_sites
+from peft_edit.models.sites import decoder_blocks, find_sites
 
 
 # Vision-language models whose text tower has no class of its own among the causal language models.

@@ -6,10 +6,10 @@ from .contrast import load_contrast_set
 from .conversion import convert_hpr, convert_sea
 from .evaluation import evaluate_multiple_choice, perplexity
 from .exporting import sea_to_lora
-from .fingerprint import fingerprint
 from .fitting import fit_sea
 from .hub import push_to_hub
 from .merging import merge_checkpoint
+from .models.fingerprint import fingerprint
 from .registration import leave_cards_to, register
 from .selection import select_layers
 from .store import ActivationStore

@@ -23,14 +23,14 @@ from transformers import PreTrainedTokenizerBase
 
 from .contrast import check_contrast_set
 from .draft import CHUNK, Draft, Options, make_draft
-from .fingerprint import active_adapters, adapters_fingerprint, fingerprint
-from .inference import can_share_prompts, greedy_answers, inference, length_limit
+from .models.fingerprint import active_adapters, adapters_fingerprint, fingerprint
+from .models.run import can_share_prompts, greedy_answers, inference, length_limit
+from .models.sites import LayerIndices, find_sites, is_linear, out_features, text_config, unwrap
 from .plan import Batch, Plan
 from .processes import Processes, processes
 from .prompts import encode_prompts, listed_choices, resolve_prompt_format
 from .recording import Recorder, Runner
 from .schedule import batches
-from .sites import LayerIndices, find_sites, is_linear, out_features, text_config, unwrap
 from .store import (
     INDEX,
     META,

@@ -10,8 +10,8 @@ from peft import PeftConfig
 from torch import nn
 
 from .card_results import data_name
-from .fingerprint import fingerprint
-from .sites import layer_index
+from .models.fingerprint import fingerprint
+from .models.sites import layer_index
 from .store import ActivationStore
 from .tuners.editing import EditLayer
 

@@ -16,7 +16,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from peft import PeftConfig
 
 from .card_results import Results, data_id, eval_results_of, is_hub_id, read_results, tables_of
-from .sites import layer_index
+from .models.sites import layer_index
 
 
 README = "README.md"

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from .adapters import check_store, find_adapter, find_config
 from .fitting import site_statistics
 from .functional.subspaces import join
-from .sites import layer_index, target_modules, unwrap
+from .models.sites import layer_index, target_modules, unwrap
 from .store import ActivationStore
 from .tuners.sea import SEAConfig, SEALayer
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .contrast import check_contrast_set
-from .inference import (
+from .models.run import (
     cache_name,
     can_share_prompts,
     check_length,
@@ -25,8 +25,8 @@ from .inference import (
     prompt_cache,
     select_rows,
 )
+from .models.sites import unwrap
 from .prompts import EncodedAnswer, encode_answers, listed_choices
-from .sites import unwrap
 from .tuners.editing import check_independent_of_padding
 
 

@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from .adapters import find_config
 from .cards import with_marker
 from .functional.subspaces import change, low_rank
+from .models.sites import layer_index, target_modules, unwrap
 from .saving import adapter_folder, check_adapter_folder
-from .sites import layer_index, target_modules, unwrap
 from .tuners.sea import SEAConfig, SEALayer, SEALinear
 
 

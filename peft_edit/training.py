@@ -19,7 +19,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from .adapters import check_store, describe_data, find_adapter
 from .functional.hpr import Loss, loss
-from .sites import layer_index
+from .models.sites import layer_index
 from .store import ActivationStore, Store, open_pairs
 from .tuners.hpr import HPRConfig, HPRLayer
 from .tuners.hpr.stacked import StackedHPR

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from test_collect import TOKENIZER, contrast
 
 from peft_edit import HPRConfig, SEAConfig, collect_activations, fit_sea
-from peft_edit.sites import find_sites
+from peft_edit.models.sites import find_sites
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from peft_edit import ActivationStore, SEAConfig, activations, collect_activations, edit_strength, fingerprint, schedule
 from peft_edit.contrast import CONTRAST_FEATURES
-from peft_edit.inference import greedy_answers
+from peft_edit.models.run import greedy_answers
 from peft_edit.store import FORMAT_VERSION, ShardFile, layout, shards
 
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, JambaConfig, MistralConfig, OpenA
 
 import peft_edit.activations
 from peft_edit import ActivationStore, HPRConfig, SEAConfig, collect_activations, fit_sea, schedule
-from peft_edit.inference import cache_name, can_share_prompts, prompt_cache, select_rows
+from peft_edit.models.run import cache_name, can_share_prompts, prompt_cache, select_rows
 from peft_edit.store import ShardFile, StoreWriter, locked, read_index, shards, writer
 
 

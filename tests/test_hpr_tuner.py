@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from peft_edit import HPRConfig, SEAConfig, edit_strength
-from peft_edit.sites import find_sites, unwrap
+from peft_edit.models.sites import find_sites, unwrap
 from peft_edit.tuners.hpr import HPRLayer
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_edit
 from peft_edit import SEAConfig, edit_strength
-from peft_edit.sites import find_sites, unwrap
+from peft_edit.models.sites import find_sites, unwrap
 from peft_edit.tuners.sea import SEALayer
 
 

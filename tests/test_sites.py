@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from peft_edit import SEAConfig, fingerprint
-from peft_edit.sites import decoder_blocks, describe_sites, find_sites, layer_index
+from peft_edit.models.sites import decoder_blocks, describe_sites, find_sites, layer_index
 from peft_edit.tuners.sea import SEALayer
 
 

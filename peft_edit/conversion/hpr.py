@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..loading import load_structure
+from ..models.sites import normalise_layers, text_config
 from ..saving import check_adapter_folder, save_adapter
-from ..sites import normalise_layers, text_config
 from ..tuners.hpr import HPRConfig, HPRLayer
 from .shared import Conversion, finish, read_json
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from ...functional.checks import check_choice
+from ...models.sites import check_names, normalise_layers
 from ...registration import peft_type
-from ...sites import check_names, normalise_layers
 from ..config import EditConfig
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...functional.hpr import edit, reflection_angle
-from ...sites import layer_index
+from ...models.sites import layer_index
 from ..editing import BlockEditLayer
 from .config import HPRConfig
 

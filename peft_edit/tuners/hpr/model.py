@@ -6,7 +6,7 @@ import torch
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from ...sites import describe_sites, find_sites, layer_index, matches, text_config
+from ...models.sites import describe_sites, find_sites, layer_index, matches, text_config
 from ..editing import EditModel, check_not_on_disk
 from .config import HPRConfig
 from .layer import HPRLayer

@@ -5,8 +5,8 @@ from typing import Literal, get_args
 
 from ...functional.checks import check_choice
 from ...functional.sea import FEATURE_MAPS, FeatureSpace, Projections, Rescale, check_energy
+from ...models.sites import check_names, normalise_layers
 from ...registration import peft_type
-from ...sites import check_names, normalise_layers
 from ..config import EditConfig
 
 

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...sites import find_sites, is_linear, layer_index, matches, target_modules, text_config
+from ...models.sites import find_sites, is_linear, layer_index, matches, target_modules, text_config
 from ..editing import EditModel, check_not_on_disk
 from .config import SEAConfig
 from .layer import SEABlock, SEALayer, SEALinear

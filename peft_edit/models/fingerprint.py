@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, MergeModulelist
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .checkpoints import Source, find_sources
+from .checkpoint import Source, find_sources
 from .sites import decoder_blocks, text_config, unwrap
 
 
