@@ -2,8 +2,8 @@
 
 from .activations import collect_activations
 from .combining import combine_sea
-from .contrast import load_contrast_set
 from .conversion import convert_hpr, convert_sea
+from .data import load_contrast_set
 from .evaluation import evaluate_multiple_choice, perplexity
 from .exporting import sea_to_lora
 from .fitting import fit_sea

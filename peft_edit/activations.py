@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .contrast import check_contrast_set
+from .data import check_contrast_set
+from .data.prompts import encode_prompts, listed_choices, resolve_prompt_format
 from .draft import CHUNK, Draft, Options, make_draft
 from .models.fingerprint import active_adapters, adapters_fingerprint, fingerprint
 from .models.run import can_share_prompts, greedy_answers, inference, length_limit
 from .models.sites import LayerIndices, find_sites, is_linear, out_features, text_config, unwrap
 from .plan import Batch, Plan
 from .processes import Processes, processes
-from .prompts import encode_prompts, listed_choices, resolve_prompt_format
 from .recording import Recorder, Runner
 from .schedule import batches
 from .store import (

@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .prompts import EncodedAnswer, encode_answers, encode_prompts, listed_choices
+from .data.prompts import EncodedAnswer, encode_answers, encode_prompts, listed_choices
 from .schedule import SequenceTable, make_schedule
 
 

@@ -14,7 +14,8 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .contrast import check_contrast_set
+from .data import check_contrast_set
+from .data.prompts import EncodedAnswer, encode_answers, listed_choices
 from .models.run import (
     cache_name,
     can_share_prompts,
@@ -26,7 +27,6 @@ from .models.run import (
     select_rows,
 )
 from .models.sites import unwrap
-from .prompts import EncodedAnswer, encode_answers, listed_choices
 from .tuners.editing import check_independent_of_padding
 
 

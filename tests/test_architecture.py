@@ -26,27 +26,15 @@ ALLOWED = {
     "processes": set(),
     "schedule": set(),
     "store": {"models", "store"},
-    "prompts": set(),
-    "contrast": {"contrast", "prompts"},
-    "draft": {"prompts", "schedule"},
+    "data": {"data"},
+    "draft": {"data", "schedule"},
     "plan": set(),
     "recording": {"models", "plan", "tuners"},
     "card_results": set(),
     "cards": {"card_results", "models"},
     "saving": {"cards"},
     "tuners": {"cards", "functional", "models", "registration", "tuners"},
-    "activations": {
-        "contrast",
-        "draft",
-        "models",
-        "plan",
-        "processes",
-        "prompts",
-        "recording",
-        "schedule",
-        "store",
-        "tuners",
-    },
+    "activations": {"data", "draft", "models", "plan", "processes", "recording", "schedule", "store", "tuners"},
     "hub_errors": set(),
     "hub": {"card_results", "cards", "hub_errors", "tuners"},
     "adapters": {"card_results", "models", "store", "tuners"},
@@ -59,8 +47,8 @@ ALLOWED = {
     "merging": {"loading", "models", "resuming", "tuners", "version"},
     "training": {"adapters", "functional", "models", "store", "tuners"},
     "selection": {"adapters", "store", "tuners"},
-    "evaluation": {"contrast", "models", "prompts", "tuners"},
-    "demo": {"activations", "contrast", "evaluation", "fitting", "saving", "selection", "training", "tuners"},
+    "evaluation": {"data", "models", "tuners"},
+    "demo": {"activations", "data", "evaluation", "fitting", "saving", "selection", "training", "tuners"},
 }
 
 
@@ -89,7 +77,7 @@ def test_imports_go_one_way(part):
 
 def test_every_module_has_its_place():
     modules = {p.stem if p.is_file() else p.name for p in PACKAGE.iterdir() if p.suffix == ".py" or p.is_dir()}
-    assert modules - {"__init__", "__pycache__", "version", "cli", "data", "templates"} == set(ALLOWED)
+    assert modules - {"__init__", "__pycache__", "version", "cli", "templates"} == set(ALLOWED)
 
 
 def test_mathematics_needs_torch_alone():

@@ -15,7 +15,7 @@ from tiny import FAMILIES, tiny_model
 from transformers import GenerationConfig
 
 from peft_edit import ActivationStore, SEAConfig, activations, collect_activations, edit_strength, fingerprint, schedule
-from peft_edit.contrast import CONTRAST_FEATURES
+from peft_edit.data import CONTRAST_FEATURES
 from peft_edit.models.run import greedy_answers
 from peft_edit.store import FORMAT_VERSION, ShardFile, layout, shards
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_edit.contrast import CONTRAST_FEATURES, KNOWN, load_contrast_set
+from peft_edit.data import CONTRAST_FEATURES, KNOWN, load_contrast_set
 
 
 CSV = Path(__file__).parent / "fixtures" / "truthfulqa_40.csv"  # the first data row is the first of the whole file

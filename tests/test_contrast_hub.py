@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from hub_server import HubServer
 
-from peft_edit.contrast import load_contrast_set
+from peft_edit.data import load_contrast_set
 
 
 FIXTURES = Path(__file__).parent / "fixtures"

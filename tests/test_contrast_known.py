@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_edit.contrast import CONTRAST_FEATURES, KNOWN, bbq, bigbench, load_contrast_set
+from peft_edit.data import CONTRAST_FEATURES, KNOWN, bbq, bigbench, load_contrast_set
 
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -11,8 +11,8 @@ from test_prompts import TEMPLATE, byte_tokenizer
 from tiny import FAMILIES, tiny_model
 
 from peft_edit import SEAConfig, evaluate_multiple_choice, perplexity
+from peft_edit.data.prompts import encode_answers
 from peft_edit.evaluation import answer_log_likelihoods
-from peft_edit.prompts import encode_answers
 
 
 # Small changes that exercise other caches and positions.

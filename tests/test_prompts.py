@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from peft_edit import collect_activations, evaluate_multiple_choice, load_contrast_set
-from peft_edit.prompts import (
+from peft_edit.data.prompts import (
     QA_PRIMER,
     encode_answers,
     encode_prompts,

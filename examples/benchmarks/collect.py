@@ -24,10 +24,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_edit import ActivationStore, collect_activations, load_contrast_set
-from peft_edit.contrast import CONTRAST_FEATURES
+from peft_edit.data import CONTRAST_FEATURES
+from peft_edit.data.prompts import encode_answers
 from peft_edit.demo import ASSETS
 from peft_edit.processes import processes
-from peft_edit.prompts import encode_answers
 from peft_edit.training import TokenPairs
 
 

@@ -149,7 +149,7 @@ def load_data(
     revision: str | None = None,
 ):
     """A contrast set, or some of its rows: `limit` of those after the first `skip`."""
-    from ..contrast import load_contrast_set
+    from ..data import load_contrast_set
 
     data = load_contrast_set(name, data_files=data_files, subset=subset, split=split, revision=revision)
     if skip >= len(data):

@@ -72,7 +72,7 @@ class _Scene:
     def __init__(self, progress):
         from transformers import AutoTokenizer
 
-        from ..contrast import load_contrast_set
+        from ..data import load_contrast_set
 
         self.progress = progress
         self.tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
