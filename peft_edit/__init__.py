@@ -1,6 +1,7 @@
 """Edit a language model's activations as Hugging Face PEFT adapters. Importing it registers SEA and HPR with PEFT."""
 
-from .activations import collect_activations
+from .activations.collect import collect_activations
+from .activations.store import ActivationStore
 from .combining import combine_sea
 from .conversion import convert_hpr, convert_sea
 from .data import load_contrast_set
@@ -12,7 +13,6 @@ from .merging import merge_checkpoint
 from .models.fingerprint import fingerprint
 from .registration import leave_cards_to, register
 from .selection import select_layers
-from .store import ActivationStore
 from .training import HPRTrainer, HPRTrainingArguments
 from .tuners.config import EditConfig
 from .tuners.editing import edit_strength

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 from peft import PeftConfig
 from torch import nn
 
+from .activations.store import ActivationStore
 from .card_results import data_name
 from .models.fingerprint import fingerprint
 from .models.sites import layer_index
-from .store import ActivationStore
 from .tuners.editing import EditLayer
 
 

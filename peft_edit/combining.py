@@ -9,11 +9,11 @@ from dataclasses import replace
 from torch import nn
 from tqdm.auto import tqdm
 
+from .activations.store import ActivationStore
 from .adapters import check_store, find_adapter, find_config
 from .fitting import site_statistics
 from .functional.subspaces import join
 from .models.sites import layer_index, target_modules, unwrap
-from .store import ActivationStore
 from .tuners.sea import SEAConfig, SEALayer
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .activations.store import ActivationStore
 from .adapters import check_store, describe_data, find_adapter
 from .functional.sea import edit, fit, project, rescale_statistics
 from .processes import processes
-from .store import ActivationStore
 from .tuners.sea import SEAConfig, SEALayer
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .activations.store import ActivationStore, Store, open_pairs
 from .adapters import check_store, find_adapter
-from .store import ActivationStore, Store, open_pairs
 from .tuners.hpr import HPRConfig, HPRLayer
 
 

@@ -13,7 +13,8 @@ from peft import get_peft_model
 from test_collect import QUESTIONS, TOKENIZER, contrast
 from tiny import tiny_model
 
-from peft_edit import SEAConfig, collect_activations, fit_sea, schedule
+from peft_edit import SEAConfig, collect_activations, fit_sea
+from peft_edit.activations import batches as schedule
 from peft_edit.processes import processes
 
 

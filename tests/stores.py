@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from peft_edit.store import StoreWriter
+from peft_edit.activations.store import StoreWriter
 
 
 def write_pair_store(path, rows, pairs, *, modules, question=None, shard_rows=None, site="block", **settings):

@@ -14,10 +14,12 @@ from test_prompts import TEMPLATE, byte_tokenizer, word_tokenizer
 from tiny import FAMILIES, tiny_model
 from transformers import GenerationConfig
 
-from peft_edit import ActivationStore, SEAConfig, activations, collect_activations, edit_strength, fingerprint, schedule
+from peft_edit import ActivationStore, SEAConfig, collect_activations, edit_strength, fingerprint
+from peft_edit.activations import batches as schedule
+from peft_edit.activations import collect as activations
+from peft_edit.activations.store import FORMAT_VERSION, ShardFile, layout, shards
 from peft_edit.data import CONTRAST_FEATURES
 from peft_edit.models.run import greedy_answers
-from peft_edit.store import FORMAT_VERSION, ShardFile, layout, shards
 
 
 # The word "w5" is token 5, so that the tests know every id without the tokenizer.

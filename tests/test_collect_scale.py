@@ -22,10 +22,11 @@ from test_prompts import byte_tokenizer
 from tiny import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM, JambaConfig, MistralConfig, OpenAIGPTConfig, Phi3Config
 
-import peft_edit.activations
-from peft_edit import ActivationStore, HPRConfig, SEAConfig, collect_activations, fit_sea, schedule
+import peft_edit.activations.collect
+from peft_edit import ActivationStore, HPRConfig, SEAConfig, collect_activations, fit_sea
+from peft_edit.activations import batches as schedule
+from peft_edit.activations.store import ShardFile, StoreWriter, locked, read_index, shards, writer
 from peft_edit.models.run import cache_name, can_share_prompts, prompt_cache, select_rows
-from peft_edit.store import ShardFile, StoreWriter, locked, read_index, shards, writer
 
 
 GENERATED = {"batch_size": 2, "neutral": "generated", "answers": "all", "max_new_tokens": 3}
@@ -104,7 +105,7 @@ def test_what_all_prompts_begin_with_is_run_once(tmp_path, sharing, llama):
 
 def test_an_answer_that_ends_at_once_goes_on_from_a_shorter_cache(tmp_path, sharing, monkeypatch, llama):
     monkeypatch.setattr(
-        peft_edit.activations, "greedy_answers", lambda m, t, p, batches, n: ([[] for _ in b] for b in batches)
+        peft_edit.activations.collect, "greedy_answers", lambda m, t, p, batches, n: ([[] for _ in b] for b in batches)
     )
     data = contrast([(*q[:3], None) for q in QUESTIONS])
     found = collect_activations(llama, TOKENIZER, data, tmp_path, answers="all")

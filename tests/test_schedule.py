@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_edit import schedule
-from peft_edit.plan import Plan
-from peft_edit.schedule import SequenceTable, batches, make_schedule
+from peft_edit.activations import batches as schedule
+from peft_edit.activations.batches import SequenceTable, batches, make_schedule
+from peft_edit.activations.plan import Plan
 
 
 @st.composite

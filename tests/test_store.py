@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from stores import write_pair_store
 
 from peft_edit import ActivationStore
-from peft_edit.store import FORMAT_VERSION, StoreWriter, layout, reader
+from peft_edit.activations.store import FORMAT_VERSION, StoreWriter, layout, reader
 
 
 SIGNS = ("positive", "negative", "neutral")

@@ -52,7 +52,7 @@ def collect(
 
     On several GPUs: accelerate launch --num_processes 4 -m peft_edit.cli collect ...
     """
-    from ..activations import collect_activations
+    from ..activations.collect import collect_activations
     from ..processes import processes
 
     common.check_json(json_file)
@@ -104,7 +104,7 @@ def inspect(
     """
     from tqdm.auto import tqdm
 
-    from ..store import ActivationStore, read_metadata
+    from ..activations.store import ActivationStore, read_metadata
 
     common.check_json(json_file)
     metadata = read_metadata(store)

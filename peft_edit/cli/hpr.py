@@ -75,9 +75,9 @@ def train_hpr(
     from transformers import EarlyStoppingCallback, set_seed
     from transformers.trainer_callback import ProgressCallback
 
+    from ..activations.store import open_pairs
     from ..functional.checks import check_choice
     from ..saving import check_adapter_folder, save_adapter
-    from ..store import open_pairs
     from ..training import HPRTrainer, HPRTrainingArguments
     from ..tuners.hpr import HPRConfig
 

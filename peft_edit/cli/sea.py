@@ -40,9 +40,9 @@ def fit_sea(
     from peft import TaskType, get_peft_model
 
     from .. import fitting
+    from ..activations.store import ActivationStore
     from ..processes import processes
     from ..saving import check_adapter_folder, save_adapter
-    from ..store import ActivationStore
     from ..tuners.sea import SEAConfig
 
     common.check_json(json_file)

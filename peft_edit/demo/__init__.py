@@ -118,7 +118,7 @@ class _Scene:
 def _sea(scene: _Scene, out: Path) -> dict[str, Any]:
     from peft import PeftModel, TaskType, get_peft_model
 
-    from ..activations import collect_activations
+    from ..activations.collect import collect_activations
     from ..fitting import fit_sea
     from ..saving import save_adapter
     from ..tuners.sea import SEAConfig
@@ -199,7 +199,7 @@ def _trained_hpr(scene: _Scene, out: Path):
     from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback
 
-    from ..activations import collect_activations
+    from ..activations.collect import collect_activations
     from ..selection import select_layers
     from ..training import HPRTrainer, HPRTrainingArguments
     from ..tuners.hpr import HPRConfig

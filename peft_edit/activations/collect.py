@@ -21,16 +21,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .data import check_contrast_set
-from .data.prompts import encode_prompts, listed_choices, resolve_prompt_format
-from .draft import CHUNK, Draft, Options, make_draft
-from .models.fingerprint import active_adapters, adapters_fingerprint, fingerprint
-from .models.run import can_share_prompts, greedy_answers, inference, length_limit
-from .models.sites import LayerIndices, find_sites, is_linear, out_features, text_config, unwrap
+from ..data import check_contrast_set
+from ..data.prompts import encode_prompts, listed_choices, resolve_prompt_format
+from ..models.fingerprint import active_adapters, adapters_fingerprint, fingerprint
+from ..models.run import can_share_prompts, greedy_answers, inference, length_limit
+from ..models.sites import LayerIndices, find_sites, is_linear, out_features, text_config, unwrap
+from ..processes import Processes, processes
+from ..tuners.editing import check_independent_of_padding
+from .batches import batches
+from .encode import CHUNK, Draft, Options, make_draft
 from .plan import Batch, Plan
-from .processes import Processes, processes
-from .recording import Recorder, Runner
-from .schedule import batches
+from .run import Recorder, Runner
 from .store import (
     INDEX,
     META,
@@ -49,7 +50,6 @@ from .store import (
 )
 from .store.layout import publish_text
 from .store.writer import no_space, reporting_full_disk
-from .tuners.editing import check_independent_of_padding
 
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from .models.run import cache_name, input_device, pad, prompt_cache, select_rows
+from ..models.run import cache_name, input_device, pad, prompt_cache, select_rows
+from ..tuners.editing import EditLayer
 from .plan import Batch, Plan
-from .tuners.editing import EditLayer
 
 
 class Runner:

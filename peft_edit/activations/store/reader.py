@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..models.sites import normalise_layers
+from ...models.sites import normalise_layers
 from .layout import AGAIN, INDEX, ROW_TOKENS, dtype_of, read_index, read_metadata
 from .shards import StoreShape, is_whole, shard_digest
 

@@ -18,8 +18,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .data.prompts import EncodedAnswer, encode_answers, encode_prompts, listed_choices
-from .schedule import SequenceTable, make_schedule
+from ..data.prompts import EncodedAnswer, encode_answers, encode_prompts, listed_choices
+from .batches import SequenceTable, make_schedule
 
 
 # Questions that are encoded at once.
