@@ -2,13 +2,13 @@
 
 from .activations.collect import collect_activations
 from .activations.store import ActivationStore
+from .adapters.hub import push_to_hub
 from .combining import combine_sea
 from .conversion import convert_hpr, convert_sea
 from .data import load_contrast_set
 from .evaluation import evaluate_multiple_choice, perplexity
 from .exporting import sea_to_lora
 from .fitting import fit_sea
-from .hub import push_to_hub
 from .merging import merge_checkpoint
 from .models.fingerprint import fingerprint
 from .registration import leave_cards_to, register

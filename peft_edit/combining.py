@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .activations.store import ActivationStore
-from .adapters import check_store, find_adapter, find_config
+from .adapters.match import check_store, find_adapter, find_config
 from .fitting import site_statistics
 from .functional.subspaces import join
 from .models.sites import layer_index, target_modules, unwrap

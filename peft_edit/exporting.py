@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from .adapters import find_config
-from .cards import with_marker
+from .adapters.card import with_marker
+from .adapters.match import find_config
+from .adapters.save import adapter_folder, check_adapter_folder
 from .functional.subspaces import change, low_rank
 from .models.sites import layer_index, target_modules, unwrap
-from .saving import adapter_folder, check_adapter_folder
 from .tuners.sea import SEAConfig, SEALayer, SEALinear
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .activations.store import ActivationStore
-from .adapters import check_store, describe_data, find_adapter
+from .adapters.match import check_store, describe_data, find_adapter
 from .functional.sea import edit, fit, project, rescale_statistics
 from .processes import processes
 from .tuners.sea import SEAConfig, SEALayer

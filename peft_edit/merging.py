@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import CHAT_TEMPLATE_DIR
 
-from .loading import check_local, load_adapter, load_adapter_config, load_structure
+from .adapters.read import check_local, load_adapter, load_adapter_config, load_structure
 from .models.checkpoint import DTYPES, Checkpoint, Source, axis_in_source, find_sources
 from .resuming import check_free, finish, growing_folder, sync
 from .tuners.sea import SEALayer

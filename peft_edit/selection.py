@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .activations.store import ActivationStore, Store, open_pairs
-from .adapters import check_store, find_adapter
+from .adapters.match import check_store, find_adapter
 from .tuners.hpr import HPRConfig, HPRLayer
 
 

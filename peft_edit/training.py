@@ -18,7 +18,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .activations.store import ActivationStore, Store, open_pairs
-from .adapters import check_store, describe_data, find_adapter
+from .adapters.match import check_store, describe_data, find_adapter
 from .functional.hpr import Loss, loss
 from .models.sites import layer_index
 from .tuners.hpr import HPRConfig, HPRLayer

@@ -89,7 +89,7 @@ def push_native(repo_id: str, **kwargs):
 
 
 def push_folder(folder, repo_id: str, **kwargs) -> str:
-    from peft_edit.hub import push_folder
+    from peft_edit.adapters.hub import push_folder
 
     return attempt(push_folder, folder, repo_id, **kwargs)
 

@@ -7,9 +7,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_model
 
 from peft_edit import ActivationStore, HPRConfig, SEAConfig, fit_sea
-from peft_edit.cards import for_repository, index_card, is_generated, may_replace, model_card, write_card
+from peft_edit.adapters.card import for_repository, index_card, is_generated, may_replace, model_card, write_card
+from peft_edit.adapters.save import save_adapter
 from peft_edit.cli import main
-from peft_edit.saving import save_adapter
 
 
 LLAMA = "meta-llama/Llama-2-7b-hf"

@@ -25,7 +25,7 @@ from hub_server import HubServer, fail, hang_up
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 
-from peft_edit.cards import is_generated
+from peft_edit.adapters.card import is_generated
 
 
 TOKENS = {"hf_write": ("user", "write"), "hf_read": ("user", "read"), "hf_other": ("other", "write")}

@@ -97,7 +97,7 @@ def test_table_of_the_demonstration_is_what_it_prints(demonstration):
 
 @pytest.mark.parametrize("method", ["sea", "hpr"])
 def test_example_cards_are_what_the_commands_write(demonstration, monkeypatch, method):
-    from peft_edit.cards import MARKER_LINE
+    from peft_edit.adapters.card import MARKER_LINE
     from peft_edit.cli import main
 
     monkeypatch.chdir(demonstration[0])

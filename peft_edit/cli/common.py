@@ -82,7 +82,7 @@ def load_model(name: str, *, revision: str | None = None, dtype: str = "auto", d
     import torch
     from transformers import AutoTokenizer
 
-    from ..loading import auto_class
+    from ..adapters.read import auto_class
     from ..processes import processes
 
     if dtype not in DTYPES:
@@ -108,21 +108,21 @@ def load_model(name: str, *, revision: str | None = None, dtype: str = "auto", d
 
 def load_structure(name: str, revision: str | None = None):
     """The base model on the meta device, see `loading.load_structure`."""
-    from ..loading import load_structure
+    from ..adapters.read import load_structure
 
     return load_structure(name, revision)
 
 
 def load_adapter(model, adapter: str, allow_fingerprint_mismatch: bool = False):
     """The base model with an adapter, see `loading.load_adapter`."""
-    from ..loading import load_adapter
+    from ..adapters.read import load_adapter
 
     return load_adapter(model, adapter, allow_fingerprint_mismatch)
 
 
 def check_local(name: str, file: str) -> None:
     """Raise ValueError for what can only be a folder and lacks a file."""
-    from ..loading import check_local
+    from ..adapters.read import check_local
 
     check_local(name, file)
 

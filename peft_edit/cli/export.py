@@ -25,7 +25,7 @@ def export_lora(
     Example: peft-edit export-lora meta-llama/Llama-2-7b-hf sea-truthful lora-truthful --rank 64
     """
     from .. import exporting
-    from ..loading import load_adapter_config
+    from ..adapters.read import load_adapter_config
 
     common.check_json(json_file)
     exporting.check_folder(out)

@@ -76,8 +76,8 @@ def train_hpr(
     from transformers.trainer_callback import ProgressCallback
 
     from ..activations.store import open_pairs
+    from ..adapters.save import check_adapter_folder, save_adapter
     from ..functional.checks import check_choice
-    from ..saving import check_adapter_folder, save_adapter
     from ..training import HPRTrainer, HPRTrainingArguments
     from ..tuners.hpr import HPRConfig
 
@@ -208,7 +208,7 @@ def select(
     Example: peft-edit select meta-llama/Llama-2-7b-hf hpr-all eval-store hpr-truthful --top-k 5 --gate 0.1
     """
     from .. import selection
-    from ..saving import check_adapter_folder, save_adapter
+    from ..adapters.save import check_adapter_folder, save_adapter
     from ..tuners.hpr import HPRConfig
 
     given = {"gate": gate, "alpha": alpha, "rotation": rotation, "token_scope": token_scope}

@@ -25,7 +25,8 @@ def card(
 
     Example: peft-edit card sea-truthful --results base.json --results edited.json
     """
-    from .. import cards, hub
+    from ..adapters import card as cards
+    from ..adapters import hub
 
     config = hub.read_config(folder)
     if not cards.write_card(folder, config, base_model=base_model, results=results or ()):
@@ -47,7 +48,7 @@ def push(
 
     Example: peft-edit push sea-truthful user/llama2-7b-sea-truthful --private
     """
-    from .. import hub
+    from ..adapters import hub
 
     common.check_json(json_file)
     commit = hub.push_folder(

@@ -25,7 +25,8 @@ def merge(
 
     Example: peft-edit merge meta-llama/Llama-2-7b-hf sea-truthful llama2-7b-truthful --device cuda
     """
-    from .. import hub, merging
+    from .. import merging
+    from ..adapters import hub
 
     common.check_json(json_file)
     if private and push is None:

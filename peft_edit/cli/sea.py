@@ -41,8 +41,8 @@ def fit_sea(
 
     from .. import fitting
     from ..activations.store import ActivationStore
+    from ..adapters.save import check_adapter_folder, save_adapter
     from ..processes import processes
-    from ..saving import check_adapter_folder, save_adapter
     from ..tuners.sea import SEAConfig
 
     common.check_json(json_file)

@@ -8,9 +8,9 @@ from peft import PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..loading import load_structure
+from ..adapters.read import load_structure
+from ..adapters.save import check_adapter_folder, save_adapter
 from ..models.sites import normalise_layers, text_config
-from ..saving import check_adapter_folder, save_adapter
 from ..tuners.hpr import HPRConfig, HPRLayer
 from .shared import Conversion, finish, read_json
 

@@ -35,7 +35,7 @@ def run(out: Path) -> dict[str, Any]:
     """
     from tqdm.auto import tqdm
 
-    from ..saving import check_adapter_folder
+    from ..adapters.save import check_adapter_folder
 
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -119,8 +119,8 @@ def _sea(scene: _Scene, out: Path) -> dict[str, Any]:
     from peft import PeftModel, TaskType, get_peft_model
 
     from ..activations.collect import collect_activations
+    from ..adapters.save import save_adapter
     from ..fitting import fit_sea
-    from ..saving import save_adapter
     from ..tuners.sea import SEAConfig
 
     store = collect_activations(
@@ -152,7 +152,7 @@ def _sea(scene: _Scene, out: Path) -> dict[str, Any]:
 def _hpr(scene: _Scene, out: Path) -> dict[str, Any]:
     from peft import PeftModel
 
-    from ..saving import save_adapter
+    from ..adapters.save import save_adapter
 
     model, accuracy = _trained_hpr(scene, out)
     config = model.peft_config["default"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from ..cards import write_card
+from ..adapters.card import write_card
 
 
 @dataclass

@@ -10,8 +10,8 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from ..models.fingerprint import fingerprint
 from .hub import download_adapter
-from .models.fingerprint import fingerprint
 
 
 def auto_class(name: str, revision: str | None = None):

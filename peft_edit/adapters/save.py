@@ -11,7 +11,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from .cards import README, has_own_readme
+from .card import README, has_own_readme
 
 
 def check_adapter_folder(path: Path, method: str, *others: str) -> None:

@@ -15,8 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from peft import PeftConfig
 
+from ..models.sites import layer_index
 from .card_results import Results, data_id, eval_results_of, is_hub_id, read_results, tables_of
-from .models.sites import layer_index
 
 
 README = "README.md"
@@ -207,7 +207,7 @@ def _title(config: PeftConfig, base_model: str | None = None) -> str:
 
 def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=jinja2.FileSystemLoader([Path(__file__).parent, Path(__file__).parents[1] / "templates"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

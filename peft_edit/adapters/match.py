@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 from peft import PeftConfig
 from torch import nn
 
-from .activations.store import ActivationStore
+from ..activations.store import ActivationStore
+from ..models.fingerprint import fingerprint
+from ..models.sites import layer_index
+from ..tuners.editing import EditLayer
 from .card_results import data_name
-from .models.fingerprint import fingerprint
-from .models.sites import layer_index
-from .tuners.editing import EditLayer
 
 
 logger = logging.getLogger(__name__)

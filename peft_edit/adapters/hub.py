@@ -16,10 +16,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..tuners.config import EditConfig
+from .card import README, for_repository, has_own_readme, index_card, is_generated, model_card
 from .card_results import Results, is_hub_id
-from .cards import README, for_repository, has_own_readme, index_card, is_generated, model_card
 from .hub_errors import plain_errors
-from .tuners.config import EditConfig
 
 
 logger = logging.getLogger(__name__)
