@@ -3,21 +3,22 @@
 from .activations.collect import collect_activations
 from .activations.store import ActivationStore
 from .adapters.hub import push_to_hub
-from .combining import combine_sea
-from .conversion import convert_hpr, convert_sea
 from .data import load_contrast_set
 from .evaluation import evaluate_multiple_choice, perplexity
-from .exporting import sea_to_lora
-from .fitting import fit_sea
 from .merging import merge_checkpoint
 from .models.fingerprint import fingerprint
-from .registration import leave_cards_to, register
-from .selection import select_layers
-from .training import HPRTrainer, HPRTrainingArguments
 from .tuners.config import EditConfig
 from .tuners.editing import edit_strength
 from .tuners.hpr import HPRConfig, HPRModel
+from .tuners.hpr.convert import convert_hpr
+from .tuners.hpr.select import select_layers
+from .tuners.hpr.train import HPRTrainer, HPRTrainingArguments
+from .tuners.registration import leave_cards_to, register
 from .tuners.sea import SEAConfig, SEAModel
+from .tuners.sea.combine import combine_sea
+from .tuners.sea.convert import convert_sea
+from .tuners.sea.export_lora import sea_to_lora
+from .tuners.sea.fit import fit_sea
 from .version import __version__
 
 

@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from .adapters.read import check_local, load_adapter, load_adapter_config, load_structure
+from .files import check_free, finish, growing_folder, sync
 from .models.checkpoint import DTYPES, Checkpoint, Source, axis_in_source, find_sources
-from .resuming import check_free, finish, growing_folder, sync
 from .tuners.sea import SEALayer
 from .version import __version__
 

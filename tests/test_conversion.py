@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, logits, tiny_model, token_ids
 
 from peft_edit import convert_hpr, convert_sea
-from peft_edit.conversion import tensor_file
-from peft_edit.functional.hpr import edit as hpr_edit
 from peft_edit.tuners.hpr import HPRLayer
-from peft_edit.tuners.sea import SEALayer
+from peft_edit.tuners.hpr.maths import edit as hpr_edit
+from peft_edit.tuners.sea import SEALayer, tensor_file
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -102,7 +101,7 @@ def test_sea_is_loaded_as_any_adapter(tmp_path):
 
 
 def test_what_differs_is_told(tmp_path, three, source, caplog):
-    with caplog.at_level(logging.WARNING, "peft_edit.conversion"):
+    with caplog.at_level(logging.WARNING, "peft_edit.adapters.conversion"):
         conversion = convert_sea(SEA, tmp_path / "out", base_model=three)
     assert [record.getMessage() for record in caplog.records] == conversion.notes
     told = "\n".join(conversion.notes)

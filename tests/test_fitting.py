@@ -12,8 +12,8 @@ from test_collect import MLP_OUTPUTS, SITES, TOKENIZER, contrast
 from tiny import tiny_model, token_ids
 
 from peft_edit import ActivationStore, SEAConfig, collect_activations, fingerprint, fit_sea
-from peft_edit.fitting import RECORDED
-from peft_edit.functional.sea import edit, project
+from peft_edit.tuners.sea.fit import RECORDED
+from peft_edit.tuners.sea.maths import edit, project
 
 
 D, N, LAYERS = 32, 200, (0, 1, 2)

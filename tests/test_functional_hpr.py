@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_edit.functional.hpr import angle_between, edit, is_negative, loss, reflection_angle, rotate
+from peft_edit.tuners.hpr.maths import angle_between, edit, is_negative, loss, reflection_angle, rotate
 
 
 GOLDEN = Path(__file__).parent / "fixtures" / "hpr_edit.safetensors"

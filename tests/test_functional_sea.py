@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from peft_edit.functional.sea import (
+from peft_edit.tuners.sea.maths import (
     FEATURE_MAPS,
     check_energy,
     edit,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_edit.functional.subspaces import CANCELLED, change, factor_projection, join, low_rank
+from peft_edit.tuners.sea.subspaces import CANCELLED, change, factor_projection, join, low_rank
 
 
 GOLDEN = load_file(Path(__file__).parent / "fixtures" / "sea_fit.safetensors")

@@ -119,10 +119,5 @@ def test_example_cards_are_what_the_commands_write(demonstration, monkeypatch, m
         assert abs(float(a) - float(b)) <= (0.1 if method == "sea" else 6), (a, b)
 
 
-def test_templates_are_those_of_the_package():
-    package = MODEL_CARDS.parent / "peft_edit" / "templates"
-    assert (MODEL_CARDS / "templates").resolve() == package.resolve()
-
-
 def test_nothing_is_left_to_be_filled_in():
     assert not re.search(r"\b(FIGURES|TODO|TBD|XXX)\b", README)

@@ -26,8 +26,9 @@ from test_training import (
 )
 from tiny import FAMILIES, tiny_model, token_ids, vivid_model
 
-from peft_edit import HPRConfig, SEAConfig, fingerprint, select_layers, selection
+from peft_edit import HPRConfig, SEAConfig, fingerprint, select_layers
 from peft_edit.models.sites import find_sites, unwrap
+from peft_edit.tuners.hpr import select as selection
 
 
 @pytest.fixture

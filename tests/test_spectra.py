@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peft_edit.functional import spectra
-from peft_edit.functional.spectra import LeftFactor
+from peft_edit.tuners.sea import spectra
+from peft_edit.tuners.sea.spectra import LeftFactor
 
 
 SHAPES = [(40, 90), (64, 64), (90, 40)]

@@ -38,8 +38,8 @@ from peft_edit import (
     fingerprint,
     select_layers,
 )
-from peft_edit.training import StackedHPR, TokenPairs
 from peft_edit.tuners.hpr import HPRLayer
+from peft_edit.tuners.hpr.train import StackedHPR, TokenPairs
 
 
 D, LAYERS, PAIRS = 32, (0, 1, 2), 64

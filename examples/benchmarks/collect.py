@@ -28,7 +28,7 @@ from peft_edit.data import CONTRAST_FEATURES
 from peft_edit.data.prompts import encode_answers
 from peft_edit.demo import ASSETS
 from peft_edit.processes import processes
-from peft_edit.training import TokenPairs
+from peft_edit.tuners.hpr.train import TokenPairs
 
 
 OPTIONS = {"site": ("mlp", "block"), "tokens": "answer"}

@@ -30,9 +30,9 @@ from transformers.trainer_callback import PrinterCallback
 from peft_edit import ActivationStore, HPRConfig, HPRTrainer, HPRTrainingArguments
 from peft_edit.activations.store import StoreWriter
 from peft_edit.demo import ASSETS, run
-from peft_edit.functional.hpr import angle_between, edit, is_negative, loss, rotate
-from peft_edit.training import TokenPairs
 from peft_edit.tuners.hpr.layer import HPRLayer, angle_network
+from peft_edit.tuners.hpr.maths import angle_between, edit, is_negative, loss, rotate
+from peft_edit.tuners.hpr.train import TokenPairs
 
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "fixtures" / "hpr_edit.safetensors"

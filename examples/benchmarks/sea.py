@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from peft_edit.demo import run
-from peft_edit.functional.sea import edit, fit, project
+from peft_edit.tuners.sea.maths import edit, fit, project
 
 
 def cpu_seconds(*calls: Callable, repeats: int = 1) -> list[tuple[float, object]]:

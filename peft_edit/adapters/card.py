@@ -56,7 +56,7 @@ def model_card(config: PeftConfig, *, base_model: str | None = None, results: It
     name = base_model or config.base_model_name_or_path
     base_id = name if name and is_hub_id(name) else None
     read = [read_results(result) for result in results]
-    text = _template(f"{config.peft_type.value.lower()}.md").render(
+    text = _template(f"tuners/{config.peft_type.value.lower()}/card.md").render(
         title=_title(config, name),
         method=config.peft_type.value,
         base_id=base_id,
@@ -207,7 +207,7 @@ def _title(config: PeftConfig, base_model: str | None = None) -> str:
 
 def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([Path(__file__).parent, Path(__file__).parents[1] / "templates"]),
+        loader=jinja2.FileSystemLoader(Path(__file__).parents[1]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

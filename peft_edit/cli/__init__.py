@@ -8,7 +8,9 @@ import warnings
 import typer
 from safetensors import SafetensorError
 
-from . import activations, common, convert, demo, evaluate, export, hpr, hub, merge, sea
+from ..tuners.hpr import commands as hpr
+from ..tuners.sea import commands as sea
+from . import activations, common, convert, demo, evaluate, export, hub, merge
 
 
 app = typer.Typer(

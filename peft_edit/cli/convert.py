@@ -24,27 +24,27 @@ def convert(
 
     Example: peft-edit convert meta-llama/Llama-2-7b-hf projections/truthful sea-truthful --layers 11-31
     """
-    from .. import conversion
+    from ..adapters import conversion
+    from ..tuners.hpr.convert import GUIDANCE_CONFIG, convert_hpr
+    from ..tuners.sea.convert import convert_sea
 
     common.check_json(json_file)
     common.check_local(model, "config.json")
     if not source.is_dir():
         raise ValueError(f"there is no folder {source}")
     logging.getLogger(conversion.__name__).setLevel(logging.ERROR)  # the notes are printed below
-    if (source / conversion.GUIDANCE_CONFIG).exists():
+    if (source / GUIDANCE_CONFIG).exists():
         if layers is not None or rescale != "token":
             raise ValueError("--layers and --rescale are for SEA; HPR's layers stand in its file: leave them out")
-        converted = conversion.convert_hpr(source, out, base_model=model)
+        converted = convert_hpr(source, out, base_model=model)
         print(f"Layers: {', '.join(map(str, converted.layers))}")
     elif not any(source.glob("*uu_*.pt")):
         raise ValueError(
-            f"{source} holds neither uu_positive.pt and uu_negative.pt (SEA) nor {conversion.GUIDANCE_CONFIG} (HPR): "
+            f"{source} holds neither uu_positive.pt and uu_negative.pt (SEA) nor {GUIDANCE_CONFIG} (HPR): "
             "pass the folder that the published code wrote"
         )
     else:
-        converted = conversion.convert_sea(
-            source, out, base_model=model, layers=common.parse_layers(layers), rescale=rescale
-        )
+        converted = convert_sea(source, out, base_model=model, layers=common.parse_layers(layers), rescale=rescale)
         rows = [[str(layer), *map(str, ranks)] for layer, ranks in zip(converted.layers, converted.ranks, strict=True)]
         print(common.table(["layer", "rank +", "rank -"], rows))
         print(f"The projections are those of their factors to {converted.deviation:.1g}.")

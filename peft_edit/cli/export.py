@@ -24,8 +24,8 @@ def export_lora(
 
     Example: peft-edit export-lora meta-llama/Llama-2-7b-hf sea-truthful lora-truthful --rank 64
     """
-    from .. import exporting
     from ..adapters.read import load_adapter_config
+    from ..tuners.sea import export_lora as exporting
 
     common.check_json(json_file)
     exporting.check_folder(out)

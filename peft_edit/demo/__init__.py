@@ -120,8 +120,8 @@ def _sea(scene: _Scene, out: Path) -> dict[str, Any]:
 
     from ..activations.collect import collect_activations
     from ..adapters.save import save_adapter
-    from ..fitting import fit_sea
     from ..tuners.sea import SEAConfig
+    from ..tuners.sea.fit import fit_sea
 
     store = collect_activations(
         scene.base_model(), scene.tokenizer, scene.demonstrations, out / "activations", resume=False
@@ -200,9 +200,9 @@ def _trained_hpr(scene: _Scene, out: Path):
     from transformers.trainer_callback import PrinterCallback
 
     from ..activations.collect import collect_activations
-    from ..selection import select_layers
-    from ..training import HPRTrainer, HPRTrainingArguments
     from ..tuners.hpr import HPRConfig
+    from ..tuners.hpr.select import select_layers
+    from ..tuners.hpr.train import HPRTrainer, HPRTrainingArguments
 
     options = {"site": "block", "tokens": "answer", "resume": False}
     parts = {"train": range(TRAINED_ON), "eval": range(TRAINED_ON, len(scene.demonstrations))}

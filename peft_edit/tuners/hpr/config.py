@@ -4,10 +4,10 @@ from collections.abc import Sized
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from ...functional.checks import check_choice
+from ...arguments import check_choice
 from ...models.sites import check_names, normalise_layers
-from ...registration import peft_type
 from ..config import EditConfig
+from ..registration import peft_type
 
 
 Rotation = Literal["angle", "reflection"]

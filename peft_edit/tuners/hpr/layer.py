@@ -6,10 +6,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ...functional.hpr import edit, reflection_angle
 from ...models.sites import layer_index
 from ..editing import BlockEditLayer
 from .config import HPRConfig
+from .maths import edit, reflection_angle
 
 
 def angle_network(features: int, num_layers: int = 4, hidden_size: int | None = None) -> nn.Sequential:

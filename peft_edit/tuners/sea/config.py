@@ -3,11 +3,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from ...functional.checks import check_choice
-from ...functional.sea import FEATURE_MAPS, FeatureSpace, Projections, Rescale, check_energy
+from ...arguments import check_choice
 from ...models.sites import check_names, normalise_layers
-from ...registration import peft_type
 from ..config import EditConfig
+from ..registration import peft_type
+from .maths import FEATURE_MAPS, FeatureSpace, Projections, Rescale, check_energy
 
 
 Site = Literal["mlp", "block"]

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .checks import check_choice
+from ...arguments import check_choice
 from .spectra import LeftFactor, Spectrum
 
 

@@ -9,13 +9,13 @@ from peft import TaskType, get_peft_model
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..adapters.read import load_structure
-from ..adapters.save import check_adapter_folder, save_adapter
-from ..functional.checks import check_choice
-from ..functional.subspaces import factor_projection
-from ..models.sites import LayerIndices, find_sites, layer_index, normalise_layers, text_config
-from ..tuners.sea import SEAConfig, SEALayer
-from .shared import Conversion, finish, read_json
+from ...adapters.conversion import Conversion, finish, read_json
+from ...adapters.read import load_structure
+from ...adapters.save import check_adapter_folder, save_adapter
+from ...arguments import check_choice
+from ...models.sites import LayerIndices, find_sites, layer_index, normalise_layers, text_config
+from . import SEAConfig, SEALayer
+from .subspaces import factor_projection
 from .tensor_file import read_tensor
 
 

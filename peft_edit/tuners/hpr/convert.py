@@ -8,11 +8,11 @@ from peft import PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..adapters.read import load_structure
-from ..adapters.save import check_adapter_folder, save_adapter
-from ..models.sites import normalise_layers, text_config
-from ..tuners.hpr import HPRConfig, HPRLayer
-from .shared import Conversion, finish, read_json
+from ...adapters.conversion import Conversion, finish, read_json
+from ...adapters.read import load_structure
+from ...adapters.save import check_adapter_folder, save_adapter
+from ...models.sites import normalise_layers, text_config
+from . import HPRConfig, HPRLayer
 
 
 GUIDANCE_CONFIG = "guidance_config.json"

@@ -9,12 +9,12 @@ from dataclasses import replace
 from torch import nn
 from tqdm.auto import tqdm
 
-from .activations.store import ActivationStore
-from .adapters.match import check_store, find_adapter, find_config
-from .fitting import site_statistics
-from .functional.subspaces import join
-from .models.sites import layer_index, target_modules, unwrap
-from .tuners.sea import SEAConfig, SEALayer
+from ...activations.store import ActivationStore
+from ...adapters.match import check_store, find_adapter, find_config
+from ...models.sites import layer_index, target_modules, unwrap
+from . import SEAConfig, SEALayer
+from .fit import site_statistics
+from .subspaces import join
 
 
 # What the edits must have in common, because the joint edit has one of each.

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .activations.store import ActivationStore
-from .adapters.match import check_store, describe_data, find_adapter
-from .functional.sea import edit, fit, project, rescale_statistics
-from .processes import processes
-from .tuners.sea import SEAConfig, SEALayer
+from ...activations.store import ActivationStore
+from ...adapters.match import check_store, describe_data, find_adapter
+from ...processes import processes
+from . import SEAConfig, SEALayer
+from .maths import edit, fit, project, rescale_statistics
 
 
 @dataclass(frozen=True)

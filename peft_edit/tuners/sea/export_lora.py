@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from .adapters.card import with_marker
-from .adapters.match import find_config
-from .adapters.save import adapter_folder, check_adapter_folder
-from .functional.subspaces import change, low_rank
-from .models.sites import layer_index, target_modules, unwrap
-from .tuners.sea import SEAConfig, SEALayer, SEALinear
+from ...adapters.card import with_marker
+from ...adapters.match import find_config
+from ...adapters.save import adapter_folder, check_adapter_folder
+from ...models.sites import layer_index, target_modules, unwrap
+from . import SEAConfig, SEALayer, SEALinear
+from .subspaces import change, low_rank
 
 
 # Written beside the adapter; a LoRA adapter without it is not ours to replace.

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import common
+from ...cli import common
 
 
 def fit_sea(
@@ -39,11 +39,11 @@ def fit_sea(
     """
     from peft import TaskType, get_peft_model
 
-    from .. import fitting
-    from ..activations.store import ActivationStore
-    from ..adapters.save import check_adapter_folder, save_adapter
-    from ..processes import processes
-    from ..tuners.sea import SEAConfig
+    from ...activations.store import ActivationStore
+    from ...adapters.save import check_adapter_folder, save_adapter
+    from ...processes import processes
+    from . import SEAConfig
+    from . import fit as fitting
 
     common.check_json(json_file)
     check_adapter_folder(out, "SEA")

@@ -17,12 +17,12 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from .activations.store import ActivationStore, Store, open_pairs
-from .adapters.match import check_store, describe_data, find_adapter
-from .functional.hpr import Loss, loss
-from .models.sites import layer_index
-from .tuners.hpr import HPRConfig, HPRLayer
-from .tuners.hpr.stacked import StackedHPR
+from ...activations.store import ActivationStore, Store, open_pairs
+from ...adapters.match import check_store, describe_data, find_adapter
+from ...models.sites import layer_index
+from . import HPRConfig, HPRLayer
+from .maths import Loss, loss
+from .stacked import StackedHPR
 
 
 # Fields of the configuration that decide which tensors an adapter has.

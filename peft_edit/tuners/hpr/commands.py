@@ -10,7 +10,7 @@ from zipfile import is_zipfile
 import typer
 from safetensors import SafetensorError, safe_open
 
-from . import common
+from ...cli import common
 
 
 # Settings and results of a training, beside its adapter; and settings of one that is not finished.
@@ -75,11 +75,11 @@ def train_hpr(
     from transformers import EarlyStoppingCallback, set_seed
     from transformers.trainer_callback import ProgressCallback
 
-    from ..activations.store import open_pairs
-    from ..adapters.save import check_adapter_folder, save_adapter
-    from ..functional.checks import check_choice
-    from ..training import HPRTrainer, HPRTrainingArguments
-    from ..tuners.hpr import HPRConfig
+    from ...activations.store import open_pairs
+    from ...adapters.save import check_adapter_folder, save_adapter
+    from ...arguments import check_choice
+    from . import HPRConfig
+    from .train import HPRTrainer, HPRTrainingArguments
 
     settings: dict[str, Any] = {
         **{"model": model, "revision": revision, "store": str(store), "eval_store": eval_store and str(eval_store)},
@@ -207,9 +207,9 @@ def select(
 
     Example: peft-edit select meta-llama/Llama-2-7b-hf hpr-all eval-store hpr-truthful --top-k 5 --gate 0.1
     """
-    from .. import selection
-    from ..adapters.save import check_adapter_folder, save_adapter
-    from ..tuners.hpr import HPRConfig
+    from ...adapters.save import check_adapter_folder, save_adapter
+    from . import HPRConfig
+    from . import select as selection
 
     given = {"gate": gate, "alpha": alpha, "rotation": rotation, "token_scope": token_scope}
     changes = {name: value for name, value in given.items() if value is not None}

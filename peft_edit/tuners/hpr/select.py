@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .activations.store import ActivationStore, Store, open_pairs
-from .adapters.match import check_store, find_adapter
-from .tuners.hpr import HPRConfig, HPRLayer
+from ...activations.store import ActivationStore, Store, open_pairs
+from ...adapters.match import check_store, find_adapter
+from . import HPRConfig, HPRLayer
 
 
 # Activations in memory at once while a probe is evaluated.

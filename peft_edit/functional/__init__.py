@@ -1,1 +1,0 @@
-"""Pure mathematics of the two methods: tensors in, tensors out, no model in sight."""
