@@ -8,11 +8,11 @@ from .evaluation import evaluate_multiple_choice, perplexity
 from .merging import merge_checkpoint
 from .models.fingerprint import fingerprint
 from .tuners.config import EditConfig
-from .tuners.editing import edit_strength
 from .tuners.hpr import HPRConfig, HPRModel
 from .tuners.hpr.convert import convert_hpr
 from .tuners.hpr.select import select_layers
 from .tuners.hpr.train import HPRTrainer, HPRTrainingArguments
+from .tuners.layer import edit_strength
 from .tuners.registration import leave_cards_to, register
 from .tuners.sea import SEAConfig, SEAModel
 from .tuners.sea.combine import combine_sea

@@ -27,7 +27,7 @@ from ..models.fingerprint import active_adapters, adapters_fingerprint, fingerpr
 from ..models.run import can_share_prompts, greedy_answers, inference, length_limit
 from ..models.sites import LayerIndices, find_sites, is_linear, out_features, text_config, unwrap
 from ..processes import Processes, processes
-from ..tuners.editing import check_independent_of_padding
+from ..tuners.layer import check_independent_of_padding
 from .batches import batches
 from .encode import CHUNK, Draft, Options, make_draft
 from .plan import Batch, Plan

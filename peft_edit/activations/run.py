@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..models.run import cache_name, input_device, pad, prompt_cache, select_rows
-from ..tuners.editing import EditLayer
+from ..tuners.layer import EditLayer
 from .plan import Batch, Plan
 
 

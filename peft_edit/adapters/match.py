@@ -12,7 +12,7 @@ from torch import nn
 from ..activations.store import ActivationStore
 from ..models.fingerprint import fingerprint
 from ..models.sites import layer_index
-from ..tuners.editing import EditLayer
+from ..tuners.layer import EditLayer
 from .card_results import data_name
 
 

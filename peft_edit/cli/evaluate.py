@@ -36,7 +36,7 @@ def evaluate(
     Example: peft-edit evaluate meta-llama/Llama-2-7b-hf truthful_qa --split test --adapter sea-truthful
     """
     from .. import evaluation
-    from ..tuners.editing import edit_strength
+    from ..tuners.layer import edit_strength
 
     common.check_json(json_file)
     if strength != 1 and adapter is None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.sites import layer_index
-from ..editing import BlockEditLayer
+from ..layer import BlockEditLayer
 from .config import HPRConfig
 from .maths import edit, reflection_angle
 

@@ -7,7 +7,8 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from ...models.sites import describe_sites, find_sites, layer_index, matches, text_config
-from ..editing import EditModel, check_not_on_disk
+from ..layer import check_not_on_disk
+from ..model import EditModel
 from .config import HPRConfig
 from .layer import HPRLayer
 

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...models.sites import out_features
-from ..editing import BlockEditLayer, EditLayer
+from ..layer import BlockEditLayer, EditLayer
 from .config import SEAConfig
 from .maths import edit, merge, merge_pieces, project
 from .outputs import OutputTensor, linear_outputs, mixture_outputs, why_inexact

@@ -9,7 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...models.sites import find_sites, is_linear, layer_index, matches, target_modules, text_config
-from ..editing import EditModel, check_not_on_disk
+from ..layer import check_not_on_disk
+from ..model import EditModel
 from .config import SEAConfig
 from .layer import SEABlock, SEALayer, SEALinear
 

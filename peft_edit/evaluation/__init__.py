@@ -1,0 +1,8 @@
+"""What a model does, with or without an edit, measured."""
+
+from .likelihood import answer_log_likelihoods
+from .multiple_choice import MultipleChoiceResult, QuestionScore, evaluate_multiple_choice
+from .perplexity import perplexity
+
+
+__all__ = ["MultipleChoiceResult", "QuestionScore", "answer_log_likelihoods", "evaluate_multiple_choice", "perplexity"]
