@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from .adapters.read import check_local, load_adapter, load_adapter_config, load_structure
-from .files import check_free, finish, growing_folder, sync
+from .files import check_free, growing_folder, publish, sync
 from .models.checkpoint import DTYPES, Checkpoint, Source, axis_in_source, find_sources
 from .tuners.sea import SEALayer
 from .version import __version__
@@ -300,7 +300,7 @@ def _write_files(
                 _copy(source, sink, size - source.tell(), progress, buffer)
             if finishing:
                 finishing.result()
-            finishing = pool.submit(finish, part, work / file)
+            finishing = pool.submit(publish, part, work / file)
         if finishing:
             finishing.result()
 

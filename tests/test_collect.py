@@ -19,6 +19,7 @@ from peft_edit.activations import batches as schedule
 from peft_edit.activations import collect as activations
 from peft_edit.activations.store import FORMAT_VERSION, ShardFile, layout, shards
 from peft_edit.data import CONTRAST_FEATURES
+from peft_edit.files import LOCK
 from peft_edit.models.run import greedy_answers
 
 
@@ -128,7 +129,8 @@ def hooks_of(model):
 
 
 def files(path):
-    return {file.name: file.read_bytes() for file in path.iterdir()}
+    found = path.iterdir() if path.exists() else ()
+    return {file.name: file.read_bytes() for file in found if file.name != LOCK}
 
 
 def expected_pairs(question, answers):

@@ -23,9 +23,10 @@ from tiny import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM, JambaConfig, MistralConfig, OpenAIGPTConfig, Phi3Config
 
 import peft_edit.activations.collect
+import peft_edit.files
 from peft_edit import ActivationStore, HPRConfig, SEAConfig, collect_activations, fit_sea
 from peft_edit.activations import batches as schedule
-from peft_edit.activations.store import ShardFile, StoreWriter, locked, read_index, shards, writer
+from peft_edit.activations.store import ShardFile, StoreWriter, locked, read_index, shards
 from peft_edit.models.run import cache_name, can_share_prompts, prompt_cache, select_rows
 
 
@@ -172,7 +173,7 @@ def test_an_edit_that_depends_on_padding_is_refused(tmp_path, llama):
     model = get_peft_model(llama, HPRConfig(token_scope="last", init_weights=False))
     with pytest.raises(ValueError, match="depends on padding"):
         collect_activations(model, TOKENIZER, contrast(), tmp_path / "a")
-    assert not (tmp_path / "a").exists()
+    assert not files(tmp_path / "a")
 
 
 def test_virtual_tokens_are_refused(tmp_path, llama):
@@ -184,7 +185,7 @@ def test_virtual_tokens_are_refused(tmp_path, llama):
 def test_a_model_without_a_head_generates_nothing(tmp_path, llama):
     with pytest.raises(ValueError, match=r"LlamaModel cannot generate neutral answers: .*, or pass neutral='prompt'"):
         collect_activations(llama.model, TOKENIZER, contrast(), tmp_path / "a", neutral="generated")
-    assert not (tmp_path / "a").exists()
+    assert not files(tmp_path / "a")
     found = collect_activations(llama.model, TOKENIZER, contrast(), tmp_path / "a", neutral="prompt")
     close(
         found.positive(1),
@@ -229,7 +230,7 @@ def test_unknown_sites_are_named(tmp_path, llama, site):
         collect_activations(
             llama, TOKENIZER, contrast(), tmp_path / "a", site=("mlp", "block"), target_modules=["up_proj"]
         )
-    assert not (tmp_path / "a").exists()
+    assert not files(tmp_path / "a")
 
 
 # Truncation
@@ -254,7 +255,7 @@ def test_prompts_are_cut_on_the_left_when_asked(tmp_path):
     questions[0][1][0].extend(range(40, 56))
     with pytest.raises(ValueError, match=r"row 0: without a prompt its longest .* lower max_new_tokens, or"):
         collect_activations(model, TOKENIZER, contrast(questions, [0, 1]), tmp_path / "c", **options)
-    assert not (tmp_path / "c").exists()
+    assert not files(tmp_path / "c")
 
 
 def test_the_token_that_begins_every_text_is_not_cut_off(tmp_path):
@@ -274,7 +275,7 @@ def test_the_tokenizer_of_another_model_is_noticed(tmp_path, llama):
     data = contrast([([], [[]], [[]], None)], [7], prompt=["ab"], positives=[["1"]], negatives=[["2"]])
     with pytest.raises(ValueError, match=r"row 7: the tokenizer gives the id \d+, the model has embeddings for 64 ids"):
         collect_activations(llama, byte_tokenizer("<s> $A"), data, tmp_path / "a", neutral="prompt")
-    assert not (tmp_path / "a").exists()
+    assert not files(tmp_path / "a")
 
 
 # Kills, full disks, and two at once
@@ -375,11 +376,11 @@ def test_a_disk_that_is_full_before_or_after_the_shards_is_said(tmp_path, monkey
     def fail(path, text):
         if path.name == "meta.json" and ('"complete": true' in text) == (when == "finish"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        publish_text(path, text)
+        write_text(path, text)
 
-    publish_text = writer.publish_text
+    write_text = peft_edit.files.write_text
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "publish_text", fail)
+        patch.setattr(peft_edit.files, "write_text", fail)
         with pytest.raises(OSError, match=r"no space left for .*: 0\.0 MB are needed, .*; what was collected is kept"):
             collect_activations(llama, TOKENIZER, contrast(), tmp_path, neutral="prompt")
     assert (tmp_path / "shard-00000.safetensors").exists() == (when == "finish")
@@ -443,7 +444,7 @@ def test_a_folder_that_cannot_be_written_to_is_said(tmp_path, llama, monkeypatch
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(writer.FileLock, "acquire", refuse)
+    monkeypatch.setattr(FileLock, "acquire", refuse)
     with pytest.raises(ValueError, match=r"a cannot be written to \(Permission denied\): choose another folder"):
         collect_activations(llama, TOKENIZER, contrast(), tmp_path / "a", neutral="prompt")
 

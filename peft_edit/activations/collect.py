@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import check_contrast_set
 from ..data.prompts import encode_prompts, listed_choices, resolve_prompt_format
+from ..files import write_text
 from ..models.fingerprint import active_adapters, adapters_fingerprint, fingerprint
 from ..models.run import can_share_prompts, greedy_answers, inference, length_limit
 from ..models.sites import LayerIndices, find_sites, is_linear, out_features, text_config, unwrap
@@ -48,7 +49,6 @@ from .store import (
     read_metadata,
     read_token_ids,
 )
-from .store.layout import publish_text
 from .store.writer import no_space, reporting_full_disk
 
 
@@ -288,7 +288,7 @@ class _Collection:
             answers = greedy_answers(self.model, self.tokenizer, draft.prompts, wanted, new)
             for number, batch in zip(missing, answers, strict=True):
                 with reporting_full_disk(self.writer.path, 0, "the answers so far are kept"):
-                    publish_text(files[number], json.dumps(batch))
+                    write_text(files[number], json.dumps(batch))
                 progress.update(len(batch))
         self.together.wait()
         answers: list[list[int]] = [[]] * len(draft.prompts)

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from peft import PeftConfig
 
+from ..files import write_text
 from ..models.sites import layer_index
 from .card_results import Results, data_id, eval_results_of, is_hub_id, read_results, tables_of
 
@@ -129,9 +130,7 @@ def write_card(
             raise ValueError(f"results of {adapter} are none of {folder}: pass those of evaluate --adapter {folder}")
     if has_own_readme(folder):
         return False
-    temporary = folder / f".{README}.tmp"
-    model_card(config, base_model=base_model, results=results).save(temporary)
-    os.replace(temporary, folder / README)
+    write_text(folder / README, str(model_card(config, base_model=base_model, results=results)))
     return True
 
 

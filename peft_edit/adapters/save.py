@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 
+from ..files import replaced
 from .card import README, has_own_readme
 
 
@@ -22,7 +22,7 @@ def check_adapter_folder(path: Path, method: str, *others: str) -> None:
     # Hidden files may be what a run has left that was killed.
     if not path.exists() or all(file.name.startswith(".") for file in path.iterdir()):
         return
-    config = path / "adapter_config.json"
+    config = path / CONFIG_NAME
     if not config.exists():
         if not any((path / name).exists() for name in others):
             raise ValueError(f"{path} holds something else than an adapter: choose another folder")
@@ -44,12 +44,10 @@ def adapter_folder(path: Path, method: str, *others: str) -> Iterator[Path]:
         ValueError: the folder holds something else than an adapter, see `check_adapter_folder`.
     """
     check_adapter_folder(path, method, *others)
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-        yield Path(temporary)
-        for file in Path(temporary).iterdir():
-            if file.name != README or not has_own_readme(path):
-                os.replace(file, path / file.name)
+    with replaced(path, last=CONFIG_NAME) as work:
+        yield work
+        if has_own_readme(path):
+            (work / README).unlink(missing_ok=True)
 
 
 def save_adapter(model: PeftModel, path: Path, texts: Mapping[str, str] | None = None, *others: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 from safetensors import SafetensorError
+
+from .. import files
 
 
 Model = Annotated[str, typer.Argument(help="Base model: id on the Hub or local folder.", show_default=False)]
@@ -187,9 +188,7 @@ def write_json(path: Path | None, results: dict[str, Any]) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    files.write_json(path, results)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

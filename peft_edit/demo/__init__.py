@@ -6,11 +6,12 @@ demonstrations, 60 validation and 180 test questions about disjoint entities, an
 
 from __future__ import annotations
 
-import json
 import math
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+from ..files import write_json
 
 
 ASSETS = Path(__file__).parent / "assets"
@@ -63,7 +64,7 @@ def _write_results(path: Path, scene: _Scene, row: str, adapter: str | None) -> 
     measures = next(r for r in scene.rows if r["model"] == row)
     results = {"model": "model", "adapter": adapter, "strength": 1.0, "data": {"name": "test.jsonl"}}
     results |= {"questions": len(scene.test), **{name: measures[name] for name in ("mc1", "mc2", "perplexity")}}
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(path, results)
 
 
 class _Scene:

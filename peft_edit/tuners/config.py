@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..adapters.card import write_card
+from ..files import give_usual_permissions
 
 
 @dataclass
@@ -33,4 +36,7 @@ class EditConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
+        # safetensors 0.8 lets nobody else read what it writes: another user would be told that there is no adapter.
+        if (weights := Path(save_directory) / SAFETENSORS_WEIGHTS_NAME).exists():
+            give_usual_permissions(weights)
         write_card(save_directory, self)

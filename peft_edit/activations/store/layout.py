@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from torch import Tensor
 
 
 FORMAT_VERSION = 2
-META, INDEX, LOCK = "meta.json", "index.safetensors", ".lock"
+META, INDEX = "meta.json", "index.safetensors"
 ROW_TOKENS = ("last", "mean", "random")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 # What reading needs of meta.json.
@@ -121,21 +120,3 @@ def check_folder(path: Path) -> None:
 
 def dtype_of(metadata: dict[str, Any]) -> torch.dtype:
     return getattr(torch, metadata["dtype"])
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Give a written file its name, so that after a crash the whole of it is there under that name, or nothing."""
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def publish_text(final: Path, text: str) -> None:
-    temporary = final.with_name(f".{final.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    publish(temporary, final)

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import dtype_of, publish
+from ...files import hidden, publish, written
+from .layout import dtype_of
 
 
 SAFETENSORS_DTYPES = {
@@ -83,12 +84,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     digest = hashlib.sha256(_header(entries, {"sha256": UNKNOWN_DIGEST}))
     for tensor in tensors.values():
         digest.update(_bytes(tensor))
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    with written(path) as temporary, open(temporary, "wb") as file:
         file.write(_header(entries, {"sha256": digest.hexdigest()}))
         for tensor in tensors.values():
             file.write(_bytes(tensor))
-    publish(temporary, path)
 
 
 def is_whole(path: Path) -> bool:
@@ -127,7 +126,7 @@ class ShardFile:
         self.path, self.shape, self.rows = path, shape, rows
         self.start = len(shape.header(rows))
         self.size = self.start + rows * shape.row_bytes
-        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._temporary = hidden(path)
 
     def __enter__(self) -> ShardFile:
         self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)

@@ -11,17 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 
+from ... import files
 from .layout import (
     FORMAT_VERSION,
     INDEX,
-    LOCK,
     META,
     STORE_FILE,
     check_folder,
-    publish_text,
     read_manifest,
 )
 from .reader import ActivationStore
@@ -39,23 +37,8 @@ def locked(path: Path) -> Iterator[None]:
         ValueError: another run has the folder, it cannot be written to, or holds something else than a store.
     """
     check_folder(path)
-    made = not path.exists()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / LOCK)
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise ValueError(f"another run is collecting into {path}: wait for it, or choose another folder") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written to ({error.strerror}): choose another folder") from error
-    try:
+    with files.locked(path, f"another run is collecting into {path}: wait for it, or choose another folder"):
         yield
-    finally:
-        # While it is held, so that a run that waits for nobody finds either this lock or a new one.
-        (path / LOCK).unlink(missing_ok=True)
-        lock.release()
-        if made and not any(path.iterdir()):
-            path.rmdir()
 
 
 class StoreWriter:
@@ -85,8 +68,8 @@ class StoreWriter:
 
     def _files(self) -> list[Path]:
         """Files of the store, the index first: without it shards are nothing."""
-        files = [file for file in self.path.iterdir() if STORE_FILE.fullmatch(file.name) and file.name != LOCK]
-        return sorted(files, key=lambda file: file.name != INDEX)
+        found = [file for file in self.path.iterdir() if STORE_FILE.fullmatch(file.name) and file.name != files.LOCK]
+        return sorted(found, key=lambda file: file.name != INDEX)
 
     def write_index(self, index: dict[str, Tensor]) -> None:
         write_tensors(self.path / INDEX, index)
@@ -130,7 +113,7 @@ class StoreWriter:
     def _write_metadata(self, metadata: dict[str, Any]) -> None:
         text = json.dumps(metadata, indent=2) + "\n"
         with reporting_full_disk(self.path, len(text), "what was collected is kept"):
-            publish_text(self.path / META, text)
+            files.write_text(self.path / META, text)
 
 
 @contextmanager

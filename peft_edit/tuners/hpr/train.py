@@ -3,6 +3,7 @@ adapter alone."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -19,6 +20,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from ...activations.store import ActivationStore, Store, open_pairs
 from ...adapters.match import check_store, describe_data, find_adapter
+from ...files import replaced
 from ...models.sites import layer_index
 from . import HPRConfig, HPRLayer
 from .maths import Loss, loss
@@ -296,16 +298,20 @@ class HPRTrainer(Trainer):
             torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
 
     def _save_adapter(self, folder: Path) -> None:
-        name = self.adapter_name
-        if isinstance(self.adapted_model, PeftModel):
-            self.adapted_model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
-            return
-        # A Transformers model saves its active adapter, and making this one active would unfreeze others.
-        tensors = get_peft_model_state_dict(self.adapted_model, adapter_name=name, save_embedding_layers=False)
-        tensors = {f"base_model.model.{key}": tensor.contiguous().cpu() for key, tensor in tensors.items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        self.adapter_config.save_pretrained(folder)
+        name, of_peft = self.adapter_name, isinstance(self.adapted_model, PeftModel)
+        # PEFT saves an adapter that is not named "default" in a folder of its own.
+        with replaced(folder / name if of_peft and name != "default" else folder, last=CONFIG_NAME) as work:
+            if of_peft:
+                self.adapted_model.save_pretrained(work, selected_adapters=[name], save_embedding_layers=False)
+                for file in (work / name).glob("*"):
+                    file.rename(work / file.name)
+                shutil.rmtree(work / name, ignore_errors=True)
+                return
+            # A Transformers model saves its active adapter, and making this one active would unfreeze others.
+            tensors = get_peft_model_state_dict(self.adapted_model, adapter_name=name, save_embedding_layers=False)
+            tensors = {f"base_model.model.{key}": tensor.contiguous().cpu() for key, tensor in tensors.items()}
+            save_file(tensors, work / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            self.adapter_config.save_pretrained(work)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: the adapter's README.md, which `save_pretrained` has written by then, is the card."""
