@@ -1,0 +1,102 @@
+"""Options of a collection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from ..arguments import Argument, ArgumentError, check_options
+from ..models.sites import LayerIndices
+
+
+Site = Literal["mlp", "block"]
+PromptFormat = Literal["auto", "chat", "plain", "few_shot_qa", "lettered_choices"]
+
+
+@dataclass(kw_only=True)
+class CollectArguments:
+    """
+    Options of [`collect_activations`].
+
+    Args:
+        site (`str` or sequence of `str`):
+            "mlp" for the output of the MLP's output projection, "block" for the output of the decoder block, or
+            ("mlp", "block") for both in one pass.
+        target_modules (`str`, list of `str`, *optional*):
+            Names or regular expression of other modules, one in a block.
+        layers (`int`, list of `int`, *optional*):
+            Indices of the decoder blocks, 0 the first. By default all.
+        tokens (`str`):
+            Which tokens of an answer are kept: "last", "mean", "random" (one row an answer), "answer" (every token).
+        neutral (`str`, *optional*):
+            Where the neutral activation is taken: "generated", the last token of the model's own greedy answer;
+            "prompt", the last token of the prompt; "text", the last token of the `neutral` column. "auto": "text" where
+            the column has one, else "generated". None for none, which `tokens="answer"` implies.
+        answers (`str`):
+            Which answers demonstrate: the "first" of each list, a "random" one, or "all", every positive with every
+            negative. `tokens="answer"` takes all.
+        prompt_format (`str`):
+            How a prompt and its answer become tokens, see `encode_answers`.
+        max_new_tokens (`int`):
+            Longest generated answer, in tokens.
+        batch_size (`int`, *optional*):
+            Most sequences in a batch. By default there is no limit of its own.
+        max_tokens_per_batch (`int`):
+            Most tokens in a batch, padding included. Cached prompts can take as many again.
+        dtype (`str`):
+            Of the store.
+        seed (`int`):
+            Of the random answers and tokens.
+        truncate (`bool`):
+            Cut prompts on the left, BOS excepted, where a row's longest answer is more than the model takes.
+        resume (`bool`):
+            Continue or reuse a store that was begun with the same arguments; False replaces it.
+    """
+
+    site: str | Sequence[str] = field(default="mlp", metadata={"help": "mlp, block, or mlp,block for both in one pass."})
+    target_modules: Iterable[str] | str | None = field(
+        default=None, metadata={"help": "Comma-separated names of other modules, one in a block."}
+    )
+    layers: LayerIndices = field(default=None, metadata={"help": "Decoder blocks, such as 0-3,7. Default: all."})
+    tokens: Literal["last", "mean", "random", "answer"] = field(
+        default="last", metadata={"help": "Tokens of an answer: last, mean, random (SEA) or answer (HPR)."}
+    )
+    neutral: Literal["auto", "generated", "prompt", "text"] | None = field(
+        default="auto", metadata={"help": "Where the neutral activation is taken."}
+    )
+    answers: Literal["first", "random", "all"] = field(default="first", metadata={"help": "Answers that demonstrate."})
+    prompt_format: PromptFormat = field(default="auto", metadata={"help": "How prompt and answer become tokens."})
+    max_new_tokens: int = field(
+        default=64, metadata={"help": "Longest generated answer, in tokens.", "minimum": 1, "allowed": "of at least 1"}
+    )
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Most sequences in a batch.", "minimum": 1, "allowed": "of at least 1"}
+    )
+    max_tokens_per_batch: int = field(
+        default=8192,
+        metadata={"help": "Most tokens in a batch, padding included.", "minimum": 1, "allowed": "of at least 1"},
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Of the store.", "option": "--store-dtype"}
+    )
+    seed: int = field(default=0, metadata={"help": "Of random answers and tokens."})
+    truncate: bool = field(
+        default=False, metadata={"help": "Cut prompts on the left where a row is more than the model takes."}
+    )
+    resume: bool = field(
+        default=True, metadata={"help": "Go on with a store begun with the same arguments, or replace it."}
+    )
+
+    def __post_init__(self):
+        check_options(self)
+        self.site = [self.site] if isinstance(self.site, str) else list(dict.fromkeys(self.site or ()))
+        if not self.site or set(self.site) - set(get_args(Site)):
+            choices = ", ".join(map(repr, get_args(Site)))
+            raise ArgumentError(Argument("site"), f" must be one of {choices} or both, got {self.site!r}")
+        if len(self.site) > 1 and self.target_modules is not None:
+            raise ArgumentError(
+                Argument("target_modules"), " replace one site: collect several sites without them"
+            )
+        if self.tokens == "answer":
+            self.neutral, self.answers = None, "all"
