@@ -97,13 +97,13 @@ def _check(name: str, value: Any, hint: Any, metadata: Any) -> None:
     if choices := choices_of(hint):
         return check_choice(name, value, choices)
     kinds = alternatives(hint)
-    if value is None and types.NoneType in kinds:
+    if set(kinds) - {bool, int, float, str, types.NoneType} or (value is None and types.NoneType in kinds):
         return None
     optional = ", or None" if types.NoneType in kinds else ""
     remedy = f": {metadata['remedy']}" if "remedy" in metadata else ""
     if bool in kinds and not isinstance(value, bool):
         raise ArgumentError(Argument(name), f" must be True or False, got {value!r}{remedy}")
-    if str in kinds and len(kinds) <= 2 and not isinstance(value, str):
+    if str in kinds and not isinstance(value, str):
         raise ArgumentError(Argument(name), f" must be text{optional}, got {value!r}{remedy}")
     if int not in kinds and float not in kinds:
         return None
@@ -113,6 +113,6 @@ def _check(name: str, value: Any, hint: Any, metadata: Any) -> None:
     fits = isinstance(value, number) and not isinstance(value, bool)
     fits = fits and metadata.get("minimum", float("-inf")) <= value <= metadata.get("maximum", float("inf"))
     fits = fits and value > metadata.get("above", float("-inf"))
-    if not fits or ("allowed" in metadata and abs(value) == float("inf")):
+    if not fits or abs(value) == float("inf"):
         raise ArgumentError(Argument(name), f" must be {allowed}{optional}, got {value!r}{remedy}")
     return None

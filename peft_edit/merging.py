@@ -1,4 +1,4 @@
-"""A checkpoint on disk + a SEA adapter -> a merged checkpoint on disk, without loading the model.
+"""A checkpoint on disk + an adapter that merges -> a merged checkpoint on disk, without loading the model.
 
 Files are copied in pieces. Only tensors that are edited are in memory: one that is written and one that is merged.
 """
@@ -21,13 +21,13 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from .adapters.read import check_local, load_adapter, load_adapter_config, load_structure
 from .files import check_free, growing_folder, publish, sync
 from .models.checkpoint import DTYPES, Checkpoint, Source, axis_in_source, find_sources
-from .tuners.sea import SEALayer
+from .tuners.layer import EditLayer, edit_layers
+from .tuners.method import method_of, names
 from .version import __version__
 
 
@@ -54,8 +54,7 @@ class CheckpointMerge:
         tensors: number of its tensors.
         edited: keys of those that were edited.
         bytes: size of its files with tensors.
-        relative_error: mean over the sites of what replacing each token's rescale by its mean costs, measured on the
-            fit's neutral demonstrations; 0 for an edit that merges exactly.
+        relative_error: mean over the sites, as the adapter's fit measured it; 0 for an edit that merges exactly.
     """
 
     path: Path
@@ -79,7 +78,7 @@ class Edit:
     dtype: torch.dtype
     shape: tuple[int, ...]
     axis: int
-    layer: SEALayer
+    layer: EditLayer
 
 
 def merge_checkpoint(
@@ -91,12 +90,12 @@ def merge_checkpoint(
     revision: str | None = None,
     allow_fingerprint_mismatch: bool = False,
 ) -> CheckpointMerge:
-    """Merge a SEA adapter into a safetensors checkpoint, file by file: W' = c M W, bias' = c M bias.
+    """Merge an adapter into a safetensors checkpoint, file by file.
 
     The result has the same files, index, configuration and tokenizer; tensors that are not edited are the same bytes;
     the others keep their dtype and equal those of `merge_and_unload` on the same device. Memory holds two edited
-    tensors at a time. A run that was killed goes on where it was when it is started again. `rescale="token"` is
-    replaced by the mean rescale of each site, with a warning that carries the error which the fit measured.
+    tensors at a time. A run that was killed goes on where it was when it is started again. An edit that merges
+    inexactly is merged with a warning that carries the error which its fit measured.
 
     Args:
         base: folder of the base model's checkpoint, or its id on the Hub, from where it is downloaded.
@@ -111,9 +110,13 @@ def merge_checkpoint(
             another model or does not merge, the output folder is in use, or the disk is too small. Nothing is written.
     """
     out, target = Path(out).resolve(), _device(device)
-    if (config := load_adapter_config(str(adapter))).peft_type != "SEA":
+    config = load_adapter_config(str(adapter))
+    if (method := method_of(config)) is None or method.no_merge:
+        merging = names(lambda method: not method.no_merge)
+        reason = f"; {method.no_merge}" if method else ""
         raise ValueError(
-            f"{adapter} is an adapter of another method ({config.peft_type.value}): only SEA merges into the weights"
+            f"{adapter} is an adapter of another method ({config.peft_type.value}): only {merging} merges into the "
+            f"weights{reason}"
         )
     if config.modules_to_save:
         raise ValueError(
@@ -128,7 +131,12 @@ def merge_checkpoint(
     model = load_structure(str(folder))
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{base} is quantised: merge into the checkpoint that it was made from, and quantise that")
-    edited, identity = _plan(checkpoint, model, str(adapter), allow_fingerprint_mismatch, target)
+    # Before the adapter is there, which changes names.
+    sources = find_sources(model, checkpoint.tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    adapted = load_adapter(model, str(adapter), allow_fingerprint_mismatch)
+    layers = _layers_to_merge(adapted, str(adapter), target)
+    edited, identity = _plan(checkpoint, sources, shapes, layers), _identity(checkpoint, adapted, target)
     with growing_folder(out, identity) as work:
         todo = [file for file in checkpoint.files if not (work / file).exists()]
         others = _other_files(checkpoint)
@@ -138,8 +146,7 @@ def merge_checkpoint(
             (work / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, work / name)
             sync(work / name)
-    inexact = config.rank_pattern if config.rescale == "token" else ()
-    errors = [float(config.fit_statistics[site]["relative_error"]) for site in inexact]
+    errors = [error for layer in layers if (error := layer.merge_error(ADAPTER)) is not None]
     return CheckpointMerge(
         path=out,
         files=len(checkpoint.files),
@@ -173,28 +180,33 @@ def _local(base: str, revision: str | None) -> Path:
     return Path(snapshot_download(base, revision=revision, ignore_patterns=list(OTHER_WEIGHTS)))
 
 
-def _plan(
-    checkpoint: Checkpoint, model: PreTrainedModel, adapter: str, allow_mismatch: bool, device: torch.device
-) -> tuple[dict[str, list[Edit]], dict[str, Any]]:
-    """Key of each tensor that is edited to the parts of its file that are merged by themselves; and all that the bytes
-    of the result follow from."""
-    sources = find_sources(model, checkpoint.tensors)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    adapted = load_adapter(model, adapter, allow_mismatch)
-    adapted.base_model._prepare_merge(None, stacklevel=4)
-    edited: dict[str, list[Edit]] = {}
-    for layer in adapted.modules():
-        if isinstance(layer, SEALayer) and layer.is_fitted(ADAPTER):
-            layer.sea_positive.to(device)
-            layer.sea_negative.to(device)
-            edited |= _edits(checkpoint, sources, shapes, layer)
-    if not edited:
+def _layers_to_merge(adapted: PeftModel, adapter: str, device: torch.device) -> list[EditLayer]:
+    """The layers where an adapter edits, with its modules on a device."""
+    adapted.base_model.prepare_merge(None, stacklevel=4)
+    layers = [layer for layer in edit_layers(adapted) if layer.is_fitted(ADAPTER)]
+    if not layers:
         raise ValueError(f"{adapter} edits nothing: fit it first")
-    return edited, _identity(checkpoint, adapted, device)
+    for layer in layers:
+        for part in layer.adapter_layer_names:
+            getattr(layer, part)[ADAPTER].to(device)
+    return layers
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    sources: dict[str, list[Source]],
+    shapes: dict[str, tuple[int, ...]],
+    layers: list[EditLayer],
+) -> dict[str, list[Edit]]:
+    """Key of each tensor that is edited to the parts of its file that are merged by themselves."""
+    edited: dict[str, list[Edit]] = {}
+    for layer in layers:
+        edited |= _edits(checkpoint, sources, shapes, layer)
+    return edited
 
 
 def _edits(
-    checkpoint: Checkpoint, sources: dict[str, list[Source]], shapes: dict[str, tuple[int, ...]], layer: SEALayer
+    checkpoint: Checkpoint, sources: dict[str, list[Source]], shapes: dict[str, tuple[int, ...]], layer: EditLayer
 ) -> dict[str, list[Edit]]:
     """The part of the plan that one layer makes."""
     edits: dict[str, list[Edit]] = {}

@@ -18,6 +18,8 @@ STANDARD_LIBRARY = {
     "typing",
 }
 
+METHODS = sorted(folder.name for folder in (PACKAGE / "tuners").iterdir() if (folder / "method.py").exists())
+
 # Folders (and single modules) of the package to those that they may import, at the top or inside functions.
 ALLOWED = {
     "files": set(),
@@ -26,30 +28,22 @@ ALLOWED = {
     "version": set(),
     "models": set(),
     "data": set(),
-    "tuners": {"adapters", "files", "models"},
-    "activations": {"activations/store", "files", "data", "models", "processes", "tuners"},
+    "tuners": {"arguments", "files", "models"},
+    "activations": {"activations/store", "arguments", "data", "files", "models", "processes", "tuners"},
     "activations/store": {"files", "models"},
     "adapters": {"activations/store", "files", "models", "tuners"},
-    "merging": {"adapters", "files", "models", "tuners/sea", "version"},
+    "merging": {"adapters", "files", "models", "tuners", "version"},
     "evaluation": {"data", "models", "tuners"},
-    "tuners/sea": {"activations/store", "adapters", "arguments", "cli", "models", "processes", "tuners"},
-    "tuners/hpr": {"activations/store", "adapters", "arguments", "cli", "files", "models", "tuners"},
+    "demo": {"activations", "adapters", "data", "evaluation", "files", "tuners"},
     "cli": {
-        *(
-            "activations",
-            "activations/store",
-            "adapters",
-            "data",
-            "demo",
-            "evaluation",
-            "files",
-            "merging",
-            "processes",
-        ),
-        *("tuners", "tuners/hpr", "tuners/sea"),
+        *("activations", "activations/store", "adapters", "arguments", "data", "demo", "evaluation", "files"),
+        *("merging", "models", "processes", "tuners"),
     },
-    "demo": {"files", "activations", "adapters", "data", "evaluation", "tuners/hpr", "tuners/sea"},
+    # A method may use all the rest, and no other method.
+    **{f"tuners/{method}": {"cli", "demo"} for method in METHODS},
 }
+for method in METHODS:
+    ALLOWED[f"tuners/{method}"] |= ALLOWED["cli"] | {"evaluation"}
 # What only computes needs torch alone.
 MATHEMATICS = ("tuners/sea/maths.py", "tuners/sea/spectra.py", "tuners/sea/subspaces.py", "tuners/hpr/maths.py")
 

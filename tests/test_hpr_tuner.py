@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import pickle
+from dataclasses import fields
 
 import pytest
 import torch
@@ -125,7 +126,8 @@ EVERY_FIELD = {
 
 
 def test_every_field_survives_json(tmp_path):
-    assert set(EVERY_FIELD) == set(HPRConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
+    own = {field.name for field in fields(HPRConfig)} - {field.name for field in fields(PeftConfig)}
+    assert set(EVERY_FIELD) == own
     config = HPRConfig(**EVERY_FIELD, task_type="CAUSAL_LM", inference_mode=True)
     config.save_pretrained(tmp_path)
     for again in (HPRConfig.from_pretrained(tmp_path), PeftConfig.from_pretrained(tmp_path)):
@@ -290,7 +292,7 @@ def test_gate_and_alpha():
 
 def test_layer_reads_the_configuration_of_the_model():
     model = two_adapters()
-    assert all(c is model.peft_config[name] for layer in hpr_layers(model) for name, c in layer.hpr_config.items())
+    assert all(c is model.peft_config[name] for layer in hpr_layers(model) for name, c in layer.configs.items())
     model.peft_config["default"].alpha = 0.0
     assert torch.equal(logits(model), base_logits())
     model.peft_config["default"].alpha = 1.0
@@ -622,7 +624,7 @@ def test_every_path_gives_the_saved_model(folder_of, kind, load):
     layers = [layer for layer in hpr_layers(model) if layer.has_adapter(adapter)]
     blocks = BLOCKS if KINDS[kind] is None else KINDS[kind]
     assert [layer.site for layer in layers] == [f"model.layers.{i}" for i in blocks]
-    assert all(layer.hpr_config[adapter] is model.peft_config[adapter] for layer in layers)
+    assert all(layer.configs[adapter] is model.peft_config[adapter] for layer in layers)
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 

@@ -1,6 +1,5 @@
 """Merging a SEA adapter into a checkpoint on disk."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ASSETS
+from filelock import FileLock
 from hub_server import HubServer
 from mixtures import MIXTURES, tiny_mixture
 from peft import PeftModel, get_peft_model
@@ -64,8 +64,14 @@ def in_memory(base, adapter) -> dict[str, torch.Tensor]:
     )
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """What an interrupted merge leaves; a lock is no part of it."""
+    return [file for file in folder.iterdir() if ".partial" in file.name and file.suffix != ".lock"]
+
+
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    found = (file for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock")
+    return {str(file.relative_to(folder)): file.read_bytes() for file in found}
 
 
 def refused(match, *arguments, **options) -> None:
@@ -75,7 +81,7 @@ def refused(match, *arguments, **options) -> None:
     with pytest.raises(ValueError, match=match) as error:
         merge_checkpoint(*arguments, **options)
     assert "\n" not in str(error.value)
-    assert files(above) == before and not [file for file in above.iterdir() if ".partial" in file.name]
+    assert files(above) == before and not unfinished(above)
 
 
 # The result
@@ -252,7 +258,9 @@ def stop_at(monkeypatch, name: str, count: int) -> None:
     monkeypatch.setattr(merging, name, counted)
 
 
-@pytest.mark.parametrize(("where", "count"), [("_merged", 1), ("_merged", 3), ("_copy", 4), ("finish", 2), ("sync", 3)])
+@pytest.mark.parametrize(
+    ("where", "count"), [("_merged", 1), ("_merged", 3), ("_copy", 4), ("publish", 2), ("sync", 3)]
+)
 def test_goes_on_after_an_interruption(pair, tmp_path, monkeypatch, where, count):
     base, adapter = pair
     merge_checkpoint(base, adapter, tmp_path / "whole")
@@ -266,15 +274,15 @@ def test_goes_on_after_an_interruption(pair, tmp_path, monkeypatch, where, count
     assert result.resumed == len(finished)
     assert all((tmp_path / "out" / name).stat().st_ino == inode for name, inode in finished.items())
     assert files(tmp_path / "out") == files(tmp_path / "whole")
-    assert not [file for file in tmp_path.iterdir() if ".partial" in file.name]
+    assert not unfinished(tmp_path)
 
 
 def test_a_process_that_is_killed_leaves_no_output(pair, tmp_path):
     base, adapter = pair
     merge_checkpoint(base, adapter, tmp_path / "whole")
-    finish = merging.finish
+    publish = merging.publish
     if not (child := os.fork()):
-        merging.finish = lambda part, file: os._exit(9) if "00003" in file.name else finish(part, file)
+        merging.publish = lambda part, file: os._exit(9) if "00003" in file.name else publish(part, file)
         merge_checkpoint(base, adapter, tmp_path / "out")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and not (tmp_path / "out").exists()
     assert merge_checkpoint(base, adapter, tmp_path / "out").resumed == 2
@@ -285,7 +293,7 @@ def test_a_process_that_is_killed_leaves_no_output(pair, tmp_path):
 def test_finished_files_of_another_merge_are_not_taken(pair, tmp_path, monkeypatch, changed):
     base, adapter = pair
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, "finish", 4)
+        stop_at(patch, "publish", 4)
         if changed == "device":
             patch.setattr(merging, "_identity", lambda *arguments: {"device": "cuda"})
         merge_checkpoint(base, adapter, tmp_path / "out")
@@ -301,15 +309,13 @@ def test_finished_files_of_another_merge_are_not_taken(pair, tmp_path, monkeypat
 
 def test_two_runs_do_not_write_to_one_folder(pair, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, "finish", 2)
+        stop_at(patch, "publish", 2)
         merge_checkpoint(*pair, tmp_path / "out")
-    descriptor = os.open(tmp_path / ".out.partial", os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    before = files(tmp_path)
-    with pytest.raises(ValueError, match=r"^another run is writing"):
-        merge_checkpoint(*pair, tmp_path / "out")
-    assert files(tmp_path) == before
-    os.close(descriptor)
+    with FileLock(tmp_path / ".out.partial.lock"):
+        before = files(tmp_path)
+        with pytest.raises(ValueError, match=r"^another run is writing"):
+            merge_checkpoint(*pair, tmp_path / "out")
+        assert files(tmp_path) == before
     assert merge_checkpoint(*pair, tmp_path / "out").resumed == 1
 
 

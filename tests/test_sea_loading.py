@@ -181,7 +181,7 @@ def test_every_path_gives_the_saved_model(folder_of, family, site, load):
     assert torch.equal(logits(model), expected)
     assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "sea_" in name)
     layers = [layer for layer in model.modules() if isinstance(layer, SEALayer)]
-    assert all(config is model.peft_config[name] for layer in layers for name, config in layer.sea_config.items())
+    assert all(config is model.peft_config[name] for layer in layers for name, config in layer.configs.items())
 
 
 @every_site

@@ -10,8 +10,9 @@ from tiny import logits
 from torch import nn
 
 from peft_edit import HPRConfig, SEAConfig
+from peft_edit.models import outputs
 from peft_edit.tuners.hpr import HPRLayer
-from peft_edit.tuners.sea import SEABlock, SEALayer, outputs
+from peft_edit.tuners.sea import SEABlock, SEALayer
 
 
 HIDDEN = 32

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import peft
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_edit
 from peft_edit import SEAConfig, edit_strength
+from peft_edit.adapters.match import replace_config
 from peft_edit.models.sites import find_sites, unwrap
 from peft_edit.tuners.sea import SEALayer
 
@@ -182,8 +184,8 @@ EVERY_FIELD = {
 
 
 def test_every_field_survives_json(tmp_path):
-    of_peft = set(PeftConfig.__dataclass_fields__)
-    assert set(EVERY_FIELD) == set(SEAConfig.__dataclass_fields__) - of_peft
+    own = {field.name for field in fields(SEAConfig)} - {field.name for field in fields(PeftConfig)}
+    assert set(EVERY_FIELD) == own
     config = SEAConfig(**EVERY_FIELD, task_type="CAUSAL_LM", inference_mode=True)
     config.save_pretrained(tmp_path)
     again = SEAConfig.from_pretrained(tmp_path)
@@ -240,9 +242,16 @@ def test_bad_values_raise_one_clear_line(fields, parts):
     assert all(part in message for part in parts), message
 
 
-@pytest.mark.parametrize("ranks", [[1], [1, 2, 3], [-1, 1], [1, HIDDEN + 1], None, ["1", 2], [1.5, 1]])
-def test_bad_ranks_raise_when_the_layer_is_made(ranks):
-    config = SEAConfig(rank_pattern={"model.layers.1.mlp.down_proj": ranks})
+@pytest.mark.parametrize("ranks", [[1], [1, 2, 3], [-1, 1], None, ["1", 2], [1.5, 1], [True, 1], 3, [float("inf"), 1]])
+def test_bad_ranks_are_refused_by_name(ranks):
+    with pytest.raises(ValueError, match=r"^rank_pattern\['model.layers.1.mlp.down_proj'\] must be two ranks.*got"):
+        SEAConfig(rank_pattern={"model.layers.1.mlp.down_proj": ranks})
+
+
+def test_ranks_of_other_programs(tmp_path):
+    """JSON has no integers: some programs write 1.0."""
+    assert SEAConfig(rank_pattern={"a": [1.0, 2]}).rank_pattern == {"a": [1, 2]}
+    config = SEAConfig(rank_pattern={"model.layers.1.mlp.down_proj": [1, HIDDEN + 1]})
     with pytest.raises(ValueError, match=r"rank_pattern\['model.layers.1.mlp.down_proj'\] must be two ranks.*32"):
         get_peft_model(vivid_model(), config)
 
@@ -516,7 +525,7 @@ def test_every_mode_edits(site, fields):
 def test_layer_reads_the_configuration_of_the_model():
     model = two_adapters()
     for layer in sea_layers(model):
-        for name, config in layer.sea_config.items():
+        for name, config in layer.configs.items():
             assert config is model.peft_config[name]
 
 
@@ -580,7 +589,7 @@ def test_deleting_an_inactive_adapter(family, site):
     assert torch.equal(logits(model), expected)
     assert list(model.peft_config) == ["default"]
     assert not any("other" in name for name in model.state_dict())
-    assert all(list(layer.sea_config) == ["default"] for layer in sea_layers(model))
+    assert all(list(layer.configs) == ["default"] for layer in sea_layers(model))
     with pytest.raises(ValueError, match="other does not exist"):
         model.delete_adapter("other")
 
@@ -821,7 +830,7 @@ def test_bad_strengths_are_refused(strength):
 
 
 def test_strength_without_edits_is_refused(llama):
-    with pytest.raises(ValueError, match=r"^LlamaForCausalLM has no SEA or HPR adapter"), edit_strength(llama, 0.5):
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM has no edit whose strength"), edit_strength(llama, 0.5):
         pass
 
 
@@ -846,8 +855,9 @@ def test_one_config_serves_several_adapters(llama):
     config = SEAConfig(projections="positive")
     model = get_peft_model(llama, config)
     model.add_adapter("other", config)
-    model.peft_config["default"].rank_pattern["model.layers.0.mlp.down_proj"] = [1, 1]
-    assert config.rank_pattern == model.peft_config["other"].rank_pattern == {}
+    replace_config(model, "default", rank_pattern={"model.layers.0.mlp.down_proj": [1, 1]})
+    assert model.peft_config["default"].rank_pattern and model.peft_config["other"] is config
+    assert config.rank_pattern == {}
     again = get_peft_model(tiny_model("llama"), config)
     assert torch.equal(again(token_ids()).logits, tiny_model("llama")(token_ids()).logits)
 

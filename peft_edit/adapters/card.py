@@ -16,7 +16,8 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from peft import PeftConfig
 
 from ..files import write_text
-from ..models.sites import layer_index
+from ..tuners.config import EditConfig
+from ..tuners.method import Method, method_of
 from .card_results import Results, data_id, eval_results_of, is_hub_id, read_results, tables_of
 
 
@@ -29,19 +30,10 @@ MARKER_LINE = re.compile(re.escape(MARKER).replace(r"\{\}", r"([0-9a-f]{16})"))
 
 # Metadata that PEFT and Transformers write.
 STUB_METADATA = ("base_model", "library_name", "pipeline_tag", "tags")
-# Fields of the configurations that say how an adapter edits; and those that say how SEA was fitted, which are no more
-# than defaults in an adapter that was not fitted here.
-SETTINGS = {
-    "SEA": ("site", "feature_map", "feature_space", "input_scale", "rescale", "projections", "strength"),
-    "HPR": ("rotation", "alpha", "gate", "token_scope", "num_angle_layers", "angle_hidden_size"),
-}
-FIT_SETTINGS = ("positive_energy", "negative_energy", "centered")
-# Statistics of a site that are shown where all sites have them.
-SITE_STATISTICS = ("mean_rescale", "relative_error")
 
 
 def model_card(config: PeftConfig, *, base_model: str | None = None, results: Iterable[Results] = ()) -> ModelCard:
-    """The model card of a SEA or HPR adapter. What is not known is left out.
+    """The model card of an adapter that edits. What is not known is left out.
 
     Args:
         config: of the adapter; what its fit or training wrote there becomes the card.
@@ -57,7 +49,7 @@ def model_card(config: PeftConfig, *, base_model: str | None = None, results: It
     name = base_model or config.base_model_name_or_path
     base_id = name if name and is_hub_id(name) else None
     read = [read_results(result) for result in results]
-    text = _template(f"tuners/{config.peft_type.value.lower()}/card.md").render(
+    text = _template(method_of(config)).render(
         title=_title(config, name),
         method=config.peft_type.value,
         base_id=base_id,
@@ -88,17 +80,16 @@ def _metadata(config: PeftConfig, base_id: str | None, title: str, measured: lis
     )
 
 
-def _of_config(config: PeftConfig) -> dict[str, Any]:
+def _of_config(config: EditConfig) -> dict[str, Any]:
     """What the templates take from a configuration."""
-    method, fitted_on = config.peft_type.value, config.fitted_on
+    method, fitted_on = method_of(config), config.fitted_on
     name = fitted_on.get("data")
     dataset = data_id(name)
-    layers = _sea_layers(config) if method == "SEA" else _hpr_layers(config)
+    layers = method.card_layers(config)
     return {
         "config": config,
-        "settings": _settings(config, method),
+        "settings": [(f"`{name}`", f"`{json.dumps(getattr(config, name))}`") for name in method.card_settings(config)],
         "layers": layers,
-        "has_statistics": all(set(SITE_STATISTICS) <= set(layer) for layer in layers),
         "fitted_on": fitted_on if {"demonstrations", "token_pairs"} & set(fitted_on) else {},
         "data_text": _link(dataset, "datasets/") if dataset else name and f"`{name}`",
     }
@@ -160,7 +151,7 @@ def for_repository(text: str, repo_id: str, subfolder: str = "") -> str:
 
 def index_card(configs: Mapping[str, PeftConfig]) -> ModelCard:
     """The card of a repository whose adapters are in folders: folder to configuration."""
-    cards = {folder: model_card(config) for folder, config in configs.items() if config.peft_type.value in SETTINGS}
+    cards = {folder: model_card(config) for folder, config in configs.items() if method_of(config) is not None}
     bases = {card.data.base_model for card in cards.values()} - {None}
     tags = sorted({tag for card in cards.values() for tag in card.data.tags})
     metadata = ModelCardData(base_model=sorted(bases) or None, library_name="peft", tags=tags or None)
@@ -204,38 +195,22 @@ def _title(config: PeftConfig, base_model: str | None = None) -> str:
     return f"{config.peft_type.value} adapter{f' for {Path(name).name}' if name else ''}"
 
 
-def _template(name: str) -> jinja2.Template:
+def _template(method: Method) -> jinja2.Template:
+    """The template of a method's card, `card.md` in its folder; it extends the one beside this file."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parents[1]),
+        loader=jinja2.ChoiceLoader(
+            [
+                jinja2.PrefixLoader({"method": jinja2.FileSystemLoader(method.folder)}),
+                jinja2.FileSystemLoader(Path(__file__).parent),
+            ]
+        ),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=False,  # Markdown
     )
-    return environment.get_template(name)
+    return environment.get_template("method/card.md")
 
 
 def _link(repo_id: str, prefix: str) -> str:
     return f"[{repo_id}](https://huggingface.co/{prefix}{repo_id})"
-
-
-def _settings(config: PeftConfig, method: str) -> list[tuple[str, str]]:
-    names = [*SETTINGS[method], *(FIT_SETTINGS if method == "SEA" and config.fitted_on else ())]
-    if method == "SEA" and config.feature_map is None:
-        names = [name for name in names if name not in ("feature_map", "feature_space", "input_scale")]
-    if method == "HPR" and config.angle_hidden_size is None:
-        names.remove("angle_hidden_size")
-    return [(f"`{name}`", f"`{json.dumps(getattr(config, name))}`") for name in names]
-
-
-def _sea_layers(config: PeftConfig) -> list[dict[str, Any]]:
-    # In a file the sites are sorted as texts.
-    return [
-        {"index": layer_index(site), "site": site, "ranks": ranks, **config.fit_statistics.get(site, {})}
-        for site, ranks in sorted(config.rank_pattern.items(), key=lambda item: (layer_index(item[0]) or 0, item[0]))
-    ]
-
-
-def _hpr_layers(config: PeftConfig) -> list[dict[str, Any]]:
-    accuracies = sorted((int(index), value) for index, value in config.probe_accuracy.items())
-    return [{"index": i, "accuracy": value, "edits": config.edits(i)} for i, value in accuracies]

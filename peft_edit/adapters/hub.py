@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..tuners.config import EditConfig
+from ..tuners.method import names
 from .card import README, for_repository, has_own_readme, index_card, is_generated, model_card
 from .card_results import Results, is_hub_id
 from .hub_errors import plain_errors
@@ -90,7 +91,7 @@ def push_folder(
     Args:
         folder: with `adapter_config.json`, or with folders that have it.
         repo_id: "user/name", or "name" for your own.
-        commit_message: by default "Upload SEA adapter" or the like.
+        commit_message: by default "Upload NAME adapter", the name of the method.
         commit_description: of the commit.
         private: whether a repository that does not exist yet is made private. None: as is usual for you there.
         token: None for the one that `hf auth login` has stored.
@@ -185,14 +186,14 @@ def download_adapter(repo_id: str, revision: str | None = None) -> Path:
 
 
 def read_config(folder: Path) -> EditConfig:
-    """The configuration of the SEA or HPR adapter in a folder.
+    """The configuration of the adapter in a folder, one that edits.
 
     Raises:
         ValueError: there is none.
     """
     config = _read_adapters(folder).get("")
     if not isinstance(config, EditConfig):
-        raise ValueError(f"{folder} holds no SEA or HPR adapter: pass the folder that was saved")
+        raise ValueError(f"{folder} holds no {names()} adapter: pass the folder that was saved")
     return config
 
 

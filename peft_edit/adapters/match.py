@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from peft import PeftConfig
@@ -12,7 +13,7 @@ from torch import nn
 from ..activations.store import ActivationStore
 from ..models.fingerprint import fingerprint
 from ..models.sites import layer_index
-from ..tuners.layer import EditLayer
+from ..tuners.layer import EditLayer, edit_layers
 from .card_results import data_name
 
 
@@ -73,6 +74,23 @@ def find_adapter(
                 )
             layers[index] = layer
     return adapter_name, config, dict(sorted(layers.items()))
+
+
+def replace_config(model: nn.Module, adapter_name: str, **changes: Any) -> PeftConfig:
+    """Give an adapter a new configuration with some fields changed. The old one may be an object of the user's, who
+    passes it again, and stays as it is.
+
+    Args:
+        model: with the adapter.
+        adapter_name: of the adapter.
+        changes: field to value.
+    """
+    config = replace(model.peft_config[adapter_name], **changes)
+    model.peft_config[adapter_name] = config
+    for layer in edit_layers(model):
+        if layer.has_adapter(adapter_name):
+            layer.configs[adapter_name] = config
+    return config
 
 
 def check_store(

@@ -12,7 +12,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the activations and the adapter.")] = Path("peft-edit-demo"),
     json_file: common.Json = None,
 ) -> None:
-    """See edits work in a minute, offline: fit SEA and train HPR for the demonstration model, evaluate, save and merge.
+    """See edits work in a minute, offline: adapters of a demonstration model are made, evaluated, saved and merged.
 
     Example: peft-edit demo
     """
@@ -45,9 +45,4 @@ def demo(
     ]
     print(f"{results['demonstrations']} demonstrations, {results['questions']} held-out questions")
     print(common.table(["model", "MC1 %", "change", "MC2 %", "change", "perplexity"], rows))
-    chosen = results["chosen"]
-    print(f"HPR by validation: gate {chosen['gate']}, alpha {chosen['alpha']}")
-    print(f"Largest difference of logits, SEA reloaded and edited: {results['reloaded_difference']:.1e}")
-    print(f"Largest difference of logits, SEA merged and edited (rescale none): {results['merged_difference']:.1e}")
-    print(f"Largest difference of logits, HPR reloaded and edited: {results['hpr_reloaded_difference']:.1e}")
-    print(f"Adapters: {results['adapter']}, {results['hpr_adapter']}")
+    print("\n".join(results["lines"]))

@@ -9,7 +9,7 @@ import operator
 import re
 from collections.abc import Iterable
 from types import SimpleNamespace
-from typing import SupportsIndex
+from typing import Literal, SupportsIndex
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 LayerIndices = int | Iterable[int] | None
+Site = Literal["mlp", "block"]
 
 
 def normalise_layers(layers: LayerIndices) -> list[int] | None:

@@ -1,42 +1,101 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ..adapters.card import write_card
+from ..arguments import Argument, ArgumentError, check_options
 from ..files import give_usual_permissions
+from ..models.sites import LayerIndices, check_names, normalise_layers
+from .registration import peft_type
 
 
 @dataclass
 class EditConfig(PeftConfig):
     """
-    What the configurations of every editing method share. Saving one writes the adapter's model card beside it:
-    everything that saves an adapter (PEFT, Transformers, a trainer) saves its configuration last, into its folder.
+    What the configurations of every editing method share.
 
     Args:
+        target_modules (`list[str] | str | None`):
+            Names of the modules whose outputs are edited, matched as in every PEFT method. By default the modules of
+            the site, found by the architecture of the model.
+        exclude_modules (`list[str] | str | None`):
+            Names of modules that are not edited, matched in the same way.
+        layers_to_transform (`list[int] | int | None`):
+            Indices of the decoder blocks to edit, 0 the first. An int, a list or a range. By default all.
+        base_model_fingerprint (`str | None`):
+            Written by the fit or the training: `fingerprint` of the model whose activations it learnt from.
         fitted_on (`dict[str, Any]`):
             Written by the fit or the training: the name of the data (`data`) where it is known, and the numbers of
             `questions` and of `demonstrations` or `token_pairs`.
+        init_weights (`bool`):
+            Leave this `True`: the identity, until it is fitted or trained. `False` makes a random edit, for tests.
+        modules_to_save (`list[str] | None`):
+            List of modules apart from the method's layers to be set as trainable and saved in the final checkpoint.
+
+    Attributes:
+        method: name of the method, in upper case; each configuration class has one.
+        site: "mlp" or "block": whose outputs are edited where there are no `target_modules`.
     """
 
+    method: ClassVar[str]
+    site: ClassVar[str] = "block"
+    # Writes the model card beside an adapter that is saved, see `registration.write_cards_with`.
+    card_writer: ClassVar[Callable[[Path, EditConfig], object] | None] = None
+
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regex of the edited modules. Default: by site and architecture."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regex of modules to leave out."}
+    )
+    layers_to_transform: LayerIndices = field(
+        default=None, metadata={"help": "Decoder blocks, such as 0-3,7. Default: all.", "option": "--layers"}
+    )
+    base_model_fingerprint: str | None = field(
+        default=None, metadata={"help": "Model whose activations it learnt from. Written by the fit or the training."}
+    )
     fitted_on: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "Data and number of demonstrations. Written by the fit or the training."},
     )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Leave this True. False makes a random edit, for tests."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules apart from the method's layers to be trained and saved."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        self.peft_type = peft_type(self.method)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), (list, tuple)):
+                setattr(self, name, set(value))
+            check_names(name, getattr(self, name))
+        self.layers_to_transform = normalise_layers(self.layers_to_transform)
         if not isinstance(self.fitted_on, dict):
-            raise ValueError(f"fitted_on must be a dict, written by the fit, got {self.fitted_on!r}: fit it again")
+            raise ArgumentError(
+                Argument("fitted_on"), f" must be a dict, written by the fit, got {self.fitted_on!r}: fit it again"
+            )
+        of_peft = {field.name for field in fields(PeftConfig)}
+        check_options(self, tuple(field.name for field in fields(self) if field.name not in of_peft))
+
+    def layers_with_modules(self) -> list[int] | None:
+        """Indices of the decoder blocks that get modules of the adapter; None for all."""
+        return self.layers_to_transform
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save the configuration, and the adapter's model card beside it: everything that saves an adapter (PEFT,
+        Transformers, a trainer) saves its configuration last, into its folder."""
         super().save_pretrained(save_directory, **kwargs)
         # safetensors 0.8 lets nobody else read what it writes: another user would be told that there is no adapter.
         if (weights := Path(save_directory) / SAFETENSORS_WEIGHTS_NAME).exists():
             give_usual_permissions(weights)
-        write_card(save_directory, self)
+        if EditConfig.card_writer is not None:
+            EditConfig.card_writer(Path(save_directory), self)

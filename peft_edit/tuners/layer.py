@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +12,24 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..models.outputs import OutputTensor
+from .config import EditConfig
+
 
 class EditLayer(BaseTunerLayer):
-    """Applies the active adapters, in their order, to the output of a module."""
+    """Applies the active adapters, in their order, to the output of a module.
+
+    A method's layers keep what they learn in `ModuleDict`s, adapter name to module, whose names are
+    `adapter_layer_names`.
+    """
+
+    other_param_names: tuple[str, ...] = ("configs",)
 
     # Name of that module in the model, and the width of its output.
     site: str
     features: int
+    # Configuration of each adapter, the very object of the model's `peft_config`.
+    configs: dict[str, EditConfig]
     # Factor on the strength of every adapter, see `edit_strength`.
     strength_factor: float = 1.0
     # Whether that is going on, also at a factor of 1: what is temporary must not be merged.
@@ -25,20 +37,53 @@ class EditLayer(BaseTunerLayer):
     # Adapter of each row of the batch while `adapter_names` is given to the model, else None.
     row_adapters: list[str] | None = None
 
+    def begin(self, adapter_name: str, site: str, features: int) -> None:
+        """Make an empty layer, to which `update_layer` adds adapters."""
+        self.site, self.features = site, features
+        for part in self.adapter_layer_names:
+            setattr(self, part, nn.ModuleDict())
+        self.configs = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._active_adapter = adapter_name
+        self._unmerged: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def make_modules(self, adapter_name: str, config: EditConfig) -> None:
+        """Make, or replace, the modules of an adapter in this layer."""
+
+    def update_layer(self, adapter_name: str, config: EditConfig) -> None:
+        """Add or replace an adapter."""
+        self.make_modules(adapter_name, config)
+        self.configs[adapter_name] = config
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Whether this layer holds the adapter."""
+        return adapter_name in self.configs
+
+    def is_fitted(self, adapter_name: str) -> bool:
+        """Whether this layer holds the adapter and it edits here."""
+        return self.has_adapter(adapter_name)
+
+    def parameters_of(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Parameters of an adapter in this layer."""
+        for part in self.adapter_layer_names:
+            yield from getattr(self, part)[adapter_name].parameters()
+
     @abstractmethod
     def edit(self, h: Tensor, adapter_name: str) -> Tensor:
         """Edit h, (..., d), by one adapter of this layer."""
 
-    @abstractmethod
-    def has_adapter(self, adapter_name: str) -> bool:
-        """Whether this layer holds the adapter."""
-
     def depends_on_padding(self, adapter_name: str) -> bool:
         """Whether padding on the right changes what the adapter does to a sequence."""
-        return False
+        return getattr(self.configs[adapter_name], "token_scope", "all") == "last"
 
     def edit_output(self, output: Tensor | tuple | list) -> Tensor | tuple | list:
         """Edit a module's output: a tensor, (..., d), or a tuple or list that begins with one."""
+        if self.merged and self.row_adapters is None:
+            return output
         if type(output) in (tuple, list):
             return type(output)((self.edit_output(output[0]), *output[1:]))
         if self.disable_adapters:
@@ -54,8 +99,14 @@ class EditLayer(BaseTunerLayer):
             return self._edit_rows(output, self.row_adapters)
         for name in self.active_adapters:
             if self.has_adapter(name):
-                output = self.edit(output, name)
+                output = self._edit_scope(output, name)
         return output
+
+    def _edit_scope(self, h: Tensor, adapter_name: str) -> Tensor:
+        """Edit all tokens, or the last of each sequence, as the adapter's configuration says."""
+        if self.depends_on_padding(adapter_name) and h.dim() > 2:
+            return torch.cat((h[..., :-1, :], self.edit(h[..., -1:, :], adapter_name)), dim=-2)
+        return self.edit(h, adapter_name)
 
     def _edit_rows(self, output: Tensor, names: list[str]) -> Tensor:
         if self.merged:
@@ -69,8 +120,89 @@ class EditLayer(BaseTunerLayer):
             if self.has_adapter(name):  # "__base__" is no adapter
                 # Indices and not a mask, whose number of rows would be known on the device alone.
                 chosen = torch.tensor([i for i, n in enumerate(names) if n == name], device=output.device)
-                rows[chosen] = self.edit(rows[chosen], name)
+                rows[chosen] = self._edit_scope(rows[chosen], name)
         return rows.reshape(output.shape)
+
+    def output_tensors(self) -> dict[str, OutputTensor]:
+        """The parameters that an edit merges into, by their names in the base layer."""
+        return {}
+
+    @abstractmethod
+    def check_mergeable(self, adapter_name: str) -> None:
+        """Raise ValueError, with the reason, for an adapter that edits here and cannot be merged."""
+
+    def merge_error(self, adapter_name: str) -> float | None:
+        """Relative error of merging an adapter here, as its fit measured it; None where merging is exact."""
+        return None
+
+    def merge_into(self, tensor: Tensor, axis: int, adapter_name: str, out: Tensor) -> None:
+        """Merge an adapter into a parameter of this site, or of one of its experts, wherever that is.
+
+        Args:
+            tensor: one of `output_tensors`, or the part of one expert.
+            axis: of the features of the output, of length d.
+            adapter_name: an adapter that is fitted here.
+            out: receives the result, may be `tensor`.
+        """
+        raise TypeError(f"{type(self).__name__} merges nothing")  # where `check_mergeable` lets nothing pass
+
+    def check_weights(self, adapter_name: str) -> None:
+        """Raise ValueError for weights of the base layer that nothing can be merged into."""
+        for output in self.output_tensors().values():
+            tensor = output.parameter.data
+            # torchao's and sharded weights are subclasses; float8 counts as floating point.
+            if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or type(tensor) is not Tensor:
+                kind = str(tensor.dtype) if type(tensor) is Tensor else type(tensor).__name__
+                raise ValueError(
+                    f"adapter {adapter_name!r} cannot be merged: the weights of {self.site} are quantised or sharded "
+                    f"({kind}); keep it as an adapter, or merge into a plain model"
+                )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Merge the active adapter weights into the base weights.
+
+        Args:
+            safe_merge (`bool`, *optional*):
+                If `True`, check the merged weights for NaN and infinite values before they replace the originals.
+            adapter_names (`list[str]`, *optional*):
+                The list of adapter names that should be merged, in this order: two edits may not commute. If `None`,
+                all active adapters will be merged.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if not self.is_fitted(name):
+                continue
+            self.check_mergeable(name)
+            outputs = self.output_tensors()
+            originals = {key: output.parameter.data for key, output in outputs.items()}
+            merged = {}
+            for key, output in outputs.items():
+                out = torch.empty_like(originals[key], memory_format=torch.contiguous_format)
+                pairs = zip(originals[key], out, strict=True) if output.stacked else [(originals[key], out)]
+                for tensor, target in pairs:
+                    self.merge_into(tensor, output.axis - output.stacked, name, target)
+                merged[key] = out
+            if safe_merge and not all(value.isfinite().all() for value in merged.values()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            if not self.merged:
+                # A merged edit may be singular, so unmerging cannot undo it by arithmetic.
+                self._unmerged = originals
+            for key, value in merged.items():
+                outputs[key].parameter.data = value
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Restore the base weights."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        outputs = self.output_tensors()
+        for key, value in self._unmerged.items():
+            parameter = outputs[key].parameter
+            # The model may have been moved or cast since.
+            parameter.data = value.to(parameter.device, parameter.dtype)
+        self._unmerged = {}
+        self.merged_adapters = []
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
         """Device for the adapter's tensors. The dtype stays that of the adapter: rounding the factors of an edit to the
@@ -101,17 +233,37 @@ class BlockEditLayer(EditLayer):
     def get_base_layer(self) -> nn.Module:
         return self._block[0]
 
-    @abstractmethod
-    def check_mergeable(self, adapter_name: str) -> None:
-        """Raise ValueError with the reason why an adapter that edits here cannot be merged."""
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        for name in check_adapters_to_merge(self, adapter_names):
-            if self.has_adapter(name):
-                self.check_mergeable(name)
+    def remove_adapter(self, adapter_name: str) -> None:
+        """Delete the modules of an adapter here, while it goes on to edit other blocks. A layer that is left without
+        any removes itself from its block."""
+        for part in self.adapter_layer_names:
+            del getattr(self, part)[adapter_name]
+        del self.configs[adapter_name]
+        if not self.configs:
+            self.detach()
+            block = self.get_base_layer()
+            delattr(block, next(name for name, child in block.named_children() if child is self))
 
-    def unmerge(self) -> None:
-        """Nothing to restore: a block never merges."""
+
+def check_alone(layer: BlockEditLayer, adapter_name: str) -> None:
+    """Raise ValueError where another adapter, or accelerate, has a hand in the weights of a block that is to be merged
+    into."""
+    for part in layer.get_base_layer().modules():
+        if isinstance(part, BaseTunerLayer) and part is not layer:
+            raise ValueError(
+                f"cannot merge adapter {adapter_name!r} at {layer.site}: another adapter, {type(part).__name__}, "
+                "lies inside it; merge that one first"
+            )
+        if getattr(getattr(part, "_hf_hook", None), "offload", False):
+            raise ValueError(
+                f"cannot merge adapter {adapter_name!r} at {layer.site}: its weights are offloaded; load the model "
+                "without offloading, or merge the checkpoint with peft_edit.merge_checkpoint"
+            )
 
 
 def check_not_on_disk(model: nn.Module, block: nn.Module, name: str) -> None:
@@ -164,7 +316,7 @@ def edit_strength(model: nn.Module, strength: float) -> Iterator[None]:
     """Multiply the strength of every active edit of `model` inside the `with` block.
 
     Args:
-        model: a model with SEA or HPR adapters.
+        model: a model with adapters of editing methods.
         strength: 0 is the base model, 1 the edit as configured, more is allowed.
 
     Raises:
@@ -175,7 +327,7 @@ def edit_strength(model: nn.Module, strength: float) -> Iterator[None]:
         raise ValueError(f"strength must be a number of 0 or more and finite, got {strength!r}")
     layers = edit_layers(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no SEA or HPR adapter whose strength could be set")
+        raise ValueError(f"{type(model).__name__} has no edit whose strength could be set: load an adapter that edits")
     if any(layer.merged for layer in layers):
         raise ValueError("cannot change the strength of merged adapters: call unmerge_adapter first")
     before = [(layer.strength_factor, layer.in_edit_strength) for layer in layers]

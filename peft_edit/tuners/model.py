@@ -2,37 +2,102 @@
 
 from __future__ import annotations
 
-import copy
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .layer import BlockEditLayer, edit_layers
+from ..models.sites import find_sites, is_linear, layer_index, matches, out_features, target_modules, text_config
+from .config import EditConfig
+from .layer import BlockEditLayer, EditLayer, check_not_on_disk, edit_layers
 
 
 class EditModel(BaseTuner):
     """What the tuners of every editing method share."""
 
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    # The layer that edits the output of a module as its child.
+    block_layer_cls: type[BlockEditLayer]
 
     def _prepare_adapter_config(self, peft_config, model_config: dict):
         # Default sites depend on the structure of the model, which only `_prepare_model` is given.
         return peft_config
 
+    def _prepare_model(self, peft_config: EditConfig, model: nn.Module) -> None:
+        layers = peft_config.layers_to_transform
+        if peft_config.target_modules is None:
+            names = find_sites(model, peft_config.site, layers=layers).values()
+            peft_config.target_modules = target_modules(model, list(names), layers)
+        elif layers is not None:
+            named = (name for name, _ in model.named_modules())
+            found = {layer_index(name) for name in named if matches(name, peft_config.target_modules)}
+            # Where nothing matches at all, PEFT says so.
+            if (missing := sorted(set(layers) - found)) and found & set(layers):
+                raise ValueError(
+                    f"target_modules={peft_config.target_modules!r} match nothing in layers {missing} of "
+                    f"layers_to_transform={layers}: pass layers of {sorted(found - {None})}"
+                )
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: EditConfig, key: str):
+        return matches(
+            key,
+            peft_config.target_modules,
+            peft_config.exclude_modules,
+            peft_config.layers_with_modules(),
+            peft_config.modules_to_save,
+        )
+
+    def _create_and_replace(
+        self,
+        config: EditConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        if current_key is None:
+            raise ValueError("Current Key shouldn't be `None`")
+        child = self.prefix.removesuffix("_")
+        existing = target if isinstance(target, self.tuner_layer_cls) else getattr(target, child, None)
+        if isinstance(existing, self.tuner_layer_cls):
+            existing.update_layer(adapter_name, config)
+        else:
+            self._create(config, adapter_name, target, target_name, parent, current_key)
+
+    def _create(
+        self,
+        config: EditConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        """Make the first layer of the method at a module: a child of it, see `BlockEditLayer`."""
+        check_not_on_disk(self.model, target, current_key)
+        features = out_features(target) if is_linear(target) else text_config(self.model).hidden_size
+        layer = self.block_layer_cls(target, adapter_name, config, site=current_key, features=features)
+        target.add_module(self.prefix.removesuffix("_"), layer)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, state_dict=None, **kwargs) -> None:
-        # What a fit or a selection writes belongs to this adapter, not to the object that the user may pass again.
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         if state_dict is not None:
             # PEFT takes what precedes ".sea_" for the target; the edit of a block is a child `sea` of its target.
             child = f".{self.prefix.removesuffix('_')}"
             old, new = f"{child}.{self.prefix}", f".{self.prefix}"
             state_dict = {key.replace(old, new): value for key, value in state_dict.items()}
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self.prepare_merge(adapter_names, safe_merge, stacklevel=3)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
         self,
@@ -43,6 +108,7 @@ class EditModel(BaseTuner):
     ) -> nn.Module:
         children = {n: m for n, m in self.model.named_modules() if isinstance(m, BlockEditLayer)}
         if merge:
+            self.prepare_merge(adapter_names, safe_merge, stacklevel=4)
             for layer in children.values():
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
@@ -51,6 +117,65 @@ class EditModel(BaseTuner):
             parent, _, child = name.rpartition(".")
             delattr(model.get_submodule(parent), child)
         return model
+
+    def prepare_merge(self, adapter_names: list[str] | None, safe_merge: bool = False, stacklevel: int = 2) -> None:
+        """Refuse what cannot be merged before any layer is changed, and warn of what merges inexactly.
+
+        Args:
+            adapter_names: which adapters; None for the active ones.
+            safe_merge: whether a weight that is not finite is said as PEFT says it.
+            stacklevel: of the warnings.
+
+        Raises:
+            ValueError: with the reason.
+        """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        for module in self.model.modules():
+            inner = getattr(module, "base_layer", None) if isinstance(module, BaseTunerLayer) else None
+            if isinstance(inner, EditLayer):
+                # PEFT merges the outer one first, into the weights that are to be edited, and drops the inner one.
+                raise ValueError(
+                    f"cannot merge at {inner.site}: another adapter, {type(module).__name__}, lies around the edit; "
+                    "load and merge the edit before that one is loaded"
+                )
+        uses = Counter(id(p) for module in self.model.modules() for p in module.parameters(recurse=False))
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name not in self.peft_config:
+                names = ", ".join(map(repr, self.peft_config))
+                raise ValueError(f"cannot merge adapter {name!r}: this model has {names}")
+            errors = {}
+            for layer in edit_layers(self.model):
+                if not isinstance(layer, self.tuner_layer_cls) or not layer.is_fitted(name):
+                    continue
+                if name in layer.merged_adapters:
+                    continue
+                if safe_merge and not all(p.isfinite().all() for p in layer.parameters_of(name)):
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+                layer.check_mergeable(name)
+                if any(uses[id(output.parameter)] > 1 for output in layer.output_tensors().values()):
+                    raise ValueError(
+                        f"adapter {name!r} cannot be merged: the weights of {layer.site} are shared with another "
+                        "module, which would be edited too; keep it as an adapter"
+                    )
+                if (error := layer.merge_error(name)) is not None:
+                    errors[layer.site] = error
+            if errors:
+                warnings.warn(self.inexact_merge(name, errors), stacklevel=stacklevel)
+
+    def inexact_merge(self, adapter_name: str, errors: dict[str, float]) -> str:
+        """What to say of an adapter that merges inexactly.
+
+        Args:
+            adapter_name: the adapter.
+            errors: site to relative error, see `EditLayer.merge_error`.
+        """
+        worst = max(errors, key=errors.get)
+        mean = sum(errors.values()) / len(errors)
+        return (
+            f"Merging adapter {adapter_name!r} is inexact: relative error {mean:.3f} on average, "
+            f"{errors[worst]:.3f} at {worst}."
+        )
 
     def delete_adapter(self, adapter_name: str) -> None:
         was_active = adapter_name in self.active_adapters

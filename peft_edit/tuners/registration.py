@@ -3,43 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
 
+if TYPE_CHECKING:
+    from .config import EditConfig
+
+
 def peft_type(name: str) -> PeftType:
-    """The member of `PeftType` for a method, "SEA" or "HPR": PEFT has no plug-in point, so it is added on first use."""
-    return _member(name)
-
-
-def register(name: str, config_cls: type, model_cls: type) -> None:
-    """Register a method with PEFT under its lower-case name. Registering it again changes nothing."""
-    if _member(name.upper()) not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
-
-
-def leave_cards_to(config_cls: type[PeftConfig]) -> None:
-    """Let adapters whose configurations are of this class write their own model cards. Doing it again changes nothing.
-
-    PEFT asks no method about the card. Before an adapter gets a say, it fills in a template, or changes the README.md
-    that is there, also one that a user has written.
-    """
-    of_peft = PeftModel.create_or_update_model_card
-    if of_peft.__module__ == __name__:
-        return
-
-    def create_or_update_model_card(self: PeftModel, output_dir: str | os.PathLike) -> None:
-        # All adapters of a PeftModel are of one method.
-        if not any(isinstance(config, config_cls) for config in self.peft_config.values()):
-            of_peft(self, output_dir)
-
-    PeftModel.create_or_update_model_card = create_or_update_model_card
-
-
-def _member(name: str) -> PeftType:
-    """The member of PeftType with this name, created if need be as `aenum.extend_enum` does it."""
+    """The member of `PeftType` for a method, by its name in upper case: PEFT has no plug-in point, so it is added on
+    first use, as `aenum.extend_enum` does it."""
     if name not in PeftType.__members__:
         member = str.__new__(PeftType, name)
         member._name_ = name
@@ -52,3 +30,32 @@ def _member(name: str) -> PeftType:
         # 3.12 and later look members up on the class, earlier versions through the map.
         type.__setattr__(PeftType, name, member)
     return PeftType(name)
+
+
+def register_with_peft(name: str, config_cls: type[PeftConfig], model_cls: type) -> None:
+    """Register a method with PEFT under its lower-case name. Registering it again changes nothing."""
+    if peft_type(name.upper()) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+
+
+def write_cards_with(config_cls: type[EditConfig], writer: Callable) -> None:
+    """Let adapters whose configurations are of this class write their own model cards. Doing it again changes nothing.
+
+    PEFT asks no method about the card. Before an adapter gets a say, it fills in a template, or changes the README.md
+    that is there, also one that a user has written.
+
+    Args:
+        config_cls: base class of the configurations.
+        writer: (folder, configuration), writes the card.
+    """
+    config_cls.card_writer = staticmethod(writer)
+    of_peft = PeftModel.create_or_update_model_card
+    if of_peft.__module__ == __name__:
+        return
+
+    def create_or_update_model_card(self: PeftModel, output_dir: str | os.PathLike) -> None:
+        # All adapters of a PeftModel are of one method.
+        if not any(isinstance(config, config_cls) for config in self.peft_config.values()):
+            of_peft(self, output_dir)
+
+    PeftModel.create_or_update_model_card = create_or_update_model_card

@@ -78,7 +78,7 @@ def train_hpr(
     from ...activations.store import open_pairs
     from ...adapters.save import check_adapter_folder, save_adapter
     from ...arguments import check_choice
-    from . import HPRConfig
+    from .config import HPRConfig
     from .train import HPRTrainer, HPRTrainingArguments
 
     settings: dict[str, Any] = {
@@ -208,8 +208,8 @@ def select(
     Example: peft-edit select meta-llama/Llama-2-7b-hf hpr-all eval-store hpr-truthful --top-k 5 --gate 0.1
     """
     from ...adapters.save import check_adapter_folder, save_adapter
-    from . import HPRConfig
     from . import select as selection
+    from .config import HPRConfig
 
     given = {"gate": gate, "alpha": alpha, "rotation": rotation, "token_scope": token_scope}
     changes = {name: value for name, value in given.items() if value is not None}

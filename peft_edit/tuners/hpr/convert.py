@@ -12,7 +12,8 @@ from ...adapters.conversion import Conversion, finish, read_json
 from ...adapters.read import load_structure
 from ...adapters.save import check_adapter_folder, save_adapter
 from ...models.sites import normalise_layers, text_config
-from . import HPRConfig, HPRLayer
+from .config import HPRConfig
+from .layer import HPRLayer
 
 
 GUIDANCE_CONFIG = "guidance_config.json"

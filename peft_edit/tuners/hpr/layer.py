@@ -37,48 +37,19 @@ class HPRLayer(nn.Module, BlockEditLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("hpr_probe", "hpr_angle")
-    other_param_names: tuple[str, ...] = ("hpr_config",)
 
     def __init__(self, block: nn.Module, adapter_name: str, config: HPRConfig, site: str, features: int) -> None:
         super().__init__()
-        self.site = site
+        self.begin(adapter_name, site, features)
         self.index = layer_index(site)
-        self.features = features
-        self.hpr_probe = nn.ModuleDict()
-        self.hpr_angle = nn.ModuleDict()
-        self.hpr_config: dict[str, HPRConfig] = {}
-        self._disable_adapters = False
-        self.merged_adapters = []
-        self._active_adapter = adapter_name
         self.attach(block)
         self.update_layer(adapter_name, config)
 
-    def update_layer(self, adapter_name: str, config: HPRConfig) -> None:
-        """Add or replace an adapter."""
+    def make_modules(self, adapter_name: str, config: HPRConfig) -> None:
         self.hpr_probe[adapter_name] = nn.Linear(self.features, 1, bias=False)
         self.hpr_angle[adapter_name] = angle_network(self.features, config.num_angle_layers, config.angle_hidden_size)
         if config.init_weights:
             nn.init.zeros_(self.hpr_probe[adapter_name].weight)
-        self.hpr_config[adapter_name] = config
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def remove_adapter(self, adapter_name: str) -> None:
-        """Delete the modules of an adapter here, while it goes on to edit other blocks. A layer that is left without
-        any removes itself from its block."""
-        for part in self.adapter_layer_names:
-            del getattr(self, part)[adapter_name]
-        del self.hpr_config[adapter_name]
-        if not self.hpr_probe:
-            self.detach()
-            block = self.get_base_layer()
-            delattr(block, next(name for name, child in block.named_children() if child is self))
-
-    def has_adapter(self, adapter_name: str) -> bool:
-        return adapter_name in self.hpr_probe
-
-    def depends_on_padding(self, adapter_name: str) -> bool:
-        return self.hpr_config[adapter_name].token_scope == "last"
 
     def probe_logits(self, a: Tensor, adapter_name: str) -> Tensor:
         """w . a of activations (..., d): the logit of being positive, (...)."""
@@ -93,12 +64,10 @@ class HPRLayer(nn.Module, BlockEditLayer):
             return math.pi * torch.sigmoid(network(a.to(network[0].weight.dtype)).squeeze(-1))
 
     def edit(self, h: Tensor, adapter_name: str) -> Tensor:
-        config = self.hpr_config[adapter_name]
+        config = self.configs[adapter_name]
         alpha = config.alpha * self.strength_factor
         if alpha == 0 or not config.edits(self.index):
             return h
-        if config.token_scope == "last" and h.dim() > 2:
-            return torch.cat((h[..., :-1, :], self._rotate(h[..., -1:, :], adapter_name, config, alpha)), dim=-2)
         return self._rotate(h, adapter_name, config, alpha)
 
     def _rotate(self, h: Tensor, adapter_name: str, config: HPRConfig, alpha: float) -> Tensor:

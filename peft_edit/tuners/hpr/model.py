@@ -6,8 +6,7 @@ import torch
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from ...models.sites import describe_sites, find_sites, layer_index, matches, text_config
-from ..layer import check_not_on_disk
+from ...models.sites import find_sites, layer_index
 from ..model import EditModel
 from .config import HPRConfig
 from .layer import HPRLayer
@@ -50,23 +49,17 @@ class HPRModel(EditModel):
 
     prefix: str = "hpr_"
     tuner_layer_cls = HPRLayer
+    block_layer_cls = HPRLayer
 
     def _prepare_model(self, peft_config: HPRConfig, model: nn.Module) -> None:
         if peft_config.target_modules is None:
-            sites = find_sites(model, "block", layers=peft_config.layers_to_transform)
+            sites = find_sites(model, peft_config.site, layers=peft_config.layers_to_transform)
             outside = set(peft_config.selected_layers or ()) - set(sites)
             if outside:
                 raise ValueError(
                     f"selected_layers {sorted(outside)} are not among the blocks {sorted(sites)} of the model"
                 )
-            peft_config.target_modules = describe_sites(sites.values())
-
-    @staticmethod
-    def _check_target_module_exists(peft_config: HPRConfig, key: str):
-        layers = peft_config.layers_to_transform if peft_config.selected_layers is None else peft_config.selected_layers
-        return matches(
-            key, peft_config.target_modules, peft_config.exclude_modules, layers, peft_config.modules_to_save
-        )
+        super()._prepare_model(peft_config, model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         config = self.peft_config[adapter_name]
@@ -80,26 +73,6 @@ class HPRModel(EditModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             config.target_modules = target_modules
-        self.peft_config[adapter_name].target_modules = target_modules  # the adapter has a copy of the config
-
-    def _create_and_replace(
-        self,
-        hpr_config: HPRConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-    ) -> None:
-        if current_key is None:
-            raise ValueError("Current Key shouldn't be `None`")
-        existing = getattr(target, "hpr", None)
-        if isinstance(existing, HPRLayer):
-            existing.update_layer(adapter_name, hpr_config)
-            return
-        check_not_on_disk(self.model, target, current_key)
-        features = text_config(self.model).hidden_size
-        target.add_module("hpr", HPRLayer(target, adapter_name, hpr_config, site=current_key, features=features))
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

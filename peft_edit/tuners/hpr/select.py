@@ -10,8 +10,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...activations.store import ActivationStore, Store, open_pairs
-from ...adapters.match import check_store, find_adapter
-from . import HPRConfig, HPRLayer
+from ...adapters.match import check_store, find_adapter, replace_config
+from .config import HPRConfig
+from .layer import HPRLayer
 
 
 # Activations in memory at once while a probe is evaluated.
@@ -69,7 +70,7 @@ def select_layers(
     if eval_store is None:
         raise ValueError("select_layers needs held-out activations: pass the store of questions not trained on")
     store = open_pairs(eval_store)
-    adapter_name, config, layers = find_adapter(model, adapter_name, HPRConfig, HPRLayer)
+    adapter_name, _, layers = find_adapter(model, adapter_name, HPRConfig, HPRLayer)
     if not layers:
         raise ValueError(f"adapter {adapter_name!r} has no modules (selected_layers=[]): nothing to select from")
     _check_choice(top_k, threshold, len(layers))
@@ -87,11 +88,15 @@ def select_layers(
             f"no probe is at least {threshold} accurate, the best is {accuracy[best]:.4f} of layer {best}: "
             "lower the threshold, or pass top_k"
         )
-    config.selected_layers = sorted(selected)
-    config.probe_accuracy = {str(index): value for index, value in accuracy.items()}
+    replace_config(
+        model,
+        adapter_name,
+        selected_layers=sorted(selected),
+        probe_accuracy={str(index): value for index, value in accuracy.items()},
+    )
     if prune:
         for index, layer in layers.items():
-            if index not in config.selected_layers:
+            if index not in selected:
                 layer.remove_adapter(adapter_name)
     return LayerSelection(adapter_name, accuracy, sorted(selected))
 

@@ -19,10 +19,11 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ...activations.store import ActivationStore, Store, open_pairs
-from ...adapters.match import check_store, describe_data, find_adapter
+from ...adapters.match import check_store, describe_data, find_adapter, replace_config
 from ...files import replaced
 from ...models.sites import layer_index
-from . import HPRConfig, HPRLayer
+from .config import HPRConfig
+from .layer import HPRLayer
 from .maths import Loss, loss
 from .stacked import StackedHPR
 
@@ -162,7 +163,7 @@ class HPRTrainer(Trainer):
         if args.deepspeed or args.fsdp:
             raise ValueError("HPRTrainer runs in one or several plain processes: leave out deepspeed and fsdp")
         self.adapted_model = model
-        self.adapter_name, self.adapter_config, layers = find_adapter(model, adapter_name, HPRConfig, HPRLayer)
+        self.adapter_name, _, layers = find_adapter(model, adapter_name, HPRConfig, HPRLayer)
         self.layers = {index: layer for index, layer in layers.items() if self.adapter_config.edits(index)}
         self._check_adapter()
         self.allow_fingerprint_mismatch = allow_fingerprint_mismatch
@@ -185,6 +186,11 @@ class HPRTrainer(Trainer):
             compute_metrics=self._evaluation_metrics,
             **kwargs,
         )
+
+    @property
+    def adapter_config(self) -> HPRConfig:
+        """The adapter's configuration as it is now: a selection replaces it."""
+        return self.adapted_model.peft_config[self.adapter_name]
 
     def _check_adapter(self) -> None:
         if not self.layers:
@@ -333,8 +339,12 @@ class HPRTrainer(Trainer):
         self.accelerator.unwrap_model(self.model).copy_to(kept, self.adapter_name)
         if self.train_dataset is not None:
             store = self.train_dataset.store
-            self.adapter_config.base_model_fingerprint = store.metadata["fingerprint"]
-            self.adapter_config.fitted_on = {**describe_data(store), "token_pairs": len(store)}
+            replace_config(
+                self.adapted_model,
+                self.adapter_name,
+                base_model_fingerprint=store.metadata["fingerprint"],
+                fitted_on={**describe_data(store), "token_pairs": len(store)},
+            )
 
 
 def load_checkpoint(

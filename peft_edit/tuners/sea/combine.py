@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 from ...activations.store import ActivationStore
 from ...adapters.match import check_store, find_adapter, find_config
 from ...models.sites import layer_index, target_modules, unwrap
-from . import SEAConfig, SEALayer
+from .config import SEAConfig
 from .fit import site_statistics
+from .layer import SEALayer
 from .subspaces import join
 
 

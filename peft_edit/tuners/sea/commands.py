@@ -42,8 +42,8 @@ def fit_sea(
     from ...activations.store import ActivationStore
     from ...adapters.save import check_adapter_folder, save_adapter
     from ...processes import processes
-    from . import SEAConfig
     from . import fit as fitting
+    from .config import SEAConfig
 
     common.check_json(json_file)
     check_adapter_folder(out, "SEA")

@@ -1,16 +1,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal
 
-from ...arguments import check_choice
-from ...models.sites import check_names, normalise_layers
+from ...arguments import Argument, ArgumentError
+from ...models.sites import Site
 from ..config import EditConfig
-from ..registration import peft_type
-from .maths import FEATURE_MAPS, FeatureSpace, Projections, Rescale, check_energy
-
-
-Site = Literal["mlp", "block"]
+from .maths import FeatureSpace, Projections, Rescale, check_energy
 
 
 @dataclass
@@ -22,13 +18,6 @@ class SEAConfig(EditConfig):
     Args:
         site (`Literal["mlp", "block"]`):
             Which activations are edited: the output of each MLP's output projection, or of each decoder block.
-        target_modules (`list[str] | str | None`):
-            Names of the modules whose outputs are edited, matched as in every PEFT method. By default the modules of
-            the site, found by the architecture of the model.
-        exclude_modules (`list[str] | str | None`):
-            Names of modules that are not edited, matched in the same way.
-        layers_to_transform (`list[int] | int | None`):
-            Indices of the decoder blocks to edit, 0 the first. An int, a list or a range. By default all.
         positive_energy, negative_energy (`float`):
             Share of the energy (squared singular values) that the kept directions of the positive and of the negative
             covariance carry, in (0, 1]. The paper takes 0.998 for truthfulness and 0.9999 for bias.
@@ -54,109 +43,76 @@ class SEAConfig(EditConfig):
             Written by the fit: site to the RMS of its neutral activations, the mean and standard deviation of the
             rescaling ratio, the relative error of taking its mean and of leaving it out, and the strength at which
             these were taken.
-        base_model_fingerprint (`Optional[str]`):
-            Written by the fit: the fingerprint of the model that the demonstrations were collected from.
-        fitted_on (`dict[str, Any]`):
-            Written by the fit: the name of the data where it is known, the numbers of questions and demonstrations.
-        init_weights (`bool`):
-            Leave this `True`. `False` makes a random edit of rank one at every site, for tests.
-        modules_to_save (`Optional[list[str]]`):
-            List of modules apart from SEA layers to be set as trainable and saved in the final checkpoint.
+
+    The other fields are those of [`EditConfig`]. `init_weights=False` makes a random edit of rank one at every site.
     """
 
+    method: ClassVar[str] = "SEA"
+
     site: Site = field(default="mlp", metadata={"help": "'mlp' (MLP output projections) or 'block' (decoder blocks)."})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names or regex of the edited modules. Default: by site and architecture."}
+    positive_energy: float = field(
+        default=0.998, metadata={"help": "Energy of the positive directions, in (0, 1].", "allowed": "in (0, 1]"}
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names or regex of modules to leave out."}
+    negative_energy: float = field(
+        default=0.998, metadata={"help": "Energy of the negative directions, in (0, 1].", "allowed": "in (0, 1]"}
     )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the edited decoder blocks. Default: all."}
-    )
-    positive_energy: float = field(default=0.998, metadata={"help": "Energy of the positive directions, in (0, 1]."})
-    negative_energy: float = field(default=0.998, metadata={"help": "Energy of the negative directions, in (0, 1]."})
     centered: bool = field(default=False, metadata={"help": "Centre the demonstrations before the covariances."})
-    feature_map: str | None = field(
-        default=None, metadata={"help": f"None or one of {', '.join(FEATURE_MAPS)}: non-linear editing."}
+    feature_map: Literal["tanh", "squared_exponential", "elu"] | None = field(
+        default=None, metadata={"help": "Elementwise map for non-linear editing."}
     )
     feature_space: FeatureSpace = field(
         default="activation", metadata={"help": "Add the projections in 'activation' or in 'feature' space."}
     )
     input_scale: float | None = field(
-        default=None, metadata={"help": "Divide by input_scale times the site's RMS before the feature map."}
+        default=None,
+        metadata={
+            "help": "Divide by input_scale times the site's RMS before the feature map.",
+            "above": 0,
+            "allowed": "above 0 and finite",
+            "remedy": "pass for example 3.0",
+        },
     )
     rescale: Rescale = field(default="token", metadata={"help": "'token', 'none', 'mean' or 'average'."})
     projections: Projections = field(
         default="both", metadata={"help": "'both', 'positive', 'negative' or 'exchanged'."}
     )
-    strength: float = field(default=1.0, metadata={"help": "0 is the base model, 1 the edit."})
+    strength: float = field(
+        default=1.0,
+        metadata={"help": "0 is the base model, 1 the edit.", "minimum": 0, "allowed": "of 0 or more and finite"},
+    )
     rank_pattern: dict[str, list[int]] = field(
         default_factory=dict, metadata={"help": "Site to [positive rank, negative rank]. Written by the fit."}
     )
     fit_statistics: dict[str, dict[str, float]] = field(
         default_factory=dict, metadata={"help": "Site to statistics of its activations. Written by the fit."}
     )
-    base_model_fingerprint: str | None = field(
-        default=None,
-        metadata={"help": "Fingerprint of the model that the demonstrations come from. Written by the fit."},
-    )
-    init_weights: bool = field(
-        default=True, metadata={"help": "Leave this True. False makes a random edit at every site, for tests."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules apart from SEA layers to be trained and saved."}
-    )
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = peft_type("SEA")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), (list, tuple)):
-                setattr(self, name, set(value))
-        self.layers_to_transform = normalise_layers(self.layers_to_transform)
-        for name, allowed in (
-            ("positive_energy", "in (0, 1]"),
-            ("negative_energy", "in (0, 1]"),
-            ("input_scale", "above 0, or None"),
-            ("strength", "of 0 or more"),
-        ):
-            value = getattr(self, name)
-            optional = name == "input_scale" and value is None
-            if not optional and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
-        check_names("target_modules", self.target_modules)
-        check_names("exclude_modules", self.exclude_modules)
-        if not isinstance(self.centered, bool):
-            raise ValueError(f"centered must be True or False, got {self.centered!r}")
         for name in ("rank_pattern", "fit_statistics"):
             if not isinstance(value := getattr(self, name), dict):
-                raise ValueError(f"{name} must be a dict, written by the fit, got {value!r}: fit this adapter again")
+                raise ArgumentError(
+                    Argument(name), f" must be a dict, written by the fit, got {value!r}: fit this adapter again"
+                )
+        self.rank_pattern = {site: _ranks(site, ranks) for site, ranks in self.rank_pattern.items()}
         check_energy("positive_energy", self.positive_energy)
         check_energy("negative_energy", self.negative_energy)
-        for name, choices in (
-            ("site", get_args(Site)),
-            ("feature_map", (None, *FEATURE_MAPS)),
-            ("feature_space", get_args(FeatureSpace)),
-            ("rescale", get_args(Rescale)),
-            ("projections", get_args(Projections)),
-        ):
-            check_choice(name, getattr(self, name), choices)
         if self.rescale == "average" and self.projections not in ("both", "exchanged"):
-            raise ValueError(
-                f"rescale='average' needs two projections to average, got projections={self.projections!r}: "
-                "pass projections='both' or another rescale"
-            )
-        if self.input_scale is not None and not 0 < self.input_scale < float("inf"):
-            raise ValueError(
-                f"input_scale must be above 0 and finite, got {self.input_scale}: pass for example 3.0, or None"
+            raise ArgumentError(
+                Argument("rescale", "average"),
+                f" needs two projections to average, got projections={self.projections!r}: pass ",
+                Argument("projections", "both"),
+                " or another rescale",
             )
         if self.input_scale is not None and self.feature_map is None:
-            raise ValueError(
-                "input_scale is used by a feature map only: pass feature_map too, or leave input_scale out"
+            raise ArgumentError(
+                Argument("input_scale"),
+                " is used by a feature map only: pass ",
+                Argument("feature_map"),
+                " too, or leave ",
+                Argument("input_scale"),
+                " out",
             )
-        if not 0 <= self.strength < float("inf"):
-            raise ValueError(f"strength must be 0 or more and finite, got {self.strength}")
 
     @property
     def is_linear(self) -> bool:
@@ -168,3 +124,16 @@ class SEAConfig(EditConfig):
         """Strength at which the fit takes the rescaling ratio: "mean" multiplies the full edit, "token" rescales its
         result."""
         return self.strength if self.rescale == "token" else 1.0
+
+
+def _ranks(site: str, ranks: object) -> list[int]:
+    """Two ranks. JSON of other programs may hold 1.0 for 1."""
+    listed = list(ranks) if isinstance(ranks, (list, tuple)) else []
+    numbers = [rank for rank in listed if isinstance(rank, (int, float)) and not isinstance(rank, bool)]
+    whole = [rank for rank in numbers if rank % 1 == 0]
+    if len(listed) != 2 or len(whole) != 2 or min(whole) < 0:
+        raise ValueError(
+            f"rank_pattern[{site!r}] must be two ranks of 0 or more, positive and negative, got {ranks!r}: the "
+            "adapter's configuration is damaged; fit it again"
+        )
+    return [int(rank) for rank in whole]

@@ -14,7 +14,8 @@ from ...adapters.read import load_structure
 from ...adapters.save import check_adapter_folder, save_adapter
 from ...arguments import check_choice
 from ...models.sites import LayerIndices, find_sites, layer_index, normalise_layers, text_config
-from . import SEAConfig, SEALayer
+from .config import SEAConfig
+from .layer import SEALayer
 from .subspaces import factor_projection
 from .tensor_file import read_tensor
 

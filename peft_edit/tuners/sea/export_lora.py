@@ -21,7 +21,8 @@ from ...adapters.card import with_marker
 from ...adapters.match import find_config
 from ...adapters.save import adapter_folder, check_adapter_folder
 from ...models.sites import layer_index, target_modules, unwrap
-from . import SEAConfig, SEALayer, SEALinear
+from .config import SEAConfig
+from .layer import SEALayer, SEALinear
 from .subspaces import change, low_rank
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...activations.store import ActivationStore
-from ...adapters.match import check_store, describe_data, find_adapter
+from ...adapters.match import check_store, describe_data, find_adapter, replace_config
 from ...processes import processes
-from . import SEAConfig, SEALayer
+from .config import SEAConfig
+from .layer import SEALayer
 from .maths import edit, fit, project, rescale_statistics
 
 
@@ -126,10 +127,14 @@ def fit_sea(
     for site_fit, factors in fitted:
         layer = layers[site_fit.layer]
         layer.set_factors(adapter_name, *(factor.to(_device(layer)) for factor in factors), checked=True)
-    config.rank_pattern = {f.site: [f.positive_rank, f.negative_rank] for f in fits}
-    config.fit_statistics = {f.site: {name: getattr(f, name) for name in RECORDED} for f in fits}
-    config.base_model_fingerprint = store.metadata["fingerprint"]
-    config.fitted_on = {**describe_data(store), "demonstrations": len(store)}
+    replace_config(
+        model,
+        adapter_name,
+        rank_pattern={f.site: [f.positive_rank, f.negative_rank] for f in fits},
+        fit_statistics={f.site: {name: getattr(f, name) for name in RECORDED} for f in fits},
+        base_model_fingerprint=store.metadata["fingerprint"],
+        fitted_on={**describe_data(store), "demonstrations": len(store)},
+    )
     return SEAFit(adapter_name, len(store), fits)
 
 

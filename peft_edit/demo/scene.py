@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..adapters.save import check_adapter_folder
+from ..files import write_json
+from ..tuners.method import methods
+
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclass
+class Evidence:
+    """What a method shows on the demonstration model.
+
+    Attributes:
+        row: name of the row of the table that shows its adapter, which is saved in `scene.folder / NAME`.
+        results: JSON values.
+        lines: to print below the table.
+    """
+
+    row: str
+    results: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+
+def run(out: Path) -> dict[str, Any]:
+    """Make an adapter of each method from the demonstrations, evaluate it on the test questions, and the ways back.
+
+    Args:
+        out: folder; the folders of activations and of adapters in it are replaced, and so are `base.json` and NAME.json
+            for each method, results for model cards.
+
+    Returns:
+        JSON values: one row for each model with MC1, MC2 (in [0, 1]) and perplexity on unrelated text; what the methods
+        add; `lines` to print.
+    """
+    from tqdm.auto import tqdm
+
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose a folder for the demonstration")
+    shown = {name: importlib.import_module(m.evidence) for name, m in methods().items() if m.evidence}
+    for name in shown:
+        check_adapter_folder(out / name.lower(), name)
+    with tqdm(
+        total=1 + sum(module.MODELS for module in shown.values()), desc="demonstration", unit="model"
+    ) as progress:
+        scene = Scene(out, progress)
+        scene.evaluate("base", scene.base_model())
+        evidence = {name: module.show(scene) for name, module in shown.items()}
+    scene.write_results("base", "base", None)
+    for name, found in evidence.items():
+        scene.write_results(name.lower(), found.row, name.lower())
+    results = {"demonstrations": len(scene.demonstrations), "questions": len(scene.test), "rows": scene.rows}
+    for found in evidence.values():
+        results |= found.results
+    folders = ", ".join(str((out / name.lower()).resolve()) for name in evidence)
+    lines = [line for found in evidence.values() for line in found.lines]
+    return {**results, "lines": [*lines, f"Adapters: {folders}"]}
+
+
+class Scene:
+    """Model, tokenizer and data of the demonstration, and the table of results as it grows.
+
+    Attributes:
+        folder: where activations and adapters go.
+        demonstrations, validation, test: contrast sets.
+        unrelated: texts for side effects.
+        rows: of the table.
+    """
+
+    def __init__(self, folder: Path, progress):
+        from transformers import AutoTokenizer
+
+        from ..data import load_contrast_set
+
+        self.folder, self.progress = folder, progress
+        self.tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
+        self.demonstrations, self.validation, self.test = (
+            load_contrast_set(ASSETS / f"{name}.jsonl") for name in ("demonstrations", "validation", "test")
+        )
+        self.unrelated = (ASSETS / "unrelated.txt").read_text(encoding="utf-8").splitlines()
+        self.rows: list[dict[str, Any]] = []
+
+    @staticmethod
+    def base_model():
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(ASSETS / "model").eval()
+
+    def collect(self, name: str, data=None, **options):
+        """A store of the demonstrations, or of other data, in a folder of this name, which is replaced."""
+        from ..activations.collect import collect_activations
+
+        data = self.demonstrations if data is None else data
+        return collect_activations(self.base_model(), self.tokenizer, data, self.folder / name, resume=False, **options)
+
+    def mc(self, model, data):
+        from ..evaluation import evaluate_multiple_choice
+
+        return evaluate_multiple_choice(model, self.tokenizer, data, batch_size=256)
+
+    def perplexity(self, model) -> float:
+        from ..evaluation import perplexity
+
+        return perplexity(model, self.tokenizer, self.unrelated, batch_size=64)
+
+    def evaluate(self, name: str, model) -> None:
+        """Add a row to the table."""
+        result = self.mc(model, self.test)
+        self.rows.append(
+            {"model": name, "mc1": result.mc1, "mc2": result.mc2, "perplexity": self.perplexity(model)},
+        )
+        self.progress.update()
+
+    def difference(self, model, other) -> float:
+        """Largest difference of two models' logits on unrelated text."""
+        import torch
+
+        ids = torch.tensor([self.tokenizer(text)["input_ids"][:48] for text in self.unrelated])
+        with torch.no_grad():
+            return float((model(ids).logits - other(ids).logits).abs().max())
+
+    def write_results(self, name: str, row: str, adapter: str | None) -> None:
+        """Write what `peft-edit evaluate --json` writes, without the scores of each question."""
+        measures = next(r for r in self.rows if r["model"] == row)
+        results = {"model": "model", "adapter": adapter, "strength": 1.0, "data": {"name": "test.jsonl"}}
+        results |= {"questions": len(self.test), **{name: measures[name] for name in ("mc1", "mc2", "perplexity")}}
+        write_json(self.folder / f"{name}.json", results)

@@ -1,0 +1,72 @@
+"""Weights that come from a fit and are never trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class FrozenWeight(nn.Module):
+    """A weight of an adapter that stays frozen, in a module of its own: so it survives offloading, and PEFT's casts.
+
+    It is checked when it is loaded, or else at the first use: a weight that the file lacks is NaN, or on meta, and must
+    not pass for an edit.
+
+    Args:
+        weight: (..., d).
+        label: what it is, for messages: "positive factor of SEA adapter 'default' at model.layers.0.mlp.down_proj".
+        checked: whether it needs no check, as it comes from a fit.
+    """
+
+    # What the configuration says of the shape, for messages.
+    shape_source = "the model"
+
+    def __init__(self, weight: Tensor, label: str, checked: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.label = label
+        self.checked = checked
+
+    def check(self) -> None:
+        """Raise ValueError, naming the site, for a weight that is missing or damaged. Looks once."""
+        if torch.compiler.is_compiling():
+            return
+        offloaded = self.weight.is_meta and hasattr(self, "_hf_hook")  # as it is between two uses
+        if not self.checked and not offloaded:
+            if problem := self.problem(self.weight):
+                raise ValueError(problem)
+            self.checked = True
+
+    def problem(self, weight: Tensor) -> str | None:
+        """What is wrong with a weight and what to do, or None."""
+        # Still on meta where the model was loaded with low_cpu_mem_usage, else still NaN.
+        if weight.is_meta or (weight.numel() and weight.isnan().all()):
+            return (
+                f"the {self.label} was not loaded: the adapter file lacks it, or load_adapter was given an offloaded "
+                "model; load the complete adapter with PeftModel.from_pretrained or fit again"
+            )
+        if not weight.isfinite().all():
+            return (
+                f"the {self.label} holds NaN or infinite values: the adapter file is damaged; "
+                "load it again or fit again"
+            )
+        return None
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and weight.shape != self.weight.shape:
+            errors.append(
+                f"size mismatch for the {self.label}: {tuple(weight.shape)} in the file, {tuple(self.weight.shape)} by "
+                f"{self.shape_source}; load the adapter's own configuration and model, or fit again"
+            )
+            return
+        present = weight is not None and not weight.is_meta
+        if present and (problem := self.problem(weight)):
+            errors.append(problem)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if present:
+            # Copying into a weight on meta does nothing, so that one is still to be looked at.
+            self.checked = not self.weight.is_meta
+
+    def extra_repr(self) -> str:
+        return f"shape={tuple(self.weight.shape)}"

@@ -1,0 +1,45 @@
+"""What HPR says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..method import Method
+from .config import HPRConfig
+from .convert import GUIDANCE_CONFIG, convert_hpr
+from .layer import HPRLayer
+from .model import HPRModel
+
+
+def card_settings(config: HPRConfig) -> list[str]:
+    names = ["rotation", "alpha", "gate", "token_scope", "num_angle_layers"]
+    return names if config.angle_hidden_size is None else [*names, "angle_hidden_size"]
+
+
+def card_layers(config: HPRConfig) -> list[dict[str, Any]]:
+    accuracies = sorted((int(index), value) for index, value in config.probe_accuracy.items())
+    return [{"index": i, "accuracy": value, "edits": config.edits(i)} for i, value in accuracies]
+
+
+def holds_guidance(folder: Path) -> bool:
+    return (folder / GUIDANCE_CONFIG).exists()
+
+
+METHOD = Method(
+    title="Householder Pseudo-Rotation",
+    config=HPRConfig,
+    model=HPRModel,
+    layer=HPRLayer,
+    tokens=("answer",),
+    learnt_by="train-hpr",
+    commands="peft_edit.tuners.hpr.commands",
+    card_settings=card_settings,
+    card_layers=card_layers,
+    no_merge="it rotates each token by an angle of its own, which no weight of the model can do",
+    no_lora="it rotates each token by an angle of its own, which no LoRA adapter can do",
+    published=holds_guidance,
+    convert=convert_hpr,
+    published_files=GUIDANCE_CONFIG,
+    evidence="peft_edit.tuners.hpr.evidence",
+)

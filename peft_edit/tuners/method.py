@@ -1,0 +1,97 @@
+"""What a method says of itself, and the registry of all methods: the rest of the package asks here and names none."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+
+from .config import EditConfig
+from .layer import EditLayer
+from .model import EditModel
+from .registration import register_with_peft
+
+
+@dataclass(frozen=True)
+class Method:
+    """An editing method. Everything of it is in one folder, that of its configuration.
+
+    Attributes:
+        title: its name in words, "Spectral Editing of Activations".
+        config: class of its configurations, which know its short name, the fields and their defaults.
+        model: its tuner.
+        layer: class of its layers.
+        tokens: what of a store it learns from, values of `ActivationStore.tokens`, the usual one first.
+        learnt_by: the command that makes an adapter of it, "fit-sea"; for messages.
+        commands: module with its commands, see `peft_edit.cli`; it is imported when the command line is.
+        card_settings: configuration to the names of the fields that its model card shows.
+        card_layers: configuration to what the card's template `card.md` in the method's folder shows of each layer.
+        no_merge: why it never merges into weights, None where it can: "it rotates each token by ...".
+        no_lora: why it cannot become a LoRA adapter, None where `to_lora` can make one.
+        to_lora: (model, out_dir, rank=) writes the active adapter as a LoRA adapter.
+        published: whether a folder holds what the method's published code writes.
+        convert: (source_dir, out_dir, base_model=, ...) makes an adapter of such a folder.
+        published_files: names of those files, for messages.
+        evidence: module whose `show(scene)` is the method's part of the demonstration.
+    """
+
+    title: str
+    config: type[EditConfig]
+    model: type[EditModel]
+    layer: type[EditLayer]
+    tokens: tuple[str, ...]
+    learnt_by: str
+    commands: str
+    card_settings: Callable[[Any], list[str]]
+    card_layers: Callable[[Any], list[dict[str, Any]]]
+    no_merge: str | None = None
+    no_lora: str | None = None
+    to_lora: Callable[..., Any] | None = None
+    published: Callable[[Path], bool] | None = None
+    convert: Callable[..., Any] | None = None
+    published_files: str = ""
+    evidence: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Short name in upper case, that of the `PeftType`."""
+        return self.config.method
+
+    @property
+    def folder(self) -> Path:
+        return Path(inspect.getfile(self.config)).parent
+
+    @property
+    def public(self) -> list[str]:
+        """Names that `peft_edit` offers to users: those of the method's folder."""
+        return importlib.import_module(self.config.__module__.rpartition(".")[0]).__all__
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> None:
+    """Make a method known to this package and to PEFT. Registering it again changes nothing."""
+    _METHODS.setdefault(method.name, method)
+    register_with_peft(method.name.lower(), method.config, method.model)
+
+
+def methods() -> Mapping[str, Method]:
+    """All methods by their short names, in the order in which they were registered."""
+    return dict(_METHODS)
+
+
+def method_of(config: PeftConfig) -> Method | None:
+    """The method of an adapter; None for one of PEFT's own."""
+    return _METHODS.get(config.peft_type)
+
+
+def names(having: Callable[[Method], object] = lambda method: True) -> str:
+    """Short names of all methods, or of those that have something, for messages: "SEA or HPR"."""
+    found = [name for name, method in _METHODS.items() if having(method)]
+    return " or ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)

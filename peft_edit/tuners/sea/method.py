@@ -1,0 +1,55 @@
+"""What SEA says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...activations.store import ROW_TOKENS
+from ...models.sites import layer_index
+from ..method import Method
+from .config import SEAConfig
+from .convert import convert_sea
+from .export_lora import sea_to_lora
+from .layer import SEALayer
+from .model import SEAModel
+
+
+SETTINGS = ("site", "feature_map", "feature_space", "input_scale", "rescale", "projections", "strength")
+# How it was fitted: no more than defaults in an adapter that was not fitted here.
+FIT_SETTINGS = ("positive_energy", "negative_energy", "centered")
+
+
+def card_settings(config: SEAConfig) -> list[str]:
+    of_map = ("feature_map", "feature_space", "input_scale") if config.feature_map is None else ()
+    return [name for name in (*SETTINGS, *(FIT_SETTINGS if config.fitted_on else ())) if name not in of_map]
+
+
+def card_layers(config: SEAConfig) -> list[dict[str, Any]]:
+    # In a file the sites are sorted as texts.
+    return [
+        {"index": layer_index(site), "site": site, "ranks": ranks, **config.fit_statistics.get(site, {})}
+        for site, ranks in sorted(config.rank_pattern.items(), key=lambda item: (layer_index(item[0]) or 0, item[0]))
+    ]
+
+
+def holds_projections(folder: Path) -> bool:
+    return any(folder.glob("*uu_*.pt"))
+
+
+METHOD = Method(
+    title="Spectral Editing of Activations",
+    config=SEAConfig,
+    model=SEAModel,
+    layer=SEALayer,
+    tokens=ROW_TOKENS,
+    learnt_by="fit-sea",
+    commands="peft_edit.tuners.sea.commands",
+    card_settings=card_settings,
+    card_layers=card_layers,
+    to_lora=sea_to_lora,
+    published=holds_projections,
+    convert=convert_sea,
+    published_files="uu_positive.pt and uu_negative.pt",
+    evidence="peft_edit.tuners.sea.evidence",
+)
