@@ -1,19 +1,19 @@
 """Which families of causal language models SEA and HPR can edit, tried on a tiny random model of each.
 
-    python examples/architectures.py               # every family in the installed Transformers: the README's table
-    python examples/architectures.py llama gpt2    # some of them
+    python examples/architectures.py               # every family in the installed Transformers: the table
+    python examples/architectures.py llama gpt2    # the rows of some of them
+    python examples/architectures.py --write       # every family: writes the page examples/architectures.md
 
-A "yes" was seen to work: with a random edit at every decoder block the logits are finite and differ from the base
-model's; without it they are the base model's to the last bit; the saved adapter, loaded into a fresh copy, gives the
-edited logits to the last bit; merging gives them to rounding. Otherwise the table holds the reason.
+Expect a minute or two on one core. A "yes" was seen to work; otherwise the table holds the reason. What was seen, the
+page says, whose text is `PAGE` below.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import re
-import sys
 import tempfile
 import warnings
 from collections import defaultdict
@@ -21,6 +21,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -47,6 +48,38 @@ NOT_TRIED = {
     "musicgen_melody": "a decoder of audio codes",
 }
 FAMILIES = [name for name in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VISION_LANGUAGE) if name not in NOT_TRIED]
+
+# The page. `page` fills in the `version` of Transformers, `table` and `not_tried`.
+PAGE = """\
+# Architectures
+
+```bash
+python examples/architectures.py --write     # makes this page
+python examples/architectures.py llama gpt2  # prints the rows of these families
+```
+
+The script tries every family of causal language models in Transformers, here {version}, and the text towers of some
+vision-language models. It makes a tiny random model of each family, with a random edit at every decoder block. A "yes"
+means:
+
+- The logits with the edit are finite, and differ from those of the base model.
+- With the adapter switched off, and after `unload`, the logits are those of the base model to the last bit.
+- The adapter, saved and loaded into a fresh copy, gives the edited logits to the last bit.
+- SEA merges: the merged model gives the edited logits to rounding.
+
+Any other entry is the reason why the edit, or the merging, is refused. "-" means that there was nothing to try.
+
+- The sites are found by the structure of a model.
+- In a mixture of experts, the edit at the MLP is of the output of the whole mixture.
+- Where SEA at the MLP is refused, pass `site="block"`, `layers_to_transform` or `target_modules`.
+- Where blocks hand on several streams at once (hyper-connections, AltUp), edit at the MLP.
+
+{table}
+
+## Not tried
+
+{not_tried}
+"""
 
 # Field of a configuration, as families name it, to its tiny value.
 SIZES = {
@@ -293,15 +326,38 @@ def table(rows: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
+def page(rows: dict[str, Row], version: str) -> str:
+    """The text of examples/architectures.md.
+
+    Args:
+        rows: each family to what was found.
+        version: of Transformers.
+    """
+    not_tried = "\n".join(f"- {family}: {why}" for family, why in NOT_TRIED.items())
+    return PAGE.format(version=version, table=table(rows), not_tried=not_tried)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="try these only; default: all")
+    parser.add_argument("--write", action="store_true", help="write the page instead of printing the table")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.families) - set(FAMILIES):
+        parser.error(f"not among the families: {', '.join(sorted(unknown))}; choose of {', '.join(FAMILIES)}")
+    if arguments.write and arguments.families:
+        parser.error("the page shows every family: leave out their names, or --write")
+
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    families = sys.argv[1:] or FAMILIES
-    if unknown := set(families) - set(FAMILIES):
-        sys.exit(f"not among the families: {', '.join(sorted(unknown))}; choose of {', '.join(FAMILIES)}")
-    rows = {family: try_family(family) for family in tqdm(families, unit="family", leave=False)}
-    print(table(rows))
+    families = tqdm(arguments.families or FAMILIES, unit="family", leave=False)
+    rows = {family: try_family(family) for family in families}
+    if arguments.write:
+        path = Path(__file__).with_suffix(".md")
+        path.write_text(page(rows, ".".join(transformers.__version__.split(".")[:2])), encoding="utf-8")
+        print(f"Page: {path}")
+    else:
+        print(table(rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's table of architectures is what examples/architectures.py finds."""
+"""The page examples/architectures.md is what examples/architectures.py writes: its table is what the script finds."""
 
 import re
 import sys
@@ -18,13 +18,15 @@ from peft_edit.models.sites import find_sites
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPOSITORY / "examples"))
-from architectures import FAMILIES, NOT_TRIED, Row, edited, logits, reason, table, tiny_model, try_family  # noqa: E402
+import architectures  # noqa: E402
+from architectures import FAMILIES, NOT_TRIED, Row, edited, logits, page, reason, table, tiny_model, try_family  # noqa: E402
 
 
-SECTION = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Architectures\n")[1].split("\n## ")[0]
+PAGE = (REPOSITORY / "examples" / "architectures.md").read_text(encoding="utf-8")
+(VERSION,) = re.findall(r"Transformers, here (\d+\.\d+)", PAGE)
 SHOWN = {
     family: Row(*results)
-    for families, *results in re.findall(r"^\| ([\w, -]+)" + r" \| (.*?)" * 5 + r" \|$", SECTION, flags=re.MULTILINE)
+    for families, *results in re.findall(r"^\| ([\w, -]+)" + r" \| (.*?)" * 5 + r" \|$", PAGE, flags=re.MULTILINE)
     for family in families.split(", ")
     if family not in ("families", "---")
 }
@@ -32,16 +34,35 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.mark.parametrize("family", sorted(set(SHOWN) & set(FAMILIES)))
-def test_readme_shows_what_a_family_can_do(family):
+def test_page_shows_what_a_family_can_do(family):
     found = try_family(family)
-    assert astuple(found) == astuple(SHOWN[family]), "run examples/architectures.py and put its table into the README"
+    assert astuple(found) == astuple(SHOWN[family]), "run python examples/architectures.py --write"
 
 
-def test_readme_shows_every_family():
+def test_page_shows_every_family():
     assert len(SHOWN) > 180 and not set(SHOWN) & set(NOT_TRIED)
-    assert all(family in SECTION.split("Not tried")[1] for family in NOT_TRIED)
-    (version,) = re.findall(r"Transformers, here (\d+\.\d+)", SECTION)
-    assert set(FAMILIES) <= set(SHOWN) or Version(transformers.__version__).release[:2] != Version(version).release
+    assert set(FAMILIES) <= set(SHOWN) or Version(transformers.__version__).release[:2] != Version(VERSION).release
+
+
+def test_page_is_what_the_script_writes():
+    assert page(SHOWN, VERSION) == PAGE, "run python examples/architectures.py --write"
+
+
+def test_script_writes_the_page(tmp_path, monkeypatch, capsys):
+    """From what it finds in all families; names of families and --write exclude each other."""
+    monkeypatch.setattr(architectures, "__file__", str(tmp_path / "architectures.py"))
+    monkeypatch.setattr(architectures, "FAMILIES", list(SHOWN))
+    monkeypatch.setattr(architectures, "try_family", SHOWN.get)
+    monkeypatch.setattr(architectures.logging, "set_verbosity_error", lambda: None)  # other tests read the log
+    monkeypatch.setattr(transformers, "__version__", f"{VERSION}.0")
+    monkeypatch.setattr(sys, "argv", ["architectures.py", "--write"])
+    architectures.main()
+    assert (tmp_path / "architectures.md").read_text(encoding="utf-8") == PAGE
+
+    monkeypatch.setattr(sys, "argv", ["architectures.py", "--write", "llama"])
+    with pytest.raises(SystemExit):
+        architectures.main()
+    assert "leave out their names" in capsys.readouterr().err
 
 
 def test_table_groups_families_with_the_same_results():

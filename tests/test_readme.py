@@ -1,4 +1,4 @@
-"""The README's snippets run, and print what it says."""
+"""The snippets of the README and of the pages in examples/ run, and print what is shown."""
 
 import contextlib
 import io
@@ -14,10 +14,19 @@ from pathlib import Path
 import pytest
 
 
-MODEL_CARDS = Path(__file__).resolve().parents[1] / "model_cards"
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+REPOSITORY = Path(__file__).resolve().parents[1]
+MODEL_CARDS, EXAMPLES = REPOSITORY / "model_cards", REPOSITORY / "examples"
 NUMBER = re.compile(r"-?\d+\.\d+|[+]\d+\.\d+")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def blocks_of(text: str) -> list[tuple[str, str]]:
+    """Language and content of each fenced block."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+BLOCKS = blocks_of(README)
+PAGES = {path.relative_to(EXAMPLES).as_posix(): path.read_text("utf-8") for path in sorted(EXAMPLES.rglob("*.md"))}
 
 
 def assert_shown(printed: str, shown: str) -> None:
@@ -31,20 +40,46 @@ def assert_shown(printed: str, shown: str) -> None:
             assert abs(float(a) - float(b)) <= 6, line
 
 
-def test_python_snippets_print_what_the_readme_shows(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    namespace = {}
-    pairs = [(code, shown) for (kind, code), (then, shown) in pairwise(BLOCKS) if (kind, then) == ("python", "text")]
-    assert len(pairs) == sum(kind == "python" for kind, _ in BLOCKS) >= 2
-    for code, shown in pairs:
+def run_snippets(blocks: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Run the Python blocks in one namespace. Returns what each printed, and what the block behind it shows."""
+    namespace, outputs = {}, []
+    for (kind, code), (then, shown) in pairwise([*blocks, ("", "")]):
+        if kind != "python":
+            continue
+        assert then == "text", f"no output is shown of {code}"
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(code, namespace)
         # A Trainer prints its logs.
         kept = [line for line in printed.getvalue().splitlines() if not line.strip().startswith("{'")]
-        assert_shown("\n".join(kept), shown)
-    size = (tmp_path / "sea-truthful" / "adapter_model.safetensors").stat().st_size
+        outputs.append(("\n".join(kept), shown))
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folder in which the README's snippets were run, and their outputs, as of `run_snippets`."""
+    folder = tmp_path_factory.mktemp("readme")
+    with contextlib.chdir(folder):
+        outputs = run_snippets(BLOCKS)
+    return folder, outputs
+
+
+def test_python_snippets_print_what_the_readme_shows(made):
+    folder, outputs = made
+    assert len(outputs) >= 2
+    for printed, shown in outputs:
+        assert_shown(printed, shown)
+    size = (folder / "sea-truthful" / "adapter_model.safetensors").stat().st_size
     assert f"tensors of {round(size / 1000)} KB" in README
+
+
+@pytest.mark.parametrize("name", [name for name, text in PAGES.items() if "```python" in text])
+def test_python_snippets_print_what_a_page_shows(made, name, monkeypatch):
+    """Each page by itself, where the README's snippets ran."""
+    monkeypatch.chdir(made[0])
+    for printed, shown in run_snippets(blocks_of(PAGES[name])):
+        assert_shown(printed, shown)
 
 
 def test_command_line_snippet_runs(tmp_path):
@@ -117,7 +152,3 @@ def test_example_cards_are_what_the_commands_write(demonstration, monkeypatch, m
     number = re.compile(r"\d+\.\d+")
     for a, b in zip(number.findall(written), number.findall(expected), strict=True):
         assert abs(float(a) - float(b)) <= (0.1 if method == "sea" else 6), (a, b)
-
-
-def test_nothing_is_left_to_be_filled_in():
-    assert not re.search(r"\b(FIGURES|TODO|TBD|XXX)\b", README)
