@@ -37,7 +37,7 @@ ALLOWED = {
     "demo": {"activations", "adapters", "data", "evaluation", "files", "tuners"},
     "cli": {
         *("activations", "activations/store", "adapters", "arguments", "data", "demo", "evaluation", "files"),
-        *("merging", "models", "processes", "tuners"),
+        *("merging", "models", "processes", "tuners", "tuners/hpr", "tuners/sea"),
     },
     # A method may use all the rest, and no other method.
     **{f"tuners/{method}": {"cli", "demo"} for method in METHODS},
