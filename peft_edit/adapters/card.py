@@ -190,9 +190,9 @@ def _is_stub(text: str) -> bool:
     return all(line in known or filled_in.fullmatch(line) for line in lines)
 
 
-def _title(config: PeftConfig, base_model: str | None = None) -> str:
-    name = base_model or config.base_model_name_or_path
-    return f"{config.peft_type.value} adapter{f' for {Path(name).name}' if name else ''}"
+def _title(config: EditConfig, base_model: str | None = None) -> str:
+    name, short = base_model or config.base_model_name_or_path, method_of(config).short
+    return f"{short[0].upper()}{short[1:]} adapter{f' for {Path(name).name}' if name else ''}"
 
 
 def _template(method: Method) -> jinja2.Template:

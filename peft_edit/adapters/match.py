@@ -14,6 +14,7 @@ from ..activations.store import ActivationStore
 from ..models.fingerprint import fingerprint
 from ..models.sites import layer_index
 from ..tuners.layer import EditLayer, edit_layers
+from ..tuners.method import methods
 from .card_results import data_name
 
 
@@ -34,7 +35,6 @@ def find_config(model: nn.Module, adapter_name: str | None, config_cls: type[Con
     Raises:
         ValueError: there is no such adapter, or it is of another method.
     """
-    method = config_cls.__name__.removesuffix("Config")
     configs = getattr(model, "peft_config", {})
     if adapter_name is None:
         active = getattr(model, "active_adapters", [])
@@ -45,6 +45,7 @@ def find_config(model: nn.Module, adapter_name: str | None, config_cls: type[Con
     config = configs.get(adapter_name)
     if not isinstance(config, config_cls):
         found = ", ".join(f"{name} ({config.peft_type.value})" for name, config in configs.items()) or "none"
+        method = next((method.short for method in methods().values() if method.config is config_cls), "PEFT")
         raise ValueError(
             f"{adapter_name!r} is no {method} adapter of this model (adapters: {found}): "
             f"add one with {config_cls.__name__}"

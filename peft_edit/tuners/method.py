@@ -22,6 +22,7 @@ class Method:
     """An editing method. Everything of it is in one folder, that of its configuration.
 
     Attributes:
+        short: its short name in a sentence, "SEA".
         title: its name in words, "Spectral Editing of Activations".
         config: class of its configurations, which know its short name, the fields and their defaults.
         model: its tuner.
@@ -40,6 +41,7 @@ class Method:
         evidence: module whose `show(scene)` is the method's part of the demonstration.
     """
 
+    short: str
     title: str
     config: type[EditConfig]
     model: type[EditModel]
@@ -59,7 +61,7 @@ class Method:
 
     @property
     def name(self) -> str:
-        """Short name in upper case, that of the `PeftType`."""
+        """Its name in upper case, that of the `PeftType`."""
         return self.config.method
 
     @property
@@ -82,7 +84,7 @@ def register(method: Method) -> None:
 
 
 def methods() -> Mapping[str, Method]:
-    """All methods by their short names, in the order in which they were registered."""
+    """All methods by their names, in the order in which they were registered."""
     return dict(_METHODS)
 
 
@@ -93,5 +95,5 @@ def method_of(config: PeftConfig) -> Method | None:
 
 def names(having: Callable[[Method], object] = lambda method: True) -> str:
     """Short names of all methods, or of those that have something, for messages: "SEA or HPR"."""
-    found = [name for name, method in _METHODS.items() if having(method)]
+    found = [method.short for method in _METHODS.values() if having(method)]
     return " or ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)

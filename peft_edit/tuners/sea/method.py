@@ -38,6 +38,7 @@ def holds_projections(folder: Path) -> bool:
 
 
 METHOD = Method(
+    short="SEA",
     title="Spectral Editing of Activations",
     config=SEAConfig,
     model=SEAModel,
