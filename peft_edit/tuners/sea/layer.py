@@ -19,6 +19,8 @@ from .outputs import OutputTensor, linear_outputs, mixture_outputs, why_inexact
 
 # Largest entry of U U^T - I. Factors that went through bfloat16 are off by up to 4e-3, anything else by far less.
 ORTHONORMALITY_TOLERANCE = 1e-2
+# Addresses at which PyTorch allocates on the CPU are multiples of this.
+ALIGNMENT = 64
 
 
 class SEAProjection(nn.Module):
@@ -32,6 +34,18 @@ class SEAProjection(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.label = label
         self.checked = checked
+
+    def register_parameter(self, name: str, param: nn.Parameter) -> None:
+        """Take the weight, copied where it lies in memory that PyTorch has not allocated.
+
+        Transformers' load_adapter and PEFT's low_cpu_mem_usage hand over tensors that lie in the mapped file, at any
+        multiple of 8 bytes. On some processors products round as their operands are aligned: the loaded edit would be
+        the saved one to rounding only.
+        """
+        start = param.data_ptr() - param.storage_offset() * param.element_size()
+        if start % ALIGNMENT:
+            param.data = param.data.clone()
+        super().register_parameter(name, param)
 
     def forward(self, x: Tensor, columns: bool = False) -> Tensor:
         if not torch.compiler.is_compiling():
