@@ -93,9 +93,9 @@ def merge_checkpoint(
     """Merge an adapter into a safetensors checkpoint, file by file.
 
     The result has the same files, index, configuration and tokenizer; tensors that are not edited are the same bytes;
-    the others keep their dtype and equal those of `merge_and_unload` on the same device. Memory holds two edited
-    tensors at a time. A run that was killed goes on where it was when it is started again. An edit that merges
-    inexactly is merged with a warning that carries the error which its fit measured.
+    the others keep their dtype and equal those of `merge_and_unload` on the same device with as many threads. Memory
+    holds two edited tensors at a time. A run that was killed goes on where it was when it is started again. An edit
+    that merges inexactly is merged with a warning that carries the error which its fit measured.
 
     Args:
         base: folder of the base model's checkpoint, or its id on the Hub, from where it is downloaded.
@@ -296,7 +296,8 @@ def _write_files(
     buffer = memoryview(bytearray(COPY_BYTES))
     with (
         tqdm(total=sum(sizes.values()), desc="merging", unit="B", unit_scale=True, leave=None) as progress,
-        ThreadPoolExecutor(2) as pool,
+        # A new thread does not take over this one's number of threads for products, on which their rounding depends.
+        ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as pool,
     ):
         calls = (partial(_merged, checkpoint.path / file, edit, device) for file in todo for edit in by_file[file])
         merged = _one_ahead(pool, calls)

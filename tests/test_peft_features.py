@@ -29,8 +29,9 @@ def no_grad():
 
 
 def edited_model(edit, **fields):
+    base = vivid_model()  # which draws random numbers the first time
     torch.manual_seed(0)
-    return get_peft_model(vivid_model(), EDITS[edit](**fields)).eval()
+    return get_peft_model(base, EDITS[edit](**fields)).eval()
 
 
 def two_adapters(edit, *fields):

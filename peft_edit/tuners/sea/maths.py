@@ -278,7 +278,8 @@ def merge_pieces(weight: Tensor, columns: bool, apply: Callable[[Tensor], Tensor
     """Apply a map such as `merge` to the rows of a weight, (n, d), or to its columns, (d, n).
 
     It goes in pieces of a size that follows from the shape alone, each copied first. So the result is the same to the
-    last bit wherever the weight lies and whatever its strides are, it takes little memory, and `out` may be `weight`.
+    last bit wherever the weight lies and whatever its strides are (on one processor with as many threads), it takes
+    little memory, and `out` may be `weight`.
     """
     along = int(columns)
     step = max(1, MERGE_NUMEL // weight.shape[1 - along])
