@@ -116,7 +116,7 @@ def push_folder(
         validate_repo_id(repo_id)
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
-        with _prepared(api, repo_id, private, revision, create_pr, left):
+        with _prepared(api, repo_id, private, revision, create_pr, left) as head:
             methods = sorted({config.peft_type.value for config in configs.values()})
             commit = api.create_commit(
                 repo_id,
@@ -125,6 +125,7 @@ def push_folder(
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
+                parent_commit=head,  # refused when somebody has changed the branch since its README was looked at
             )
     for base in {config.base_model_name_or_path for config in configs.values()} - {None}:
         if not is_hub_id(base):
@@ -162,9 +163,11 @@ def push_checkpoint(folder: Path, repo_id: str, *, private: bool = False) -> str
     api = HfApi()
     with (
         plain_errors(f"the upload to {repo_id} failed", repo_id, None, left),
-        _prepared(api, repo_id, True if private else None, None, False, left),
+        _prepared(api, repo_id, True if private else None, None, False, left) as head,
     ):
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload merged model").commit_url
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message="Upload merged model", parent_commit=head
+        ).commit_url
 
 
 def download_adapter(repo_id: str, revision: str | None = None) -> Path:
@@ -271,9 +274,12 @@ def _repository_has_own_readme(api: HfApi, repo_id: str, revision: str | None) -
 @contextmanager
 def _prepared(
     api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool, left: list[str]
-) -> Iterator[None]:
-    """Create the repository and the branch that are missing. When the block fails, take them back; `left` gets what
-    cannot be taken back."""
+) -> Iterator[str | None]:
+    """Create the repository and the branch that are missing, and give the commit that is their last. When the block
+    fails, take them back; `left` gets what cannot be taken back.
+
+    That needs to know what was there before, which `exist_ok` of the Hub's client does not tell.
+    """
     undo: list[tuple[str, Callable[[], None]]] = []
     head = None
     try:
@@ -284,7 +290,7 @@ def _prepared(
         if named and _create_branch(api, repo_id, revision, create_pr):
             undo.append((f"the branch {revision}", lambda: api.delete_branch(repo_id, branch=revision)))
         head = api.repo_info(repo_id, revision=revision).sha
-        yield
+        yield head
     except BaseException as error:
         what, take_back = undo[0] if undo else ("", None)  # the first has the others in it
         try:

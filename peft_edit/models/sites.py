@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Literal, SupportsIndex
 
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
@@ -49,11 +50,13 @@ def check_names(field: str, names: object) -> None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, without the `PeftModel` around it. Its module names are the adapter's site names.
+    """The model itself, without the `PeftModel` around it, and without what compiled it or spread it over devices. Its
+    module names are the adapter's site names.
 
     Raises:
         ValueError: the adapter is one of prompt learning, which lives in the `PeftModel` and not in the model.
     """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     if not isinstance(model, PeftModel):
         return model
     if model.active_peft_config.is_prompt_learning:
