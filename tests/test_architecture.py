@@ -27,7 +27,7 @@ ALLOWED = {
     "models": set(),
     "data": set(),
     "tuners": {"adapters", "files", "models"},
-    "activations": {"activations/store", "files", "data", "models", "processes", "tuners"},
+    "activations": {"activations/store", "arguments", "files", "data", "models", "processes", "tuners"},
     "activations/store": {"files", "models"},
     "adapters": {"activations/store", "files", "models", "tuners"},
     "merging": {"adapters", "files", "models", "tuners/sea", "version"},

@@ -54,7 +54,9 @@ class CollectArguments:
             Continue or reuse a store that was begun with the same arguments; False replaces it.
     """
 
-    site: str | Sequence[str] = field(default="mlp", metadata={"help": "mlp, block, or mlp,block for both in one pass."})
+    site: str | Sequence[str] = field(
+        default="mlp", metadata={"help": "mlp, block, or mlp,block for both in one pass."}
+    )
     target_modules: Iterable[str] | str | None = field(
         default=None, metadata={"help": "Comma-separated names of other modules, one in a block."}
     )
@@ -95,8 +97,6 @@ class CollectArguments:
             choices = ", ".join(map(repr, get_args(Site)))
             raise ArgumentError(Argument("site"), f" must be one of {choices} or both, got {self.site!r}")
         if len(self.site) > 1 and self.target_modules is not None:
-            raise ArgumentError(
-                Argument("target_modules"), " replace one site: collect several sites without them"
-            )
+            raise ArgumentError(Argument("target_modules"), " replace one site: collect several sites without them")
         if self.tokens == "answer":
             self.neutral, self.answers = None, "all"

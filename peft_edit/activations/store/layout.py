@@ -13,11 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...models.dtypes import FLOATING, dtype_name
+
 
 FORMAT_VERSION = 2
 META, INDEX = "meta.json", "index.safetensors"
 ROW_TOKENS = ("last", "mean", "random")
-DTYPES = ("float64", "float32", "bfloat16", "float16")
+DTYPES = tuple(map(dtype_name, FLOATING.values()))
 # What reading needs of meta.json.
 REQUIRED = (
     *("complete", "sites", "tokens", "hidden_size", "dtype", "modules", "shards"),

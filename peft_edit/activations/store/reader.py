@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...models.dtypes import dtype_name
 from ...models.sites import normalise_layers
 from .layout import AGAIN, INDEX, ROW_TOKENS, dtype_of, read_index, read_metadata
 from .shards import StoreShape, is_whole, shard_digest
@@ -275,7 +276,7 @@ class ActivationStore:
             "tokens": tokens,
             "hidden_size": d,
             "modules": {site: {str(layer): (modules or {}).get(layer) for layer in layers}},
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             "model": None,
             "revision": None,
             "fingerprint": None,

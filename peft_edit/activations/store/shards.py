@@ -21,13 +21,10 @@ import torch
 from torch import Tensor
 
 from ...files import hidden, publish, written
+from ...models.dtypes import safetensors_name
 from .layout import dtype_of
 
 
-SAFETENSORS_DTYPES = {
-    **{torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
-    **{torch.int64: "I64", torch.int32: "I32"},
-}
 UNKNOWN_DIGEST = "0" * 64
 READ_BYTES = 2**20
 
@@ -69,7 +66,7 @@ def _header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata
     place = 0
     for name, (dtype, shape) in tensors.items():
         end = place + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [place, end]}
+        entries[name] = {"dtype": safetensors_name(dtype), "shape": list(shape), "data_offsets": [place, end]}
         place = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
