@@ -28,7 +28,7 @@ ALLOWED = {
     "data": set(),
     "tuners": {"adapters", "files", "models"},
     "activations": {"activations/store", "arguments", "files", "data", "models", "processes", "tuners"},
-    "activations/store": {"files", "models"},
+    "activations/store": {"arguments", "files", "models"},
     "adapters": {"activations/store", "files", "models", "tuners"},
     "merging": {"adapters", "files", "models", "tuners/sea", "version"},
     "evaluation": {"data", "models", "tuners"},

@@ -21,12 +21,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
+from typing import Literal, get_args
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 
-PROMPT_FORMATS = ("auto", "chat", "plain", "few_shot_qa", "lettered_choices")
+PromptFormat = Literal["auto", "chat", "plain", "few_shot_qa", "lettered_choices"]
+PROMPT_FORMATS = get_args(PromptFormat)
 
 # The primer "QA" of TruthfulQA's authors (arXiv 2109.07958), as lm-evaluation-harness has it in truthfulqa_mc1.
 QA_PRIMER = """\

@@ -9,7 +9,7 @@ import operator
 import re
 from collections.abc import Iterable
 from types import SimpleNamespace
-from typing import SupportsIndex
+from typing import Literal, SupportsIndex
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -17,6 +17,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
+# What of a decoder block is edited or collected: the output of its MLP's output projection, or its own.
+Site = Literal["mlp", "block"]
 LayerIndices = int | Iterable[int] | None
 
 

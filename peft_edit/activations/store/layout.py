@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,9 @@ from ...models.dtypes import FLOATING, dtype_name
 
 FORMAT_VERSION = 2
 META, INDEX = "meta.json", "index.safetensors"
-ROW_TOKENS = ("last", "mean", "random")
+# Tokens of an answer that make one row of it.
+RowTokens = Literal["last", "mean", "random"]
+ROW_TOKENS = get_args(RowTokens)
 DTYPES = tuple(map(dtype_name, FLOATING.values()))
 # What reading needs of meta.json.
 REQUIRED = (

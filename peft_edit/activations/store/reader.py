@@ -6,14 +6,15 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...arguments import check_choice
 from ...models.dtypes import dtype_name
-from ...models.sites import normalise_layers
+from ...models.sites import Site, normalise_layers
 from .layout import AGAIN, INDEX, ROW_TOKENS, dtype_of, read_index, read_metadata
 from .shards import StoreShape, is_whole, shard_digest
 
@@ -244,10 +245,8 @@ class ActivationStore:
         """
         from .writer import StoreWriter, locked
 
-        if site not in ("mlp", "block"):
-            raise ValueError(f"site must be one of 'mlp', 'block', got {site!r}")
-        if tokens not in ROW_TOKENS:
-            raise ValueError(f"tokens must be one of {', '.join(map(repr, ROW_TOKENS))}, got {tokens!r}")
+        check_choice("site", site, get_args(Site))
+        check_choice("tokens", tokens, ROW_TOKENS)
         layers = normalise_layers(list(positive))
         if not set(layers) == set(negative) == set(neutral):
             raise ValueError(

@@ -1,16 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 from ...arguments import check_choice
-from ...models.sites import check_names, normalise_layers
+from ...models.sites import Site, check_names, normalise_layers
 from ..config import EditConfig
 from ..registration import peft_type
 from .maths import FEATURE_MAPS, FeatureSpace, Projections, Rescale, check_energy
-
-
-Site = Literal["mlp", "block"]
 
 
 @dataclass
