@@ -90,7 +90,8 @@ class CollectArguments:
 
     def __post_init__(self):
         check_options(self)
-        sites = [self.site] if isinstance(self.site, str) else list(dict.fromkeys(self.site or ()))
+        given = [self.site] if isinstance(self.site, str) else self.site
+        sites = list(dict.fromkeys(given)) if isinstance(given, Iterable) else []
         if not sites or set(sites) - set(get_args(Site)):
             choices = ", ".join(map(repr, get_args(Site)))
             raise ArgumentError(Argument("site"), f" must be one of {choices} or both, got {self.site!r}")
