@@ -26,7 +26,8 @@ import peft_edit.activations.collect
 import peft_edit.files
 from peft_edit import ActivationStore, HPRConfig, SEAConfig, collect_activations, fit_sea
 from peft_edit.activations import batches as schedule
-from peft_edit.activations.store import ShardFile, StoreWriter, locked, read_index, shards
+from peft_edit.activations.store import ShardFile, StoreShape, StoreWriter, locked, read_index, shards
+from peft_edit.activations.store import index as index_file
 from peft_edit.models.run import cache_name, can_share_prompts, prompt_cache, select_rows
 
 
@@ -457,7 +458,7 @@ def test_a_folder_that_cannot_be_written_to_is_said(tmp_path, llama, monkeypatch
 def test_a_shard_is_what_safetensors_writes(tmp_path, dtype, rows):
     from safetensors.torch import load_file
 
-    shape = shards.StoreShape(("mlp.0", "mlp.10", "block.2"), 5, dtype)
+    shape = StoreShape(("mlp.0", "mlp.10", "block.2"), 5, dtype)
     tensors = {name: torch.randn(rows, 5).to(dtype) for name in shape.names}
     with ShardFile(tmp_path / "s.safetensors", shape, rows) as shard:
         for name, tensor in tensors.items():
@@ -479,20 +480,20 @@ def test_a_shard_is_what_safetensors_writes(tmp_path, dtype, rows):
 
 def test_a_change_of_any_byte_of_an_index_is_noticed(tmp_path):
     file = tmp_path / "index.safetensors"
-    shards.write_tensors(file, {"question": torch.arange(3), "token_ids": torch.arange(5, dtype=torch.int32)})
+    index_file.write_tensors(file, {"question": torch.arange(3), "token_ids": torch.arange(5, dtype=torch.int32)})
     content = bytearray(file.read_bytes())
-    assert shards.is_whole(file) and not shards.is_whole(tmp_path / "none")
+    assert index_file.is_whole(file) and not index_file.is_whole(tmp_path / "none")
     for place in range(len(content)):
         content[place] ^= 1
         file.write_bytes(content)
-        assert not shards.is_whole(file), place
+        assert not index_file.is_whole(file), place
         content[place] ^= 1
     file.write_bytes(content[:-1])
-    assert not shards.is_whole(file)
+    assert not index_file.is_whole(file)
 
 
 def test_a_shard_that_fails_leaves_nothing(tmp_path):
-    shape = shards.StoreShape(("mlp.0",), 4, torch.float32)
+    shape = StoreShape(("mlp.0",), 4, torch.float32)
     with pytest.raises(RuntimeError, match="stop"), ShardFile(tmp_path / "s.safetensors", shape, 3) as shard:
         shard.write("mlp.0", 0, torch.ones(1, 4))
         raise RuntimeError("stop")

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_edit.activations import batches as schedule
-from peft_edit.activations.batches import SequenceTable, batches, make_schedule
+from peft_edit.activations.batches import make_schedule
 from peft_edit.activations.plan import Plan
+from peft_edit.activations.sequences import SequenceTable
+from peft_edit.models.run import batches_within
 
 
 @st.composite
@@ -48,7 +50,7 @@ def plan_of(table, **arguments):
 @given(st.lists(st.integers(1, 20), max_size=30), st.one_of(st.none(), st.integers(1, 5)), st.integers(1, 60))
 def test_batches_are_consecutive_and_within_their_limits(lengths, batch_size, max_tokens):
     lengths = sorted(lengths, reverse=True)
-    found = list(batches(lengths, batch_size, max_tokens))
+    found = list(batches_within(lengths, batch_size, max_tokens))
     assert [i for batch in found for i in batch] == list(range(len(lengths)))
     for batch in found:
         assert len(batch) <= (batch_size or len(batch))

@@ -11,14 +11,15 @@ question, is run once for all of them.
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy
 import torch
 from torch import Tensor
+
+from ..models.run import batches_within
+from .sequences import SequenceTable
 
 
 # What a forward pass costs beside its tokens, in tokens: below it a pass is bound by launching its operators.
@@ -26,38 +27,6 @@ FORWARD_TOKENS = 256
 # A shard is full when it holds so many bytes or sequences: what an interruption can lose.
 SHARD_BYTES = 256 * 2**20
 SHARD_SEQUENCES = 512
-
-
-class SequenceTable:
-    """Unique sequences of token ids, in the order in which they were added, without a Python object for each id."""
-
-    def __init__(self) -> None:
-        self.starts, self.stops, self.groups = array("q"), array("q"), array("q")
-        self._ids, self._ends = array("i"), array("q", [0])
-        self._numbers: dict[bytes, int] = {}
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def add(self, ids: Sequence[int], start: int, stop: int, group: int) -> int:
-        """Number of the sequence whose rows from `start` to `stop` are kept; a question's sequences are a group."""
-        content = array("i", ids)
-        digest = hashlib.blake2b(array("i", (start, stop)).tobytes() + content.tobytes(), digest_size=16).digest()
-        number = self._numbers.setdefault(digest, len(self))
-        if number == len(self):
-            self._ids += content
-            self._ends.append(len(self._ids))
-            self.starts.append(start)
-            self.stops.append(stop)
-            self.groups.append(group)
-        return number
-
-    def ids(self, number: int) -> numpy.ndarray:
-        """Of one sequence, int32; while such a view is alive, nothing can be added."""
-        return numpy.frombuffer(self._ids, numpy.int32)[self._ends[number] : self._ends[number + 1]]
-
-    def lengths(self) -> numpy.ndarray:
-        return numpy.diff(self._ends)
 
 
 @dataclass
@@ -88,7 +57,7 @@ class Schedule:
             self.cost += FORWARD_TOKENS + common if common else 0
         ordered = sorted(numbers, key=lambda number: -lengths[number])
         before = len(self.batch_sizes)
-        for batch in batches([int(lengths[number]) for number in ordered], *limits):
+        for batch in batches_within([int(lengths[number]) for number in ordered], *limits):
             self.batch_sizes.append(len(batch))
             self.cost += FORWARD_TOKENS + len(batch) * (int(lengths[ordered[batch[0]]]) - cut)
         self.order += ordered
@@ -168,15 +137,6 @@ def _common_prefix(table: SequenceTable, numbers: list[int], limit: int) -> int:
         differs = (first != other).nonzero()[0]
         first = first[: differs[0]] if len(differs) else first
     return len(first)
-
-
-def batches(lengths: list[int], batch_size: int | None, max_tokens: int) -> Iterator[range]:
-    """Consecutive places, as many as fit: lengths fall, so the first of a batch is its longest."""
-    first = 0
-    for i in range(1, len(lengths) + 1):
-        if i == len(lengths) or (i + 1 - first) * lengths[first] > max_tokens or i - first == batch_size:
-            yield range(first, i)
-            first = i
 
 
 def _shards(batch_sizes: list[int], rows: numpy.ndarray, row_bytes: int) -> Iterator[int]:

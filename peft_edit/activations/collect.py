@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -25,14 +24,14 @@ from ..data import check_contrast_set
 from ..data.prompts import encode_prompts, listed_choices, resolve_prompt_format
 from ..files import write_text
 from ..models.fingerprint import active_adapters, adapters_fingerprint, fingerprint
-from ..models.run import can_share_prompts, greedy_answers, inference, length_limit
+from ..models.run import batches_within, can_share_prompts, greedy_answers, inference, length_limit
 from ..models.sites import LayerIndices, find_sites, is_linear, out_features, text_config, unwrap
 from ..processes import Processes, processes
 from ..tuners.layer import check_independent_of_padding
-from .batches import batches
 from .encode import CHUNK, Draft, Options, make_draft
 from .plan import Batch, Plan
-from .run import Recorder, Runner
+from .recorder import Recorder
+from .run import Runner
 from .store import (
     INDEX,
     META,
@@ -49,7 +48,7 @@ from .store import (
     read_metadata,
     read_token_ids,
 )
-from .store.writer import no_space, reporting_full_disk
+from .store.disk import check_space, reporting_full_disk
 
 
 logger = logging.getLogger(__name__)
@@ -265,8 +264,7 @@ class _Collection:
     def _write_index(self, index: dict[str, Tensor]) -> None:
         plan = Plan(index, self.settings["tokens"])
         needed = sum(map(plan.rows, range(len(plan)))) * self.writer.shape.row_bytes
-        if needed > shutil.disk_usage(self.writer.path).free:
-            raise OSError(no_space(self.writer.path, needed))
+        check_space(self.writer.path, needed)
         with reporting_full_disk(self.writer.path, needed, "nothing was collected yet"):
             self.writer.write_index(index)
 
@@ -277,7 +275,7 @@ class _Collection:
         order = sorted(range(len(draft.prompts)), key=lambda i: -len(draft.prompts[i]))
         new = self.settings["max_new_tokens"]
         all_batches = [
-            [order[i] for i in batch] for batch in batches([len(draft.prompts[i]) + new for i in order], *limits)
+            [order[i] for i in batch] for batch in batches_within([len(draft.prompts[i]) + new for i in order], *limits)
         ]
         files = [self.writer.path / f"generated-{number:05d}.json" for number in range(len(all_batches))]
         mine = self.together.share(range(len(all_batches)))

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..data.prompts import EncodedAnswer, encode_answers, encode_prompts, listed_choices
-from .batches import SequenceTable, make_schedule
+from .batches import make_schedule
+from .sequences import SequenceTable
 
 
 # Questions that are encoded at once.

@@ -9,19 +9,19 @@ shard hold a checksum. A shard appears under its name complete or not at all, so
 and checked by itself.
 """
 
+from .index import is_whole, read_index, read_token_ids
 from .layout import (
     FORMAT_VERSION,
     INDEX,
     META,
     ROW_TOKENS,
+    StoreShape,
     check_folder,
-    read_index,
     read_manifest,
     read_metadata,
-    read_token_ids,
 )
 from .reader import ActivationStore, Store, open_pairs
-from .shards import ShardFile, StoreShape, has_size, is_whole
+from .shards import ShardFile, has_size
 from .writer import StoreWriter, locked
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from ...models.dtypes import FLOATING, dtype_name
+from .format import UNKNOWN_DIGEST, header
 
 
 FORMAT_VERSION = 2
@@ -86,29 +85,6 @@ def _damaged(file: Path, what: str) -> ValueError:
     return ValueError(f"{file} is damaged ({what}): collect again into another folder")
 
 
-def read_index(path: Path, names: Iterable[str] | None = None, *, without: Iterable[str] = ()) -> dict[str, Tensor]:
-    """Tensors of a store's index.safetensors, memory-mapped; of `names` those that are there, None for all."""
-    with _open_index(path) as tensors:
-        found = tensors.keys()
-        wanted = found if names is None else [name for name in names if name in found]
-        return {name: tensors.get_tensor(name) for name in wanted if name not in without}
-
-
-def read_token_ids(path: Path, start: int, stop: int) -> Tensor:
-    """Part of the token ids in a store's index, (stop - start,) int32, of which nothing stays mapped."""
-    with _open_index(path) as tensors:
-        return tensors.get_slice("token_ids")[start:stop].clone()
-
-
-@contextmanager
-def _open_index(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path / INDEX, framework="pt") as tensors:
-            yield tensors
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path / INDEX} cannot be read ({error}): {AGAIN}") from error
-
-
 def check_folder(path: Path) -> None:
     """Raise ValueError where `path` is a file, or a folder with files that are no part of a store."""
     if path.exists() and not path.is_dir():
@@ -122,5 +98,32 @@ def check_folder(path: Path) -> None:
         raise ValueError(f"{path} also holds {foreign[0]}, which is no part of a store: choose another folder")
 
 
-def dtype_of(metadata: dict[str, Any]) -> torch.dtype:
-    return getattr(torch, metadata["dtype"])
+@dataclass(frozen=True)
+class StoreShape:
+    """What all shards of a store have in common.
+
+    Attributes:
+        names: of the tensors, "site.layer".
+        width: d.
+        dtype: of all of them.
+    """
+
+    names: tuple[str, ...]
+    width: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> StoreShape:
+        """Of the store with this meta.json."""
+        modules = metadata["modules"]
+        names = [f"{site}.{layer}" for site in metadata["sites"] for layer in sorted(modules[site], key=int)]
+        return cls(tuple(names), metadata["hidden_size"], getattr(torch, metadata["dtype"]))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row over all tensors."""
+        return len(self.names) * self.width * self.dtype.itemsize
+
+    def header(self, rows: int, digest: str = UNKNOWN_DIGEST) -> bytes:
+        """First bytes of a shard with so many rows, up to its tensors."""
+        return header(dict.fromkeys(self.names, (self.dtype, (rows, self.width))), digest)

@@ -15,8 +15,9 @@ from torch import Tensor
 from ...arguments import check_choice
 from ...models.dtypes import dtype_name
 from ...models.sites import Site, normalise_layers
-from .layout import AGAIN, INDEX, ROW_TOKENS, dtype_of, read_index, read_metadata
-from .shards import StoreShape, is_whole, shard_digest
+from .index import is_whole, read_index
+from .layout import AGAIN, INDEX, ROW_TOKENS, StoreShape, read_metadata
+from .shards import shard_digest
 
 
 # What reading needs of the index; the rest says what was run.
@@ -65,7 +66,7 @@ class ActivationStore:
         self.hidden_size: int = self.metadata["hidden_size"]
         self._index = read_index(self.path, DEMONSTRATIONS)
         self._first_rows = torch.tensor([shard["first_row"] for shard in self.metadata["shards"]], dtype=torch.int64)
-        self._dtype = dtype_of(self.metadata)
+        self._dtype = StoreShape.of(self.metadata).dtype
         # Shards that are memory-mapped, once each, and by shard and layer their tensors, which take no memory.
         self._files: dict[int, Any] = {}
         self._tensors: dict[tuple[int, int], Tensor] = {}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,19 +12,19 @@ from typing import Any
 from torch import Tensor
 
 from ... import files
+from .disk import reporting_full_disk
+from .index import write_tensors
 from .layout import (
     FORMAT_VERSION,
     INDEX,
     META,
     STORE_FILE,
+    StoreShape,
     check_folder,
     read_manifest,
 )
 from .reader import ActivationStore
-from .shards import ShardFile, StoreShape, shard_digest, write_tensors
-
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from .shards import ShardFile, shard_digest
 
 
 @contextmanager
@@ -114,28 +112,3 @@ class StoreWriter:
         text = json.dumps(metadata, indent=2) + "\n"
         with reporting_full_disk(self.path, len(text), "what was collected is kept"):
             files.write_text(self.path / META, text)
-
-
-@contextmanager
-def reporting_full_disk(path: Path, needed: int, kept: str) -> Iterator[None]:
-    """Say of an error of a full disk what is needed, what is free, and what is kept.
-
-    Args:
-        path: folder that is written to.
-        needed: bytes that the next file takes.
-        kept: what the next run need not do again.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        raise OSError(f"{no_space(path, needed)}; {kept}") from error
-
-
-def no_space(path: Path, needed: int) -> str:
-    free = shutil.disk_usage(path).free
-    return (
-        f"no space left for {path}: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free; free some, then "
-        "run the same again"
-    )
