@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 import peft_edit.files
 from peft_edit import ActivationStore, SEAConfig, collect_activations, edit_strength, fingerprint
 from peft_edit.activations import batches as schedule
-from peft_edit.activations import collect as activations
+from peft_edit.activations import neutral as generating
 from peft_edit.activations.store import FORMAT_VERSION, ShardFile, shards
 from peft_edit.data import CONTRAST_FEATURES
 from peft_edit.files import LOCK
@@ -410,13 +410,13 @@ def test_neutral_text_prompt_and_auto(tmp_path, llama):
 
 def test_only_the_prompts_that_need_it_are_answered_and_each_once(tmp_path, llama, monkeypatch):
     asked = []
-    original = activations.greedy_answers
+    original = generating.greedy_answers
 
     def greedy(model, tokenizer, prompts, batches, steps):
         asked.extend(list(prompts[i]) for batch in batches for i in batch)
         return original(model, tokenizer, prompts, batches, steps)
 
-    monkeypatch.setattr(activations, "greedy_answers", greedy)
+    monkeypatch.setattr(generating, "greedy_answers", greedy)
     collect_activations(llama, TOKENIZER, contrast(without_neutral(0, 1, 4)), tmp_path / "a")
     assert asked == [[3, 4, 5], [3]]
     collect_activations(llama, TOKENIZER, contrast(), tmp_path / "b")
@@ -575,15 +575,15 @@ class Killed(Exception):
 
 def kill_after(monkeypatch, shards):
     """Fail when so many shards have their names."""
-    original, finished = ShardFile.finish, []
+    original, published = ShardFile.publish, []
 
-    def finish(self):
-        if len(finished) == shards:
+    def publish(self):
+        if len(published) == shards:
             raise Killed
-        finished.append(self.path)
-        original(self)
+        published.append(self.path)
+        return original(self)
 
-    monkeypatch.setattr(ShardFile, "finish", finish)
+    monkeypatch.setattr(ShardFile, "publish", publish)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""In which order and in which batches the sequences of a collection are run, and which shards their rows fill.
+"""Third stage of a collection: tokens -> the index of the store, which says in which order and in which batches the
+sequences are run, and which shards their rows fill.
 
 It depends on the sequences and the arguments only, never on time, memory or the number of processes, so that a
 collection which is interrupted, or done by several processes, ends with the same bytes.
@@ -11,15 +12,19 @@ question, is run once for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
 from ..models.run import batches_within
-from .sequences import SequenceTable
+from .arguments import CollectArguments
+from .sequences import Encoded, SequenceTable
+from .store.layout import StoreShape
 
 
 # What a forward pass costs beside its tokens, in tokens: below it a pass is bound by launching its operators.
@@ -27,6 +32,54 @@ FORWARD_TOKENS = 256
 # A shard is full when it holds so many bytes or sequences: what an interruption can lose.
 SHARD_BYTES = 256 * 2**20
 SHARD_SEQUENCES = 512
+
+
+def make_index(
+    encoded: Encoded,
+    answers: Sequence[array],
+    arguments: CollectArguments,
+    settings: dict[str, Any],
+    *,
+    share: bool,
+) -> tuple[dict[str, Tensor], int]:
+    """The index of a store, and the number of bytes that its rows take.
+
+    Args:
+        encoded: the contrast set in tokens, to which the neutral sequences are added.
+        answers: the model's own answers to its `prompts`.
+        arguments: with the limits of batches.
+        settings: of the store.
+        share: whether caches of prompts can be shared.
+    """
+    for group, number in zip(encoded.waiting[::2], encoded.waiting[1::2], strict=True):
+        encoded.add_neutral(group, encoded.prompts[number] + answers[number])
+    table, every_token = encoded.table, arguments.tokens == "answer"
+    limits = {"batch_size": arguments.batch_size, "max_tokens": arguments.max_tokens_per_batch}
+    schedule = make_schedule(table, share=share, **limits)
+    order = numpy.array(schedule.order)
+    spans = numpy.stack((table.starts, table.stops), axis=1)[order]
+    # A mean is one row, whatever it is taken over.
+    rows = spans[:, 1] - spans[:, 0] if every_token else numpy.ones(len(order), dtype=numpy.int64)
+    first_rows = numpy.empty(len(order), dtype=numpy.int64)
+    first_rows[order] = numpy.cumsum(rows) - rows
+
+    pairs = numpy.array(encoded.pairs).reshape(-1, 3)
+    index = {"question": numpy.array(encoded.row_ids)[pairs[:, 0]]}
+    negative, positive = first_rows[pairs[:, 1]], first_rows[pairs[:, 2]]
+    if every_token:
+        first, count = numpy.array(encoded.places).reshape(-1, 2).T
+        index["answer_pairs"] = numpy.stack((negative + first, positive + first, count), axis=1)
+    else:
+        index |= {"negative": negative, "positive": positive}
+        if encoded.neutral is not None:
+            neutral = numpy.array([encoded.neutral[group] for group in range(len(encoded.row_ids))])
+            index["neutral"] = first_rows[neutral[pairs[:, 0]]]
+    index["token_ids"] = numpy.concatenate([table.ids(number) for number in order])
+    index["sequence_lengths"] = table.lengths()[order]
+    index["spans"] = spans
+    tensors = {name: torch.from_numpy(values) for name, values in index.items()}
+    row_bytes = StoreShape.of(settings).row_bytes
+    return tensors | schedule.tensors(rows, row_bytes), int(rows.sum()) * row_bytes
 
 
 @dataclass

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..arguments import Argument, ArgumentError
 from ..tuners.layer import EditLayer
 
 
@@ -55,9 +56,10 @@ class Recorder:
         shape = tuple(h.shape[:-1]) if isinstance(h, Tensor) else ()
         if shape not in (tuple(self._kept.shape), (self._kept.numel(),)):
             found = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-            raise ValueError(
+            raise ArgumentError(
                 f"{self.names[name]} gives {found} for input of shape {tuple(self._kept.shape)}, not one activation "
-                "for each position of each row: choose another site or target_modules"
+                "for each position of each row: choose another ",
+                *(Argument("site"), " or ", Argument("target_modules")),
             )
         h = h.reshape(*self._kept.shape, -1)  # OPT flattens batch and sequence before its MLP
         kept = self._kept.to(h.device)

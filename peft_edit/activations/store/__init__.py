@@ -9,7 +9,8 @@ shard hold a checksum. A shard appears under its name complete or not at all, so
 and checked by itself.
 """
 
-from .index import is_whole, read_index, read_token_ids
+from .folder import begin, locked
+from .index import is_whole, read_index, read_token_ids, write_index
 from .layout import (
     FORMAT_VERSION,
     INDEX,
@@ -21,8 +22,8 @@ from .layout import (
     read_metadata,
 )
 from .reader import ActivationStore, Store, open_pairs
-from .shards import ShardFile, has_size
-from .writer import StoreWriter, locked
+from .shards import Shard, ShardFile, has_size
+from .writer import StoreWriter
 
 
 __all__ = [
@@ -31,10 +32,12 @@ __all__ = [
     "META",
     "ROW_TOKENS",
     "ActivationStore",
+    "Shard",
     "ShardFile",
     "Store",
     "StoreShape",
     "StoreWriter",
+    "begin",
     "check_folder",
     "has_size",
     "is_whole",
@@ -44,4 +47,5 @@ __all__ = [
     "read_manifest",
     "read_metadata",
     "read_token_ids",
+    "write_index",
 ]

@@ -16,9 +16,27 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...arguments import ArgumentError
 from ...files import written
+from .disk import check_space, reporting_full_disk
 from .format import UNKNOWN_DIGEST, header, memory
 from .layout import AGAIN, INDEX
+
+
+def write_index(path: Path, index: dict[str, Tensor], needed: int = 0) -> None:
+    """Write the tensors of a store's index.
+
+    Args:
+        path: folder of the store.
+        index: name to tensor.
+        needed: bytes of the shards that follow.
+
+    Raises:
+        OSError: the disk is full, or too small for the shards.
+    """
+    check_space(path, needed)
+    with reporting_full_disk(path, needed, "nothing was collected yet"):
+        write_tensors(path / INDEX, index)
 
 
 def read_index(path: Path, names: Iterable[str] | None = None, *, without: Iterable[str] = ()) -> dict[str, Tensor]:
@@ -41,7 +59,7 @@ def _open_index(path: Path) -> Iterator[Any]:
         with safe_open(path / INDEX, framework="pt") as tensors:
             yield tensors
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path / INDEX} cannot be read ({error}): {AGAIN}") from error
+        raise ArgumentError(f"{path / INDEX} cannot be read ({error}): ", *AGAIN) from error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

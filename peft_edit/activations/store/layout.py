@@ -11,7 +11,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from ... import files
+from ...arguments import Argument
 from ...models.dtypes import FLOATING, dtype_name
+from .disk import reporting_full_disk
 from .format import UNKNOWN_DIGEST, header
 
 
@@ -29,7 +32,7 @@ REQUIRED = (
 # A file of a store, or a hidden one that was being written when a run was killed. Generated answers are there only
 # until the index is.
 STORE_FILE = re.compile(r"(\.)?(meta\.json|(index|shard-\d+)\.safetensors|generated-\d+\.json)(?(1)\.tmp)|\.lock")
-AGAIN = "collect again with resume=False"
+AGAIN = ("collect again with ", Argument("resume", False))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -96,6 +99,19 @@ def check_folder(path: Path) -> None:
         raise ValueError(f"{path} is not empty: choose another folder")
     if foreign:
         raise ValueError(f"{path} also holds {foreign[0]}, which is no part of a store: choose another folder")
+
+
+def store_files(path: Path) -> list[Path]:
+    """Files of a store but its lock, the index first: without it shards are nothing."""
+    found = [file for file in path.iterdir() if STORE_FILE.fullmatch(file.name) and file.name != files.LOCK]
+    return sorted(found, key=lambda file: file.name != INDEX)
+
+
+def write_metadata(path: Path, metadata: dict[str, Any]) -> None:
+    """Write a store's meta.json."""
+    text = json.dumps(metadata, indent=2) + "\n"
+    with reporting_full_disk(path, len(text), "what was collected is kept"):
+        files.write_text(path / META, text)
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,17 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...arguments import check_choice
-from ...models.dtypes import dtype_name
-from ...models.sites import Site, normalise_layers
+from ...arguments import Argument, ArgumentError
 from .index import is_whole, read_index
-from .layout import AGAIN, INDEX, ROW_TOKENS, StoreShape, read_metadata
+from .layout import AGAIN, INDEX, StoreShape, read_metadata
 from .shards import shard_digest
+from .tensors import write_row_store
 
 
 # What reading needs of the index; the rest says what was run.
@@ -94,8 +93,8 @@ class ActivationStore:
                     f"{name} names rows from {int(numbers.min())} to {int(last.max())}, the store has {rows}"
                 )
 
-    def _bad_index(self, what: str) -> ValueError:
-        return ValueError(f"{self.path / INDEX} is damaged ({what}): {AGAIN}")
+    def _bad_index(self, what: str) -> ArgumentError:
+        return ArgumentError(f"{self.path / INDEX} is damaged ({what}): ", *AGAIN)
 
     def __len__(self) -> int:
         return int(self._index["answer_pairs"][:, 2].sum()) if self.tokens == "answer" else len(self._index["positive"])
@@ -122,9 +121,13 @@ class ActivationStore:
     def neutral(self, layer: int) -> Tensor:
         """Neutral activations at a layer, (n, d); row i belongs to row i of `positive`."""
         if "neutral" not in self._index:
-            raise ValueError(
-                f"{self.path} has no neutral activations (tokens={self.tokens!r}): "
-                "collect again with tokens='last' and neutral='auto'"
+            raise ArgumentError(
+                *(
+                    f"{self.path} has no neutral activations (",
+                    Argument("tokens", self.tokens),
+                    "): collect again with ",
+                ),
+                *(Argument("tokens", "last"), " and ", Argument("neutral", "auto")),
             )
         return self._rows(layer, self._index["neutral"])
 
@@ -156,8 +159,9 @@ class ActivationStore:
 
     def _require_answer_tokens(self) -> None:
         if self.tokens != "answer":
-            raise ValueError(
-                f"{self.path} holds one row an answer (tokens={self.tokens!r}): collect with tokens='answer'"
+            raise ArgumentError(
+                *(f"{self.path} holds one row an answer (", Argument("tokens", self.tokens), "): collect with "),
+                Argument("tokens", "answer"),
             )
 
     def gather(self, rows: Tensor, layers: Iterable[int]) -> Tensor:
@@ -199,11 +203,12 @@ class ActivationStore:
                 self._files[number] = safe_open(file, framework="pt")
             tensor = self._files[number].get_tensor(f"{self.site}.{layer}")
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} cannot be read ({error}): {AGAIN}") from error
+            raise ArgumentError(f"{file} cannot be read ({error}): ", *AGAIN) from error
         if tensor.shape != (shard["rows"], self.hidden_size) or tensor.dtype != self._dtype:
-            raise ValueError(
+            raise ArgumentError(
                 f"{file} is damaged: layer {layer} is {tuple(tensor.shape)} {tensor.dtype} there, by the manifest "
-                f"{(shard['rows'], self.hidden_size)} {self._dtype}; {AGAIN}"
+                f"{(shard['rows'], self.hidden_size)} {self._dtype}; ",
+                *AGAIN,
             )
         return tensor
 
@@ -244,54 +249,9 @@ class ActivationStore:
         Raises:
             ValueError: layers, shapes or dtypes differ, an unknown name, or a folder that is not empty.
         """
-        from .writer import StoreWriter, locked
-
-        check_choice("site", site, get_args(Site))
-        check_choice("tokens", tokens, ROW_TOKENS)
-        layers = normalise_layers(list(positive))
-        if not set(layers) == set(negative) == set(neutral):
-            raise ValueError(
-                "positive, negative and neutral must have the same layers, got "
-                f"{layers}, {list(negative)} and {list(neutral)}"
-            )
-        shape, dtype = positive[layers[0]].shape, positive[layers[0]].dtype
-        for name, tensors in (("positive", positive), ("negative", negative), ("neutral", neutral)):
-            for layer, tensor in tensors.items():
-                if not isinstance(tensor, Tensor):
-                    raise ValueError(f"every value must be a tensor, got {name}[{layer}] of {type(tensor).__name__}")
-                if tensor.dim() != 2 or tensor.shape != shape:
-                    raise ValueError(
-                        f"every tensor must be (demonstrations, hidden size) = {tuple(shape)}, "
-                        f"got {name}[{layer}] of shape {tuple(tensor.shape)}"
-                    )
-                if not tensor.is_floating_point() or tensor.dtype != dtype:
-                    raise ValueError(
-                        f"every tensor must be of one floating dtype, got {name}[{layer}] of {tensor.dtype} "
-                        f"and positive[{layers[0]}] of {dtype}"
-                    )
-        n, d = shape
-        rows = torch.arange(3 * n).view(3, n)
-        settings = {
-            "sites": [site],
-            "tokens": tokens,
-            "hidden_size": d,
-            "modules": {site: {str(layer): (modules or {}).get(layer) for layer in layers}},
-            "dtype": dtype_name(dtype),
-            "model": None,
-            "revision": None,
-            "fingerprint": None,
-            "active_adapters": [],
-        }
-        index = {"positive": rows[0], "negative": rows[1], "neutral": rows[2], "question": torch.arange(n)}
-        path = Path(path)
-        with locked(path):
-            if any(not file.name.startswith(".") for file in path.iterdir()):
-                raise ValueError(f"{path} is not empty: choose another folder")
-            writer = StoreWriter(path, settings)
-            writer.begin()
-            writer.write_index(index)
-            writer.add({f"{site}.{i}": torch.cat((positive[i], negative[i], neutral[i])) for i in layers})
-            return writer.finish()
+        path, sets = Path(path), {"positive": positive, "negative": negative, "neutral": neutral}
+        write_row_store(path, sets, site=site, tokens=tokens, modules=modules)
+        return cls(path)
 
 
 # What functions take for a store: it or its folder.
@@ -303,9 +263,9 @@ def open_pairs(store: Store) -> ActivationStore:
     if not isinstance(store, ActivationStore):
         store = ActivationStore(store)
     if store.tokens != "answer":
-        raise ValueError(
-            f"{store.path} holds one row an answer (tokens={store.tokens!r}): collect with site='block' and "
-            "tokens='answer' for HPR"
+        raise ArgumentError(
+            *(f"{store.path} holds one row an answer (", Argument("tokens", store.tokens), "): collect with "),
+            *(Argument("site", "block"), " and ", Argument("tokens", "answer"), " for HPR"),
         )
     if len(store) == 0:
         raise ValueError(f"{store.path} holds no token pair: no two answers differ in a token that both have")

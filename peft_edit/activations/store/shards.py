@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -17,8 +18,28 @@ from .format import memory
 from .layout import StoreShape
 
 
+@dataclass(frozen=True)
+class Shard:
+    """A part of a store that is written, and lost, as a whole.
+
+    Attributes:
+        number: its place among the shards.
+        rows: how many it holds.
+        sequences: that these rows come from.
+    """
+
+    number: int
+    rows: int
+    sequences: int
+
+    @property
+    def file(self) -> str:
+        """Name of its file."""
+        return f"shard-{self.number:05d}.safetensors"
+
+
 class ShardFile:
-    """Writes one shard: `write` rows in any order, then `finish`. As a context manager it leaves nothing half-written.
+    """Writes one shard: `write` rows in any order, then `publish`. As a context manager it leaves nothing half-written.
 
     Args:
         path: of the finished shard; until then it has a hidden name.
@@ -56,10 +77,12 @@ class ShardFile:
             written = os.pwrite(self._file, data, place)
             data, place = data[written:], place + written
 
-    def finish(self) -> None:
-        """Write the header, sync, and give the file its name."""
-        os.pwrite(self._file, self.shape.header(self.rows, _tensors_digest(self._temporary, self.start)), 0)
+    def publish(self) -> str:
+        """Write the header, sync, and give the file its name; returns the checksum of its tensors."""
+        digest = _tensors_digest(self._temporary, self.start)
+        os.pwrite(self._file, self.shape.header(self.rows, digest), 0)
         publish(self._temporary, self.path)
+        return digest
 
     def __exit__(self, kind: type | None, *error: object) -> None:
         os.close(self._file)
