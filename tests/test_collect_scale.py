@@ -27,8 +27,8 @@ from peft_edit import ActivationStore, HPRConfig, SEAConfig, collect_activations
 from peft_edit.activations import batches as schedule
 from peft_edit.activations import collect as collecting
 from peft_edit.activations import neutral as generating
-from peft_edit.activations.store import ShardFile, StoreShape, begin, locked, read_index, shards
-from peft_edit.activations.store import index as index_file
+from peft_edit.activations.store import ShardFile, StoreShape, begin, is_whole, locked, read_index, shards
+from peft_edit.activations.store.index import write_tensors
 from peft_edit.models.run import cache_name, can_share_prompts, prompt_cache, select_rows
 
 
@@ -479,16 +479,16 @@ def test_a_shard_is_what_safetensors_writes(tmp_path, dtype, rows):
 
 def test_a_change_of_any_byte_of_an_index_is_noticed(tmp_path):
     file = tmp_path / "index.safetensors"
-    index_file.write_tensors(file, {"question": torch.arange(3), "token_ids": torch.arange(5, dtype=torch.int32)})
+    write_tensors(file, {"question": torch.arange(3), "token_ids": torch.arange(5, dtype=torch.int32)})
     content = bytearray(file.read_bytes())
-    assert index_file.is_whole(file) and not index_file.is_whole(tmp_path / "none")
+    assert is_whole(file) and not is_whole(tmp_path / "none")
     for place in range(len(content)):
         content[place] ^= 1
         file.write_bytes(content)
-        assert not index_file.is_whole(file), place
+        assert not is_whole(file), place
         content[place] ^= 1
     file.write_bytes(content[:-1])
-    assert not index_file.is_whole(file)
+    assert not is_whole(file)
 
 
 def test_a_shard_that_fails_leaves_nothing(tmp_path):

@@ -19,8 +19,7 @@ from transformers.cache_utils import Cache
 from ..models.run import cache_name, input_device, pad, prompt_cache, select_rows
 from ..processes import Processes
 from .recorder import Recorder
-from .store.index import is_whole, read_index, read_token_ids
-from .store.layout import INDEX, StoreShape
+from .store.layout import INDEX, StoreShape, is_whole, read_index, read_token_ids
 from .store.shards import Shard
 
 

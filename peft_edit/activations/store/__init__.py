@@ -10,7 +10,7 @@ and checked by itself.
 """
 
 from .folder import begin, locked
-from .index import is_whole, read_index, read_token_ids, write_index
+from .index import write_index
 from .layout import (
     FORMAT_VERSION,
     INDEX,
@@ -18,8 +18,11 @@ from .layout import (
     ROW_TOKENS,
     StoreShape,
     check_folder,
+    is_whole,
+    read_index,
     read_manifest,
     read_metadata,
+    read_token_ids,
 )
 from .reader import ActivationStore, Store, open_pairs
 from .shards import Shard, ShardFile, has_size

@@ -1,18 +1,22 @@
-"""Files of a store and what stands in its meta.json."""
+"""Files of a store, and what stands in its meta.json and its index."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ... import files
-from ...arguments import Argument
+from ...arguments import Argument, ArgumentError
 from ...models.dtypes import FLOATING, dtype_name
 from .disk import reporting_full_disk
 from .format import UNKNOWN_DIGEST, header
@@ -86,6 +90,45 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 def _damaged(file: Path, what: str) -> ValueError:
     return ValueError(f"{file} is damaged ({what}): collect again into another folder")
+
+
+def read_index(path: Path, names: Iterable[str] | None = None, *, without: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Tensors of a store's index.safetensors, memory-mapped; of `names` those that are there, None for all."""
+    with _open_index(path) as tensors:
+        found = tensors.keys()
+        wanted = found if names is None else [name for name in names if name in found]
+        return {name: tensors.get_tensor(name) for name in wanted if name not in without}
+
+
+def read_token_ids(path: Path, start: int, stop: int) -> Tensor:
+    """Part of the token ids in a store's index, (stop - start,) int32, of which nothing stays mapped."""
+    with _open_index(path) as tensors:
+        return tensors.get_slice("token_ids")[start:stop].clone()
+
+
+@contextmanager
+def _open_index(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path / INDEX, framework="pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise ArgumentError(f"{path / INDEX} cannot be read ({error}): ", *AGAIN) from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and as `write_index` wrote it, in every byte."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        size = file.read(8)
+        # A damaged length may be anything.
+        first = size + file.read(min(int.from_bytes(size, "little"), path.stat().st_size))
+        found = re.search(rb'"sha256":"([0-9a-f]{64})"', first)
+        if found is None:
+            return False
+        unknown = first[: found.start(1)] + UNKNOWN_DIGEST.encode() + first[found.end(1) :]
+        digest = hashlib.file_digest(file, lambda: hashlib.sha256(unknown))
+        return digest.hexdigest().encode() == found[1]
 
 
 def check_folder(path: Path) -> None:

@@ -13,8 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...arguments import Argument, ArgumentError
-from .index import is_whole, read_index
-from .layout import AGAIN, INDEX, StoreShape, read_metadata
+from .layout import AGAIN, INDEX, StoreShape, is_whole, read_index, read_metadata
 from .shards import shard_digest
 from .tensors import write_row_store
 
