@@ -25,7 +25,7 @@ ALLOWED = {
     "processes": set(),
     "version": set(),
     "models": set(),
-    "data": set(),
+    "data": {"arguments"},
     "tuners": {"adapters", "files", "models"},
     "activations": {"activations/store", "arguments", "files", "data", "models", "processes", "tuners"},
     "activations/store": {"arguments", "files", "models"},
