@@ -25,7 +25,8 @@ from transformers.utils import CHAT_TEMPLATE_DIR
 
 from .adapters.read import check_local, load_adapter, load_adapter_config, load_structure
 from .files import check_free, growing_folder, publish, sync
-from .models.checkpoint import DTYPES, Checkpoint, Source, axis_in_source, find_sources
+from .models.checkpoint import Checkpoint, Source, axis_in_source, find_sources
+from .models.dtypes import FLOATING
 from .tuners.layer import EditLayer, edit_layers
 from .tuners.method import method_of, names
 from .version import __version__
@@ -221,7 +222,7 @@ def _edits(
             )
         for source in found:
             stored = checkpoint.tensors[source.key]
-            if stored.dtype not in DTYPES:
+            if stored.dtype not in FLOATING:
                 raise ValueError(
                     f"{source.key} of {checkpoint.path} is quantised ({stored.dtype}): merge into the checkpoint that "
                     "it was made from"
@@ -232,7 +233,7 @@ def _edits(
                     f"{source.key} of {checkpoint.path} has shape {stored.shape}, {name} of the model {shape}: it is "
                     "of another model than its config.json, or in a form that cannot be merged into"
                 )
-            whole = Edit(stored.start, stored.end, DTYPES[stored.dtype], stored.shape, axis, layer)
+            whole = Edit(stored.start, stored.end, FLOATING[stored.dtype], stored.shape, axis, layer)
             edits[source.key] = _split(whole) if output.stacked and not of_experts else [whole]
     return edits
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from .prompts import Message, join_messages
+from .contexts import Message, join_messages
 from .reading import FILE_TYPES, Request, columns_of, describe, load_hub, read_file, refuse, require_columns
 from .rows import CONTRAST_FEATURES, conversation, kind
 

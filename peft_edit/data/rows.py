@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Features, List, Value
 
-from .prompts import Message
+from .contexts import Message
 
 
 logger = logging.getLogger(__name__)

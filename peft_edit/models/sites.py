@@ -18,6 +18,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
+# What of a decoder block is edited or collected: the output of its MLP's output projection, or its own.
+Site = Literal["mlp", "block"]
 LayerIndices = int | Iterable[int] | None
 Site = Literal["mlp", "block"]
 
