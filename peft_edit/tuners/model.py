@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..arguments import Argument, ArgumentError
 from .layer import BlockEditLayer, edit_layers
 
 
@@ -69,7 +70,9 @@ class EditModel(BaseTuner):
             yield
             return
         if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
-            raise ValueError(f"adapter_names must be a list of strings, one for each input, got {adapter_names!r}")
+            raise ArgumentError(
+                Argument("adapter_names"), f" must be a list of strings, one for each input, got {adapter_names!r}"
+            )
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}

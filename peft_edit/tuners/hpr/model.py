@@ -6,6 +6,7 @@ import torch
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from ...arguments import Argument, ArgumentError
 from ...models.sites import describe_sites, find_sites, layer_index, matches, text_config
 from ..layer import check_not_on_disk
 from ..model import EditModel
@@ -56,8 +57,9 @@ class HPRModel(EditModel):
             sites = find_sites(model, "block", layers=peft_config.layers_to_transform)
             outside = set(peft_config.selected_layers or ()) - set(sites)
             if outside:
-                raise ValueError(
-                    f"selected_layers {sorted(outside)} are not among the blocks {sorted(sites)} of the model"
+                raise ArgumentError(
+                    Argument("selected_layers"),
+                    f" {sorted(outside)} are not among the blocks {sorted(sites)} of the model",
                 )
             peft_config.target_modules = describe_sites(sites.values())
 

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ...adapters.card import with_marker
 from ...adapters.match import find_config
 from ...adapters.save import adapter_folder, check_adapter_folder
+from ...arguments import Argument, ArgumentError, Note, parts_of
 from ...models.sites import layer_index, target_modules, unwrap
 from . import SEAConfig, SEALayer, SEALinear
 from .subspaces import change, low_rank
@@ -102,7 +103,9 @@ def sea_to_lora(
     out_dir = Path(out_dir)
     check_folder(out_dir)
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank must be an integer of at least 1, or None for the exact one, got {rank!r}")
+        raise ArgumentError(
+            Argument("rank"), f" must be an integer of at least 1, or None for the exact one, got {rank!r}"
+        )
     adapter_name, config = find_config(model, adapter_name, PeftConfig)
     check_exportable(config)
     layers = [m for m in model.modules() if isinstance(m, SEALayer) and m.is_fitted(adapter_name)]
@@ -151,20 +154,27 @@ def check_exportable(config: PeftConfig) -> None:
         raise ValueError(f"only SEA adapters can be exported as LoRA, got one of {method}{why and f', which {why}'}")
     reason = None
     if not config.is_linear:
-        reason = f"its feature map {config.feature_map!r} is not linear; fit with feature_map=None"
+        reason = (f"its feature map {config.feature_map!r} is not linear; fit with ", Argument("feature_map", None))
     elif config.site == "block":
-        reason = "it edits the outputs of decoder blocks, which are no linear layers; fit with site='mlp'"
+        reason = (
+            "it edits the outputs of decoder blocks, which are no linear layers; fit with ",
+            Argument("site", "mlp"),
+        )
     elif config.rescale == "average":
-        reason = "rescale='average' halves activations, which is no low-rank update; merge it, or use rescale='none'"
+        reason = (
+            "rescale='average' halves activations, which is no low-rank update; merge it, or use ",
+            Argument("rescale", "none"),
+        )
     elif config.projections == "positive":
         reason = (
-            "projections='positive' removes all but the kept directions, which is no low-rank update; merge it, or use "
-            "projections='both'"
+            "projections='positive' removes all but the kept directions, which is no low-rank update; merge it, or "
+            "use ",
+            Argument("projections", "both"),
         )
     elif config.modules_to_save:
-        reason = f"its modules_to_save {config.modules_to_save} are no part of a LoRA update; merge it"
+        reason = (f"its modules_to_save {config.modules_to_save} are no part of a LoRA update; merge it",)
     if reason:
-        raise ValueError(f"this SEA adapter cannot be exported as LoRA: {reason}")
+        raise ArgumentError("this SEA adapter cannot be exported as LoRA: ", *reason)
 
 
 def check_folder(path: Path) -> None:
@@ -185,7 +195,7 @@ def _check_layer(layer: SEALayer, adapter_name: str) -> None:
     try:
         layer.check_mergeable(adapter_name)  # the conditions of merging are those of exporting
     except ValueError as error:
-        raise ValueError(f"cannot export as LoRA: {error}") from error
+        raise ArgumentError("cannot export as LoRA: ", *parts_of(error)) from error
 
 
 def _export_site(
@@ -258,10 +268,12 @@ def _lora_config(model: nn.Module, config: SEAConfig, export: LoRAExport) -> Lor
 def _notes(config: SEAConfig, sites: list[SiteExport], rank: int | None, bias: bool) -> list[str]:
     notes = []
     if config.rescale != "none":
+        error = f"relative error {_spread(sites, 'rescale_error')}, measured on the fit's neutral demonstrations"
         notes.append(
-            f"the export leaves out the edit's rescale={config.rescale!r}: relative error "
-            f"{_spread(sites, 'rescale_error')}, measured on the fit's neutral demonstrations; rescale='none' exports "
-            "exactly"
+            Note(
+                f"the export leaves out the edit's rescale={config.rescale!r}: {error}; ",
+                *(Argument("rescale", "none"), " exports exactly"),
+            )
         )
     if any(site.rank < site.exact_rank for site in sites):
         exact = max(site.exact_rank for site in sites)

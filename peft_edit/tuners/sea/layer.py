@@ -10,6 +10,7 @@ from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ...arguments import Argument, ArgumentError
 from ...models.sites import out_features
 from ..layer import BlockEditLayer, EditLayer
 from .config import SEAConfig
@@ -188,9 +189,10 @@ class SEALayer(EditLayer):
         """Raise ValueError, with the reason, for a fitted adapter that cannot be merged at this site."""
         config = self.sea_config[adapter_name]
         if not config.is_linear:
-            raise ValueError(
+            raise ArgumentError(
                 f"adapter {adapter_name!r} cannot be merged: its feature map {config.feature_map!r} is not linear; "
-                "keep it as an adapter or fit with feature_map=None"
+                "keep it as an adapter or fit with ",
+                Argument("feature_map", None),
             )
         if self.in_edit_strength:
             raise ValueError(
@@ -360,9 +362,10 @@ class SEABlock(nn.Module, SEALayer, BlockEditLayer):
         if not self.is_fitted(adapter_name):
             return
         if self.sea_config[adapter_name].site == "block":
-            raise ValueError(
+            raise ArgumentError(
                 f"adapter {adapter_name!r} cannot be merged: it edits the output of {self.site}, which is no linear "
-                "layer; keep it as an adapter or fit with site='mlp'"
+                "layer; keep it as an adapter or fit with ",
+                Argument("site", "mlp"),
             )
         super().check_mergeable(adapter_name)
         block = self.get_base_layer()

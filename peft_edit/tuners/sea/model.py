@@ -8,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ...arguments import Argument, ArgumentError, Note
 from ...models.sites import find_sites, is_linear, layer_index, matches, target_modules, text_config
 from ..layer import check_not_on_disk
 from ..model import EditModel
@@ -62,9 +63,11 @@ class SEAModel(EditModel):
             found = {layer_index(name) for name in named if matches(name, peft_config.target_modules)}
             # Where nothing matches at all, PEFT says so.
             if (missing := sorted(set(layers) - found)) and found & set(layers):
-                raise ValueError(
-                    f"target_modules={peft_config.target_modules!r} match nothing in layers {missing} of "
-                    f"layers_to_transform={layers}: pass layers of {sorted(found - {None})}"
+                raise ArgumentError(
+                    Argument("target_modules", peft_config.target_modules),
+                    f" match nothing in layers {missing} of ",
+                    Argument("layers_to_transform", layers),
+                    f": pass layers of {sorted(found - {None})}",
                 )
 
     @staticmethod
@@ -159,9 +162,10 @@ class SEAModel(EditModel):
             if errors:
                 worst = max(errors, key=errors.get)
                 mean = sum(errors.values()) / len(errors)
-                warnings.warn(
+                note = Note(
                     f"Merging adapter {name!r} replaces its rescale='token' by the mean rescale of each site: relative "
                     f"error {mean:.3f} on average, {errors[worst]:.3f} at {worst}, measured on the fit's neutral "
-                    "demonstrations. rescale='none' and 'mean' merge exactly.",
-                    stacklevel=stacklevel,
+                    "demonstrations. ",
+                    *(Argument("rescale", "none"), " and 'mean' merge exactly."),
                 )
+                warnings.warn(note, stacklevel=stacklevel)
