@@ -57,7 +57,7 @@ def main() -> None:
     # PEFT reads an attribute that Transformers 5 deprecates; users cannot do anything about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
-        status = application()(sys.argv[1:] or ["--help"], standalone_mode=False)
+        status = application()(sys.argv[1:] or ["--help"], prog_name="peft-edit", standalone_mode=False)
     except UsageError as error:
         program = error.ctx.command_path if error.ctx is not None else "peft-edit"
         _fail(f"{error.format_message().rstrip('.')}: see {program} --help")

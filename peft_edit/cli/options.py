@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from functools import reduce
 from inspect import Parameter, Signature, signature
-from pathlib import Path
 from operator import or_
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -217,7 +217,6 @@ def command(function: Callable, elsewhere: Sequence[Option] = ()) -> Callable:
     ]
     run.__signature__ = Signature(parameters)
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    run.options = options
     return run
 
 

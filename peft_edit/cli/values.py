@@ -80,8 +80,8 @@ def to_json(value: Any, hint: Any, metadata: Mapping[str, Any] | None = None) ->
 
 def shown_type(hint: Any, metadata: Mapping[str, Any]) -> str:
     """What `--help` shows after an option: the kind of value."""
-    kinds = {int: "integer", float: "number", Path: "path", "repeated": "path", "layers": "layers", "texts": "text,..."}
-    return kinds.get(kind_of(hint, metadata), "text")
+    kinds = {int: "int", float: "float", Path: "path", "repeated": "path", "layers": "layers", "texts": "str,..."}
+    return kinds.get(kind_of(hint, metadata), "str")
 
 
 def help_of(hint: Any, metadata: Mapping[str, Any]) -> str:
