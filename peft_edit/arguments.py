@@ -6,8 +6,9 @@ import dataclasses
 import difflib
 import inspect
 import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache, wraps
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -32,6 +33,11 @@ class Argument:
         return f"{self.name}={self.value!r}" if self.has_value else self.name
 
 
+def spelt(parts: tuple[str | Argument, ...], spell: Callable[[Argument], str] = str) -> str:
+    """A message of text and arguments, each argument spelt by a function: by default as a call in Python has it."""
+    return "".join(spell(part) if isinstance(part, Argument) else part for part in parts)
+
+
 class ArgumentError(ValueError):
     """A value that an argument cannot have, or that does not go with others.
 
@@ -41,7 +47,7 @@ class ArgumentError(ValueError):
     """
 
     def __init__(self, *parts: str | Argument):
-        super().__init__("".join(map(str, parts)))
+        super().__init__(spelt(parts))
         self.parts = parts
 
     def __reduce__(self):  # processes send it to each other
@@ -49,7 +55,23 @@ class ArgumentError(ValueError):
 
     def message(self, spell: Callable[[Argument], str]) -> str:
         """The message with each argument spelt by a function."""
-        return "".join(spell(part) if isinstance(part, Argument) else part for part in self.parts)
+        return spelt(self.parts, spell)
+
+
+class Note(str):
+    """Text for people that names arguments, which the command line spells its own way, as it does in an error."""
+
+    def __new__(cls, *parts: str | Argument):
+        note = super().__new__(cls, spelt(parts))
+        note.parts = parts
+        return note
+
+    def __getnewargs__(self):
+        return self.parts
+
+    def message(self, spell: Callable[[Argument], str]) -> str:
+        """The text with each argument spelt by a function."""
+        return spelt(self.parts, spell)
 
 
 def parts_of(error: BaseException) -> tuple[str | Argument, ...]:
@@ -158,3 +180,20 @@ def _is_number(value: Any, kinds: set[type], metadata: Mapping[str, Any]) -> boo
         return False
     within = metadata.get("minimum", float("-inf")) <= value <= metadata.get("maximum", float("inf"))
     return within and abs(value) < float("inf") and value > metadata.get("above", float("-inf"))
+
+
+@contextmanager
+def renamed(**names: str) -> Iterator[None]:
+    """Let errors inside the `with` block carry other names of arguments: those of the caller.
+
+    Args:
+        names: of the function that is called, to the caller's.
+    """
+    try:
+        yield
+    except ArgumentError as error:
+        parts = (
+            replace(part, name=names.get(part.name, part.name)) if isinstance(part, Argument) else part
+            for part in error.parts
+        )
+        raise ArgumentError(*parts) from error

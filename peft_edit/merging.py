@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from .adapters.read import check_local, load_adapter, load_adapter_config, load_structure
+from .arguments import Argument, ArgumentError
 from .files import check_free, growing_folder, publish, sync
 from .models.checkpoint import Checkpoint, Source, axis_in_source, find_sources
 from .models.dtypes import FLOATING
@@ -167,9 +168,12 @@ def _device(name: str) -> torch.device:
         if device.type != "cuda":
             torch.zeros(1, device=device).cpu()  # of this build of PyTorch, and with data, which meta has not
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be auto, cpu, cuda, cuda:1, ..., got {name!r}") from error
+        raise ArgumentError(Argument("device"), f" must be auto, cpu, cuda, cuda:1, ..., got {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {name!r} and this machine has {torch.cuda.device_count()} CUDA devices: pass cpu")
+        raise ArgumentError(
+            Argument("device"),
+            f" is {name!r} and this machine has {torch.cuda.device_count()} CUDA devices: pass cpu",
+        )
     return device
 
 

@@ -109,11 +109,19 @@ def test_command_line_snippet_runs(tmp_path, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def demonstration(tmp_path_factory):
     """Folder in which `peft-edit demo --json results.json` was run; what it printed, and its progress."""
-    from peft_edit.cli.demo import demo
+    from peft_edit.cli import main
 
     folder, printed, progress = tmp_path_factory.mktemp("demonstration"), io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress):
-        demo(out=folder / "peft-edit-demo", json_file=folder / "results.json")
+    arguments = ["demo", "--out", str(folder / "peft-edit-demo"), "--json", str(folder / "results.json")]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(progress),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        patch.setattr(sys, "argv", ["peft-edit", *arguments])
+        main()
+    assert stopped.value.code == 0
     return folder, printed.getvalue(), progress.getvalue()
 
 

@@ -60,7 +60,8 @@ class CollectArguments:
     )
     layers: LayerIndices = field(default=None, metadata={"help": "Decoder blocks, such as 0-3,7. Default: all."})
     tokens: Literal[RowTokens, "answer"] = field(
-        default="last", metadata={"help": "Tokens of an answer: last, mean, random (SEA) or answer (HPR)."}
+        default="last",
+        metadata={"help": "Tokens kept of an answer: one (last, mean, random) or all (answer)."},
     )
     neutral: Literal["auto", "generated", "prompt", "text"] | None = field(
         default="auto", metadata={"help": "Where the neutral activation is taken."}

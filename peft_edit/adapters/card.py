@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from peft import PeftConfig
 
+from ..arguments import Argument, ArgumentError
 from ..files import write_text
 from ..tuners.config import EditConfig
 from ..tuners.method import Method, method_of
@@ -45,7 +46,7 @@ def model_card(config: PeftConfig, *, base_model: str | None = None, results: It
         ValueError: results of another kind, or a base model that can be no id on the Hub.
     """
     if base_model is not None and not is_hub_id(base_model):
-        raise ValueError(f"base_model must be an id on the Hub such as user/model, got {base_model!r}")
+        raise ArgumentError(Argument("base_model"), f" must be an id on the Hub such as user/model, got {base_model!r}")
     name = base_model or config.base_model_name_or_path
     base_id = name if name and is_hub_id(name) else None
     read = [read_results(result) for result in results]

@@ -10,6 +10,7 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from ..arguments import Argument, ArgumentError
 from ..models.fingerprint import fingerprint
 from .hub import download_adapter
 
@@ -54,9 +55,10 @@ def load_adapter(model: PreTrainedModel, adapter: str, allow_fingerprint_mismatc
     of_adapter = getattr(config, "base_model_fingerprint", None)
     of_model = fingerprint(model)
     if not allow_fingerprint_mismatch and None not in (of_adapter, of_model) and of_adapter != of_model:
-        raise ValueError(
+        raise ArgumentError(
             f"{adapter} was fitted on another model (fingerprint {of_adapter}, this model has {of_model}): "
-            "load its base model, or pass allow_fingerprint_mismatch=True"
+            "load its base model, or pass ",
+            Argument("allow_fingerprint_mismatch", True),
         )
     try:
         weights = load_peft_weights(folder, device="cpu")

@@ -15,7 +15,7 @@ from .card import README, has_own_readme
 
 
 def check_adapter_folder(path: Path, method: str, *others: str) -> None:
-    """Raise ValueError unless nothing is at `path`, or an empty folder, or an adapter of a method ("SEA", "HPR"), or a
+    """Raise ValueError unless nothing is at `path`, or an empty folder, or an adapter of a method, or a
     folder with one of the files `others`."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: choose a folder for the adapter")
