@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 T = TypeVar("T")
 
-_NOT_GIVEN = object()
+_NOT_GIVEN = inspect.Parameter.empty  # the same in every process
 
 
 @dataclass(frozen=True)
