@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from test_architecture import PACKAGE, imports
-from test_collect import TOKENIZER, contrast, without_neutral
+from test_collect import QUESTIONS, TOKENIZER, contrast, without_neutral
 
 import peft_edit.activations
 from peft_edit import ActivationStore, collect_activations
+from peft_edit.activations import collect as collecting
 from peft_edit.activations.arguments import CollectArguments
 from peft_edit.arguments import ArgumentError
 
@@ -150,3 +151,19 @@ def test_another_store_is_said_in_arguments(tmp_path, llama):
     assert caught.value.message("<{}>".format) == (
         f"{path} holds one row an answer (<tokens='last'>): collect with <tokens='answer'>"
     )
+
+
+def test_a_store_that_is_replaced_by_another_run_in_between_is_said(tmp_path, llama, monkeypatch):
+    collect_activations(llama, TOKENIZER, contrast(), tmp_path, neutral="prompt")
+    (tmp_path / "shard-00000.safetensors").unlink()
+    locked = collecting.locked
+
+    def late(path):
+        (path / "index.safetensors").unlink()
+        return locked(path)
+
+    monkeypatch.setattr(collecting, "locked", late)
+    with pytest.raises(ValueError, match=r"another run has replaced what was in .*: run the same again"):
+        collect_activations(llama, TOKENIZER, contrast(), tmp_path, neutral="prompt")
+    monkeypatch.undo()
+    assert len(collect_activations(llama, TOKENIZER, contrast(), tmp_path, neutral="prompt")) == len(QUESTIONS)
