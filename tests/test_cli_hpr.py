@@ -668,7 +668,7 @@ def test_messages_do_not_advise_python(stores, sea, run, tmp_path):
 
 # What torchrun does, but the imports, which take longest, are of all processes. Each rank writes to files of its own.
 LAUNCHER = """
-import os, sys, torch, peft_edit.cli, peft_edit.training
+import os, sys, torch, peft_edit.cli
 outputs, sys.argv = sys.argv[1], ["peft-edit", *sys.argv[2:]]
 running = []
 for rank in "01":
