@@ -23,11 +23,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers.utils import CHAT_TEMPLATE_DIR
 
-from .adapters.read import check_local, load_adapter, load_adapter_config, load_structure
+from .adapters.read import load_adapter, load_adapter_config
 from .arguments import Argument, ArgumentError
 from .files import check_free, growing_folder, publish, sync
 from .models.checkpoint import Checkpoint, Source, axis_in_source, find_sources
 from .models.dtypes import FLOATING
+from .models.load import check_local, load_structure
 from .tuners.layer import EditLayer, edit_layers
 from .tuners.method import method_of, names
 from .version import __version__

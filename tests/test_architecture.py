@@ -31,7 +31,7 @@ ALLOWED = {
     "tuners": {"arguments", "files", "models"},
     "activations": {"activations/store", "arguments", "data", "files", "models", "processes", "tuners"},
     "activations/store": {"arguments", "files", "models"},
-    "adapters": {"activations/store", "files", "models", "tuners"},
+    "adapters": {"activations/store", "data", "files", "models", "tuners"},
     "merging": {"adapters", "files", "models", "tuners", "version"},
     "evaluation": {"data", "models", "tuners"},
     "demo": {"activations", "adapters", "data", "evaluation", "files", "tuners"},

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIP
 from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
 
 from peft_edit import HPRConfig, SEAConfig, cli, fingerprint, merge_checkpoint, merging
-from peft_edit.adapters.read import load_structure
 from peft_edit.models.checkpoint import Source, axis_in_source
+from peft_edit.models.load import load_structure
 
 
 INDEX = "model.safetensors.index.json"

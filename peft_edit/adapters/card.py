@@ -16,10 +16,11 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from peft import PeftConfig
 
 from ..arguments import Argument, ArgumentError
+from ..data.names import data_id, is_hub_id
 from ..files import write_text
 from ..tuners.config import EditConfig
 from ..tuners.method import Method, method_of
-from .card_results import Results, data_id, eval_results_of, is_hub_id, read_results, tables_of
+from .card_results import Results, eval_results_of, read_results, tables_of
 
 
 README = "README.md"

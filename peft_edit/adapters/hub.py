@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
@@ -16,11 +16,13 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..data.names import is_hub_id
 from ..tuners.config import EditConfig
 from ..tuners.method import names
 from .card import README, for_repository, has_own_readme, index_card, is_generated, model_card
-from .card_results import Results, is_hub_id
+from .card_results import Results
 from .hub_errors import plain_errors
+from .read import read_config
 
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         if base_model is not None or results:
-            card = model_card(read_config(Path(folder)), base_model=base_model, results=results)
+            card = model_card(read_edit_config(Path(folder)), base_model=base_model, results=results)
             card.save(Path(folder) / README)
         return push_folder(
             folder,
@@ -170,25 +172,7 @@ def push_checkpoint(folder: Path, repo_id: str, *, private: bool = False) -> str
         ).commit_url
 
 
-def download_adapter(repo_id: str, revision: str | None = None) -> Path:
-    """The folder in the Hub's cache with an adapter's configuration and tensors, both of one commit, downloaded unless
-    they are there.
-
-    Args:
-        repo_id: "user/name".
-        revision: branch, tag or commit; None for main.
-
-    Raises:
-        FileNotFoundError: no such repository or revision, or one without an adapter.
-        PermissionError, ConnectionError, OSError: as for `push_folder`.
-    """
-    with plain_errors(f"{repo_id} cannot be loaded", repo_id, revision):
-        folder = Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision)).parent
-        hf_hub_download(repo_id, SAFETENSORS_WEIGHTS_NAME, revision=folder.name)
-    return folder
-
-
-def read_config(folder: Path) -> EditConfig:
+def read_edit_config(folder: Path) -> EditConfig:
     """The configuration of the adapter in a folder, one that edits.
 
     Raises:
@@ -209,14 +193,8 @@ def _read_adapters(folder: Path) -> dict[str, PeftConfig]:
     for place in places:
         if not (place / CONFIG_NAME).exists():
             continue
-        try:
-            config = PeftConfig.from_pretrained(str(place))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{place / CONFIG_NAME} is none that PEFT or peft_edit reads: {error}") from error
-        if config.peft_type is None:
-            raise ValueError(f"{place / CONFIG_NAME} has no peft_type: save the adapter again")
+        configs["" if place == folder else place.name] = read_config(place)
         _check_weights(place)
-        configs["" if place == folder else place.name] = config
     if not configs:
         raise ValueError(f"{folder} holds no adapter (no {CONFIG_NAME}): pass the folder that was saved")
     return configs

@@ -12,11 +12,11 @@ from torch import nn
 
 from ..activations.store import ActivationStore
 from ..arguments import Argument, ArgumentError
+from ..data.names import data_name
 from ..models.fingerprint import fingerprint
 from ..models.sites import layer_index
 from ..tuners.layer import EditLayer, edit_layers
 from ..tuners.method import methods
-from .card_results import data_name
 
 
 logger = logging.getLogger(__name__)

@@ -109,7 +109,7 @@ def load_model(options: LoadedModelOptions):
     import torch
     from transformers import AutoTokenizer
 
-    from ..adapters.read import auto_class
+    from ..models.load import auto_class
     from ..processes import processes
 
     name, revision, device_map = options.model, options.revision, options.device_map
@@ -132,8 +132,8 @@ def load_model(options: LoadedModelOptions):
 
 
 def load_structure(options: ModelOptions):
-    """The base model on the meta device, see `adapters.read.load_structure`."""
-    from ..adapters.read import load_structure
+    """The base model on the meta device, see `models.load.load_structure`."""
+    from ..models.load import load_structure
 
     return load_structure(options.model, options.revision)
 

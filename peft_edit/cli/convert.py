@@ -31,7 +31,7 @@ def convert(
     Example: peft-edit convert meta-llama/Llama-2-7b-hf projections/truthful sea-truthful --layers 11-31
     """
     from ..adapters import conversion
-    from ..adapters.read import check_local
+    from ..models.load import check_local
 
     check_local(model.model, "config.json")
     if not source.is_dir():

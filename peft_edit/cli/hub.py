@@ -27,7 +27,7 @@ def card(
     from ..adapters import card as cards
     from ..adapters import hub
 
-    config = hub.read_config(folder)
+    config = hub.read_edit_config(folder)
     if not cards.write_card(folder, config, base_model=base_model, results=results or ()):
         raise ValueError(f"{folder / cards.README} is not a generated card: move it away to get one")
     print(f"Card: {folder / cards.README}")

@@ -24,7 +24,7 @@ UNKNOWN = {
     *("Can't answer", "Cannot answer", "Can't be determined", "Cannot be determined"),
 }
 _SEXES = {"woman": "f", "girl": "f", "man": "m", "boy": "m"}
-_REPOSITORY = "oskarvanderwal/bbq"
+REPOSITORY = "oskarvanderwal/bbq"
 _ANSWERS = ("ans0", "ans1", "ans2")
 _COLUMNS = (
     *("category", "context_condition", "question_polarity", "context", "question", *_ANSWERS, "label"),
@@ -36,7 +36,7 @@ def load(request: Request):
     """Records of the category, the context's condition or both that `subset` names, and what makes rows of them."""
     wanted = _wanted(request)
     if request.data_files is None:
-        records, source = read_known_hub(request, _REPOSITORY, "All", "test", local="BBQ/data"), _REPOSITORY
+        records, source = read_known_hub(request, REPOSITORY, "All", "test", local="BBQ/data"), REPOSITORY
     else:
         records, source = read_local(request), describe(request.data_files)
     columns = columns_of(records)

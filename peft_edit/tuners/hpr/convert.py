@@ -9,9 +9,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...adapters.conversion import Conversion, finish, read_json
-from ...adapters.read import load_structure
 from ...adapters.save import check_adapter_folder, save_adapter
 from ...arguments import Argument, Note
+from ...models.load import load_structure
 from ...models.sites import normalise_layers, text_config
 from .config import HPRConfig
 from .layer import HPRLayer

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from ...activations.store import ActivationStore, Store, open_pairs
 from ...adapters.match import check_store, describe_data, find_adapter, replace_config
+from ...adapters.read import read_config
 from ...arguments import Argument, ArgumentError
 from ...files import replaced
 from ...models.sites import layer_index
@@ -371,7 +372,7 @@ def load_checkpoint(
     folder = path / adapter_name if (path / adapter_name / SAFETENSORS_WEIGHTS_NAME).exists() else path
     if not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
         raise ValueError(f"{path} is no checkpoint of HPRTrainer: it has no {SAFETENSORS_WEIGHTS_NAME}")
-    saved = PeftConfig.from_pretrained(str(folder))
+    saved = read_config(folder)
     of_checkpoint = getattr(saved, "base_model_fingerprint", None)
     if None not in (fingerprint, of_checkpoint) and of_checkpoint != fingerprint:
         raise ArgumentError(

@@ -10,9 +10,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...adapters.conversion import Conversion, finish, read_json
-from ...adapters.read import load_structure
 from ...adapters.save import check_adapter_folder, save_adapter
 from ...arguments import Argument, Note, check_choice
+from ...models.load import load_structure
 from ...models.sites import LayerIndices, find_sites, layer_index, normalise_layers, text_config
 from .config import SEAConfig
 from .layer import SEALayer
