@@ -49,7 +49,7 @@ def find_config(model: nn.Module, adapter_name: str | None, config_cls: type[Con
         found = ", ".join(f"{name} ({config.peft_type.value})" for name, config in configs.items()) or "none"
         raise ValueError(
             f"{adapter_name!r} is no {method} adapter of this model (adapters: {found}): "
-            f"pass an adapter of {method}, or add one"
+            f"add one of {method}, or pass another adapter"
         )
     return adapter_name, config
 
