@@ -155,7 +155,9 @@ def test_a_part_of_a_known_data_set_in_a_named_format(run, tmp_path):
     assert "must be one of 'auto', 'chat', 'plain', 'few" in refused(
         run, "evaluate", MODEL, *data, "--prompt-format", "hpr"
     )
-    assert "'v1' has no meaning for a local copy" in refused(run, "evaluate", MODEL, *data, "--data-revision", "v1")
+    assert "--data-revision v1 has no meaning for a local copy" in refused(
+        run, "evaluate", MODEL, *data, "--data-revision", "v1"
+    )
 
 
 def test_real_questions_run_through_all_commands(run, tmp_path):

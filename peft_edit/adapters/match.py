@@ -51,7 +51,7 @@ def find_config(model: nn.Module, adapter_name: str | None, config_cls: type[Con
         method = next((method.short for method in methods().values() if method.config is config_cls), "PEFT")
         raise ValueError(
             f"{adapter_name!r} is no {method} adapter of this model (adapters: {found}): "
-            f"pass an adapter of {method}, or add one"
+            f"add one of {method}, or pass another adapter"
         )
     return adapter_name, config
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from peft import TaskType
+
 from ...arguments import Argument, ArgumentError
 from ...cli import common
 from ...cli.options import Fields, Run
@@ -87,7 +89,7 @@ def train_hpr(
 
     Example: peft-edit train-hpr meta-llama/Llama-2-7b-hf train-store hpr-all --eval-store eval-store
     """
-    from peft import TaskType, get_peft_model
+    from peft import get_peft_model
     from transformers import EarlyStoppingCallback, set_seed
 
     from ...activations.store import open_pairs
@@ -99,19 +101,13 @@ def train_hpr(
     check_adapter_folder(out, "HPR", resuming.UNFINISHED)
     resuming.check_checkpoints(out)
     if patience is not None and eval_store is None:
-        raise ArgumentError(
-            *(Argument("patience"), " needs ", Argument("eval_store")),
-            ": without an evaluation nothing can get better",
-        )
+        needs = (Argument("patience"), " needs ", Argument("eval_store"))
+        raise ArgumentError(*needs, ": without an evaluation nothing can get better")
     opened = open_pairs(store)
     opened_eval = None if eval_store is None else open_pairs(eval_store)
-    layers = adapter.pop("layers_to_transform")
-    config = HPRConfig(
-        task_type=TaskType.CAUSAL_LM, layers_to_transform=opened.layers if layers is None else layers, **adapter
-    )
     arguments = _training_arguments(training, out, opened_eval is not None)
     set_seed(arguments.seed)
-    adapted = get_peft_model(common.load_structure(model), config)
+    adapted = get_peft_model(common.load_structure(model), _config(adapter, opened.layers))
     trainer = HPRTrainer(
         adapted,
         arguments,
@@ -120,9 +116,7 @@ def train_hpr(
         allow_fingerprint_mismatch=allow_fingerprint_mismatch,
         callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
     )
-    settings = {name: value for name, value in run.options.items() if name not in NO_SETTINGS}
-    # A store that was collected again in the same place has other data.
-    settings["data_fingerprint"] = opened.metadata.get("data_fingerprint")
+    settings = _settings(run, opened)
     with arguments.main_process_first():
         checkpoint = resuming.last_checkpoint(out, settings, resume)
         if arguments.should_save:
@@ -138,6 +132,19 @@ def train_hpr(
     resuming.end(out)
     output.write(results)
     _print(trainer, results, len(opened), out)
+
+
+def _config(options: dict[str, Any], of_store: list[int]) -> HPRConfig:
+    layers = options["layers_to_transform"]
+    taken = {"layers_to_transform": of_store if layers is None else layers}
+    return HPRConfig(task_type=TaskType.CAUSAL_LM, **{**options, **taken})
+
+
+def _settings(run: Run, store) -> dict[str, Any]:
+    """All that a training follows from."""
+    settings = {name: value for name, value in run.options.items() if name not in NO_SETTINGS}
+    # A store that was collected again in the same place has other data.
+    return {**settings, "data_fingerprint": store.metadata.get("data_fingerprint")}
 
 
 def _training_arguments(options: dict[str, Any], out: Path, evaluated: bool) -> HPRTrainingArguments:
