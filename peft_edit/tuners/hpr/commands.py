@@ -36,8 +36,6 @@ ADAPTER_FIELDS = Fields(
     changes={
         "layers_to_transform": common.LAYERS,
         "target_modules": common.MODULES,
-        "num_angle_layers": AT_LEAST_1,
-        "angle_hidden_size": AT_LEAST_1,
     },
 )
 TRAINING_FIELDS = Fields(
@@ -95,7 +93,6 @@ def train_hpr(
     from ...activations.store import open_pairs
     from ...adapters.save import check_adapter_folder, save_adapter
     from . import resuming
-    from .config import HPRConfig
     from .train import HPRTrainer
 
     check_adapter_folder(out, "HPR", resuming.UNFINISHED)
