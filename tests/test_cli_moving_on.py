@@ -121,7 +121,7 @@ def test_what_convert_refuses(run, bases, tmp_path):
     assert refused(run, "convert", nothing, sea, out) == f"peft-edit: there is no folder {nothing}"
     assert refused(run, "convert", bases[3], nothing, out) == f"peft-edit: there is no folder {nothing}"
     assert "holds neither uu_positive.pt" in refused(run, "convert", bases[3], bases[3], out)
-    assert "--layers and --rescale are for SEA" in refused(run, "convert", bases[4], hpr, out, "--rescale", "none")
+    assert "--rescale is for SEA" in refused(run, "convert", bases[4], hpr, out, "--rescale", "none")
     assert "got 'mean'" in refused(run, "convert", bases[3], sea, out, "--rescale", "mean")
     assert "--layers must be numbers" in refused(run, "convert", bases[3], sea, out, "--layers", "last")
     assert not out.exists()
