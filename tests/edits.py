@@ -8,9 +8,10 @@ from typing import get_type_hints
 
 import torch
 from peft import get_peft_model
-from tiny import vivid_model
+from tiny import logits, vivid_model
 
 from peft_edit.arguments import choices_of
+from peft_edit.models.sites import find_sites, unwrap
 from peft_edit.tuners.layer import edit_layers
 from peft_edit.tuners.method import methods
 
@@ -69,6 +70,21 @@ def two_adapters(edit, family="llama", first=None, second=None):
 def layers_of(model, adapter="default"):
     """The layers that hold an adapter."""
     return [layer for layer in edit_layers(model) if layer.has_adapter(adapter)]
+
+
+def outputs(model, edit="block", **kwargs):
+    """Block index to the output of an edit's site there as any later forward hook sees it."""
+    seen, handles = {}, []
+    for index, name in find_sites(model, at(edit) if edit in EDITS else edit).items():
+
+        def keep(module, args, out, index=index):  # a copy: Falcon adds the attention's output to the MLP's in place
+            seen[index] = (out[0] if isinstance(out, tuple) else out).clone()
+
+        handles.append(unwrap(model).get_submodule(name).register_forward_hook(keep))
+    logits(model, **kwargs)
+    for handle in handles:
+        handle.remove()
+    return seen
 
 
 def own_parameters(model):
