@@ -5,7 +5,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from edits import EDITS, at, edited_model, merges
 from peft import PeftModel, get_peft_model
-from tiny import agree, base_logits, logits, vivid_model
+from tiny import agree, base_logits, logits, relative, vivid_model
 from transformers import AutoModelForCausalLM
 
 
@@ -31,10 +31,13 @@ def edited(base, edit):
     return get_peft_model(base, EDITS[edit]()).eval()
 
 
-def offloaded(place, folder):
+def offload(model, place, folder):
     device = torch.device("cpu")
-    model = vivid_model()
     return cpu_offload(model, device) if place == "cpu" else disk_offload(model, folder / "weights", device)
+
+
+def offloaded(place, folder):
+    return offload(vivid_model(), place, folder)
 
 
 @every_edit
@@ -47,8 +50,14 @@ def test_an_offloaded_model(tmp_path, edit, place):
     assert torch.equal(logits(loaded), logits(whole))
     with loaded.disable_adapter():
         assert torch.equal(logits(loaded), base_logits())
+    before = PeftModel.from_pretrained(vivid_model(), tmp_path / "adapter")
+    assert torch.equal(logits(offload(before, place, tmp_path / "before")), logits(whole))
     fresh = edited(offloaded(place, tmp_path / "fresh"), edit)
     assert torch.equal(logits(fresh), logits(whole))
+    torch.manual_seed(1)
+    fresh.add_adapter("other", EDITS[edit]())
+    fresh.set_adapter("other")
+    assert relative(logits(fresh), logits(whole)) > 1e-3
 
 
 @pytest.mark.parametrize("edit", [edit for edit in EDITS if merges(edit)])
@@ -103,5 +112,8 @@ def test_the_edit_of_a_block_on_disk_is_refused(base_folder, tmp_path, edit, nat
     device_map = {**ON_CPU, "model.layers.1": "disk"}
     base = AutoModelForCausalLM.from_pretrained(base_folder, device_map=device_map, offload_folder=tmp_path)
     add = base.add_adapter if native else lambda config: get_peft_model(base, config)
-    with pytest.raises(ValueError, match=r"^model\.layers\.1 is offloaded to disk, .* a device_map without"):
-        add(EDITS[edit]())
+    edited_model(edit).save_pretrained(tmp_path / "adapter")
+    load = base.load_adapter if native else lambda path: PeftModel.from_pretrained(base, path, offload_folder=tmp_path)
+    for call in (lambda: load(tmp_path / "adapter"), lambda: add(EDITS[edit]())):
+        with pytest.raises(ValueError, match=r"^model\.layers\.1 is offloaded to disk, .* a device_map without"):
+            call()

@@ -74,3 +74,8 @@ def base_logits(family="llama"):
 def agree(actual, expected):
     """Raise unless tensors agree but for rounding, which depends on where a file's tensors begin in memory."""
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def relative(actual, expected):
+    """Distance of a tensor from another, as a share of its norm."""
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
