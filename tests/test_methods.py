@@ -30,8 +30,7 @@ from edits import (
 from loading import PATHS, bare_tensors, base_of, saved_tensors, with_peft
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from stores import write_pair_store
-from tiny import FAMILIES, agree, base_logits, logits, relative, token_ids, vivid_model
-from torch.utils._python_dispatch import TorchDispatchMode
+from tiny import FAMILIES, LargestNew, agree, base_logits, logits, relative, token_ids, vivid_model
 
 import peft_edit
 from peft_edit import ActivationStore, HPRTrainer, HPRTrainingArguments, edit_strength, select_layers
@@ -429,22 +428,6 @@ def test_copies_edit_on_their_own(family, edit, duplicate):
     assert not any(id(parameter) in originals for parameter in other.parameters())
     assert torch.equal(logits(other.unload()), base_logits(family))
     assert torch.equal(logits(model), expected)
-
-
-class LargestNew(TorchDispatchMode):
-    """Largest tensor that an operation makes and that is no view of a parameter."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
-                self.largest = max(self.largest, tensor.numel())
-        return out
 
 
 @every_family
