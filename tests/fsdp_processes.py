@@ -9,7 +9,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from peft import get_peft_model, get_peft_model_state_dict
+from edits import EDITS, edited_model, refusal
+from peft import get_peft_model_state_dict
 from peft.utils.other import fsdp_auto_wrap_policy
 from tiny import logits, token_ids, vivid_model
 from torch import distributed
@@ -17,31 +18,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
-from peft_edit import HPRConfig, SEAConfig, edit_strength
-
-
-EDITS = {
-    "SEA at the MLP": SEAConfig(rescale="none", init_weights=False),
-    "SEA at the block": SEAConfig(site="block", init_weights=False),
-    "HPR": HPRConfig(gate=0.6, init_weights=False),
-}
-
-
-def edited_model(edit, dtype=torch.float32):
-    base = vivid_model(dtype=dtype)
-    torch.manual_seed(0)
-    return get_peft_model(base, EDITS[edit])
+from peft_edit import edit_strength
 
 
 def loss_of(model, rows):
     return model(input_ids=rows, labels=rows).loss
-
-
-def refusal(call):
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
 
 
 def whole(tensor):
@@ -50,7 +31,7 @@ def whole(tensor):
 
 def fully_sharded(edit, rank, dtype):
     """FSDP2: difference to the unsharded model of each thing that one does with it."""
-    model, expected = edited_model(edit, dtype), edited_model(edit, dtype)
+    model, expected = edited_model(edit, dtype=dtype), edited_model(edit, dtype=dtype)
     base = model.get_base_model()
     for block in base.model.layers:
         fully_shard(block)
@@ -63,8 +44,6 @@ def fully_sharded(edit, rank, dtype):
         seen[name] = float((call(model).float() - call(expected).float()).abs().max())
 
     with torch.no_grad():
-        for one in (model, expected):
-            one.eval()
         compare("forward", lambda one: logits(one, rows))
         compare("generate", lambda one: one.generate(input_ids=rows, **generation))
         compare("mixed", lambda one: logits(one, adapter_names=["default", "__base__"]))
@@ -78,7 +57,7 @@ def fully_sharded(edit, rank, dtype):
         seen["saved"] = seen.get("saved", 0) + float((whole(tensor) - saved.pop(key)).abs().max())
     seen["saved"] += len(saved)
     seen["merge"] = refusal(model.merge_adapter)
-    if edit == "HPR":
+    if any(p.requires_grad for p in expected.parameters()):
         for one in (model, expected):
             one.train()
         loss_of(model, rows).backward()

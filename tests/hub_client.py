@@ -47,10 +47,10 @@ def adapted(method: str, *names: str, base=ASSETS / "model"):
     import torch
     from peft import get_peft_model
 
-    from peft_edit import HPRConfig, SEAConfig
+    from peft_edit import methods
 
     torch.manual_seed(0)
-    config_cls = {"SEA": SEAConfig, "HPR": HPRConfig}[method]
+    config_cls = methods()[method].config
     first, *others = names or ("default",)
     model = get_peft_model(base_model(base), config_cls(init_weights=False, task_type="CAUSAL_LM"), adapter_name=first)
     for name in others:

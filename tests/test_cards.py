@@ -7,12 +7,13 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_model
 
-from peft_edit import ActivationStore, HPRConfig, SEAConfig, fit_sea
+from peft_edit import ActivationStore, HPRConfig, SEAConfig, fit_sea, methods
 from peft_edit.adapters.card import for_repository, index_card, is_generated, may_replace, model_card, write_card
 from peft_edit.adapters.save import save_adapter
 from peft_edit.cli import main
 
 
+every_method = pytest.mark.parametrize("method", methods().values(), ids=list(methods()))
 LLAMA = "meta-llama/Llama-2-7b-hf"
 BASE = {
     "model": "m",
@@ -198,9 +199,21 @@ def test_a_card_belongs_to_whoever_edits_it():
     assert is_generated(str(ModelCard(card)))
 
 
-@pytest.mark.parametrize("config_cls", [SEAConfig, HPRConfig])
-def test_saving_writes_the_card_in_place_of_pefts(config_cls, llama, tmp_path):
-    model = get_peft_model(llama, config_cls())
+@every_method
+def test_what_the_card_of_every_method_says(method):
+    config = method.config(base_model_name_or_path=LLAMA, fitted_on={"data": "truthful_qa", "questions": 7})
+    card = model_card(config)
+    text, data = str(card), card.data
+    assert f"# {method.name} adapter for Llama-2-7b-hf\n" in text and "import peft_edit" in text
+    assert data.base_model == LLAMA and data.library_name == "peft" and data.datasets == ["truthfulqa/truthful_qa"]
+    assert {method.name.lower(), "activation-editing", "peft-edit"} <= set(data.tags)
+    assert all(f"| `{name}` | `{json.dumps(getattr(config, name))}` |" in text for name in method.card_settings(config))
+    assert "\n\n\n" not in text and is_generated(text)
+
+
+@every_method
+def test_saving_writes_the_card_in_place_of_pefts(method, llama, tmp_path):
+    model = get_peft_model(llama, method.config())
     model.save_pretrained(tmp_path)
     assert is_generated(text_of(tmp_path)) and "More Information Needed" not in text_of(tmp_path)
     before = text_of(tmp_path)
@@ -215,9 +228,10 @@ def test_adapters_that_transformers_saves_get_a_card_too(llama, tmp_path):
     assert is_generated(text_of(tmp_path)) and "| `strength` | `0.5` |" in text_of(tmp_path)
 
 
+@every_method
 @pytest.mark.parametrize("save", [lambda model, folder: model.save_pretrained(folder), save_adapter])
-def test_a_readme_of_the_user_stays_byte_for_byte(llama, tmp_path, save):
-    model = get_peft_model(llama, SEAConfig())
+def test_a_readme_of_the_user_stays_byte_for_byte(method, llama, tmp_path, save):
+    model = get_peft_model(llama, method.config())
     save(model, tmp_path)
     own = text_of(tmp_path).replace("## Limits", "## Bounds").encode() + b"\r\n"
     for text in (own, b"no metadata", b"\xff\xfe"):
@@ -260,11 +274,6 @@ def test_the_fit_records_its_data(llama, tmp_path):
     assert reloaded.peft_config["default"].fitted_on == expected
     assert "to 12 demonstrations from 12 questions of `mine.jsonl`." in text_of(tmp_path / "sea")
     assert str(tmp_path) not in json.dumps(expected) + text_of(tmp_path / "sea")
-
-
-def test_fitted_on_must_be_a_dict():
-    with pytest.raises(ValueError, match="fitted_on must be a dict"):
-        SEAConfig(fitted_on="truthful_qa")
 
 
 def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:

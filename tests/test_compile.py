@@ -4,6 +4,8 @@ import functools
 
 import pytest
 import torch
+from edits import EDITS as GENERAL
+from edits import at
 from peft import get_peft_model
 from tiny import logits, tiny_model, token_ids
 from torch._dynamo.utils import counters
@@ -13,15 +15,16 @@ from transformers.generation import CompileConfig
 from peft_edit import HPRConfig, SEAConfig, edit_strength
 
 
+SEA, HPR = (functools.partial(config, init_weights=False) for config in (SEAConfig, HPRConfig))
+# Each of them a list of what makes the configurations of the adapters.
 EDITS = {
-    "SEA": [SEAConfig(init_weights=False)],
-    "SEA, mean": [SEAConfig(init_weights=False, rescale="mean", strength=0.5)],
-    "SEA, feature map": [SEAConfig(init_weights=False, feature_map="tanh", input_scale=3.0)],
-    "SEA at the block": [SEAConfig(site="block", init_weights=False)],
-    "two SEA adapters": [SEAConfig(init_weights=False), SEAConfig(site="block", init_weights=False)],
-    "HPR": [HPRConfig(init_weights=False, gate=0.6)],
-    "HPR, reflection": [HPRConfig(init_weights=False, gate=0.6, rotation="reflection")],
-    "HPR, last token": [HPRConfig(init_weights=False, gate=0.6, token_scope="last")],
+    **{edit: [make] for edit, make in GENERAL.items()},
+    "SEA, token": [SEA],
+    "SEA, mean": [functools.partial(SEA, rescale="mean", strength=0.5)],
+    "SEA, feature map": [functools.partial(SEA, feature_map="tanh", input_scale=3.0)],
+    "two SEA adapters": [SEA, functools.partial(SEA, site="block")],
+    "HPR, reflection": [functools.partial(HPR, gate=0.6, rotation="reflection")],
+    "HPR, last token": [functools.partial(HPR, gate=0.6, token_scope="last")],
 }
 PROMPT = 5
 
@@ -38,11 +41,11 @@ def fresh_compiler():
 def edited_model(edit, family="llama"):
     model = tiny_model(family, initializer_range=0.2, num_hidden_layers=1)
     torch.manual_seed(0)
-    for i, config in enumerate(EDITS[edit] if edit else ()):
+    for i, make in enumerate(EDITS[edit] if edit else ()):
         if i == 0:
-            model = get_peft_model(model, config).eval()
+            model = get_peft_model(model, make()).eval()
         else:
-            model.add_adapter("second", config)
+            model.add_adapter("second", make())
             model.base_model.set_adapter(["default", "second"])
     return model
 
@@ -89,19 +92,20 @@ def base_decoding(cache, family="llama"):
     return result
 
 
-@pytest.mark.parametrize("edit, cache", [*((e, "static") for e in EDITS), ("SEA", "dynamic"), ("HPR", "dynamic")])
+@pytest.mark.parametrize("edit, cache", [*((e, "static") for e in EDITS), *((e, "dynamic") for e in GENERAL)])
 def test_decoding_takes_the_graphs_of_the_base_model(edit, cache):
     # The prompt, a token, and where the cache grows a token at any length.
     expected = [1, 2, 3, 3, 3, 3] if cache == "dynamic" else [1, 2, 2, 2, 2, 2]
     assert compiled_decoding(edit, cache) == base_decoding(cache) == expected
 
 
-@pytest.mark.parametrize("edit, family", [("SEA", "gpt2"), ("HPR", "falcon")])
-def test_other_families(edit, family):
+@pytest.mark.parametrize("edit", GENERAL)
+def test_other_families(edit):
+    family = "gpt2" if at(edit) == "mlp" else "falcon"  # Conv1D with a bias, blocks that return tuples
     assert compiled_decoding(edit, "static", family) == base_decoding("static", family)
 
 
-@pytest.mark.parametrize("edit", [None, "SEA", "HPR"])
+@pytest.mark.parametrize("edit", [None, *GENERAL])
 def test_generation_compiles_once(edit):
     """As Transformers compiles it for a static cache."""
     model, (backend, graphs) = edited_model(edit), counting_backend()
@@ -118,11 +122,11 @@ def test_generation_compiles_once(edit):
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("edit", ["SEA", "HPR"])
+@pytest.mark.parametrize("edit", GENERAL)
 def test_changes_after_compiling_are_followed(edit):
     model, (backend, graphs) = edited_model(edit), counting_backend()
     torch.manual_seed(1)
-    model.add_adapter("other", EDITS[edit][0])
+    model.add_adapter("other", EDITS[edit][0]())
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     seen = []
 

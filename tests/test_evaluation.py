@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
+from edits import EDITS
 from peft import get_peft_model
 from test_collect import IDS, QUESTIONS, TOKENIZER, contrast, text
 from test_prompts import TEMPLATE, byte_tokenizer
 from tiny import FAMILIES, tiny_model
 
-from peft_edit import SEAConfig, evaluate_multiple_choice, perplexity
+from peft_edit import evaluate_multiple_choice, perplexity
 from peft_edit.data.prompts import encode_answers
 from peft_edit.evaluation import answer_log_likelihoods
 
@@ -52,12 +53,13 @@ def test_scores_are_those_of_full_forward_passes(variant):
             assert question.log_likelihoods == pytest.approx(scores, abs=1e-4)
 
 
-@pytest.mark.parametrize("site", ["mlp", "block"])
+@pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("family", ["llama", "opt", "falcon"])
-def test_edited_models_score_with_the_cache_as_without(family, site):
+def test_edited_models_score_with_the_cache_as_without(family, edit):
     base = sharp(tiny_model(family))
     plain = evaluate_multiple_choice(base, TOKENIZER, contrast())
-    model = get_peft_model(base, SEAConfig(site=site, init_weights=False))
+    torch.manual_seed(0)
+    model = get_peft_model(base, EDITS[edit]())
     result = evaluate_multiple_choice(model, TOKENIZER, contrast(), batch_size=5)
     for question, before, (prompt, positives, negatives, _) in zip(
         result.questions, plain.questions, QUESTIONS, strict=True

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from fsdp_processes import EDITS
+from edits import EDITS, merges, trains
 from launching import launch
 
 
@@ -22,10 +22,11 @@ def test_fully_shard(results, edit, dtype):
     """Also with float32 adapters of a half-precision model."""
     for seen in (result[f"{edit}, {dtype}"] for result in results):
         assert seen.pop("sharded") is True
-        reason = {"SEA at the MLP": "are quantised or sharded (DTensor)", "SEA at the block": "no linear layer"}
-        assert reason.get(edit, "each token") in seen.pop("merge")
+        reason = seen.pop("merge")
+        assert "'default' cannot be merged" in reason and "\n" not in reason
+        assert ("are quantised or sharded (DTensor)" in reason) == merges(edit)
         names = {"forward", "generate", "mixed", "disabled", "strength", "saved"}
-        assert set(seen) == names | ({"gradients"} if edit == "HPR" else set())
+        assert set(seen) == names | ({"gradients"} if trains(edit) else set())
         assert all(difference < (1e-5 if dtype == torch.float32 else 0.05) for difference in seen.values()), seen
 
 

@@ -25,12 +25,13 @@ from hub_server import HubServer, fail, hang_up
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 
+from peft_edit import methods
 from peft_edit.adapters.card import is_generated
 
 
 TOKENS = {"hf_write": ("user", "write"), "hf_read": ("user", "read"), "hf_other": ("other", "write")}
 WRITE = {"token": "hf_write"}
-METHODS = ("SEA", "HPR")
+METHODS = tuple(methods())
 EVALUATE = ("evaluate", ASSETS / "model", ASSETS / "test.jsonl", "--limit", 4, "--adapter")
 
 
@@ -59,7 +60,7 @@ def no_faults(hub):
 
 @pytest.fixture(scope="module")
 def pushed(client):
-    """Repositories user/SEA and user/HPR, and the logits with the adapters."""
+    """Repositories user/SEA, user/HPR and so on, and the logits with the adapters."""
     return {method: client(push_model, method, f"user/{method}", **WRITE)["default"] for method in METHODS}
 
 

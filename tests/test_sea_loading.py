@@ -1,6 +1,5 @@
-"""Saving SEA adapters and every way that PEFT and Transformers load them; damaged files."""
+"""Saving SEA adapters of any ranks and loading them; damaged files. Other adapters: see test_methods.py."""
 
-import copy
 import functools
 import json
 import logging
@@ -8,19 +7,10 @@ import warnings
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
-from peft import (
-    AutoPeftModelForCausalLM,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-    set_peft_model_state_dict,
-)
-from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, tiny_model, token_ids
-from transformers import AutoModelForCausalLM
+from loading import NATIVE_PATHS, PATHS, base_of, injected_by_tensors, saved_tensors, with_peft
+from peft import get_peft_model
+from safetensors.torch import save_file
+from tiny import FAMILIES, agree, logits, vivid_model
 from transformers.utils import logging as transformers_logging
 
 from peft_edit import SEAConfig
@@ -29,7 +19,6 @@ from peft_edit.tuners.sea import SEALayer
 
 SITES = ("mlp", "block")
 HIDDEN = 32
-every_family = pytest.mark.parametrize("family", FAMILIES)
 every_site = pytest.mark.parametrize("site", SITES)
 
 
@@ -37,10 +26,6 @@ every_site = pytest.mark.parametrize("site", SITES)
 def no_grad():
     with torch.no_grad():
         yield
-
-
-def logits(model):
-    return model(input_ids=token_ids()).logits
 
 
 def write_edit(model, ranks=((3, 5), (0, 4), (2, 0)), adapter="default"):
@@ -61,10 +46,10 @@ def folder_of(tmp_path_factory):
     """Makes, once, the folder of a base model and of an adapter of it, whose logits it returns too."""
 
     @functools.cache
-    def folder(family="llama", site="mlp", kind="fitted", dtype=torch.float32):
+    def folder(family="llama", site="mlp", kind="fitted"):
         path = tmp_path_factory.mktemp(f"{family}-{site}-{kind}")
-        tiny_model(family, initializer_range=0.2, init_std=0.2).to(dtype).save_pretrained(path / "base")
-        base = AutoModelForCausalLM.from_pretrained(path / "base", dtype=dtype)
+        vivid_model(family).save_pretrained(path / "base")
+        base = base_of(path)
         fields = {"layers_to_transform": [0, 2]} if kind == "two layers" else {}
         model = get_peft_model(base, SEAConfig(site=site, **fields)).eval()
         if kind != "unfitted":
@@ -76,138 +61,38 @@ def folder_of(tmp_path_factory):
     return folder
 
 
-@functools.cache
-def loaded(folder, **kwargs):
-    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-
-
-def base_of(path, **kwargs):
-    return copy.deepcopy(loaded((path / "base").resolve(), **kwargs))
-
-
-def bare_keys(path):
-    """The saved tensors by the names that they have without a `PeftModel`."""
-    tensors = load_file(path / "adapter" / "adapter_model.safetensors")
-    return {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
-
-
-def with_load_adapter(path, **kwargs):
-    model = base_of(path, **kwargs)
-    model.load_adapter(path / "adapter")
-    return model
-
-
-def with_tensors_in_memory(path, **kwargs):
-    model = base_of(path, **kwargs)
-    config = PeftConfig.from_pretrained(path / "adapter")
-    model.load_adapter(peft_config=config, adapter_state_dict=bare_keys(path))
-    return model
-
-
-def as_second_adapter(path, **kwargs):
-    config = PeftConfig.from_pretrained(path / "adapter")
-    model = get_peft_model(base_of(path, **kwargs), SEAConfig(site=config.site)).eval()
-    model.load_adapter(path / "adapter", "second")
-    model.set_adapter("second")
-    return model
-
-
-def injected(path, **kwargs):
-    model = base_of(path, **kwargs)
-    inject_adapter_in_model(PeftConfig.from_pretrained(path / "adapter"), model)
-    set_peft_model_state_dict(model, bare_keys(path))
-    return model
-
-
-def injected_by_tensors(path, **kwargs):
-    model = base_of(path, **kwargs)
-    inject_adapter_in_model(PeftConfig.from_pretrained(path / "adapter"), model, state_dict=bare_keys(path))
-    set_peft_model_state_dict(model, bare_keys(path))
-    return model
-
-
-def with_peft(**options):
-    def load(path, **kwargs):
-        return PeftModel.from_pretrained(base_of(path, **kwargs), path / "adapter", **options)
-
-    return load
-
-
-PEFT_PATHS = {
-    "PeftModel": with_peft(),
-    "low_cpu_mem_usage": with_peft(low_cpu_mem_usage=True),
-    "no autocast": with_peft(autocast_adapter_dtype=False),
-    "trainable": with_peft(is_trainable=True),
-    "named": with_peft(adapter_name="sea"),
-    "AutoPeftModel": lambda path, **kwargs: AutoPeftModelForCausalLM.from_pretrained(path / "adapter", **kwargs),
-    "second adapter": as_second_adapter,
-}
-NATIVE_PATHS = {
-    "load_adapter": with_load_adapter,
-    "load_adapter of tensors": with_tensors_in_memory,
-    "AutoModel": lambda path, **kwargs: AutoModelForCausalLM.from_pretrained(path / "adapter", **kwargs),
-}
-INJECTION = {"inject": injected, "inject by tensors": injected_by_tensors}
-PATHS = PEFT_PATHS | NATIVE_PATHS | INJECTION
 every_path = pytest.mark.parametrize("load", PATHS.values(), ids=PATHS)
 
 
-@every_family
+@pytest.mark.parametrize("family", FAMILIES)
 @every_site
 def test_saved_files(folder_of, family, site):
-    path, _ = folder_of(family, site)
-    names = sorted(file.name for file in (path / "adapter").iterdir())
-    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-    tensors = load_file(path / "adapter" / "adapter_model.safetensors")
-    config = json.loads((path / "adapter" / "adapter_config.json").read_text())
+    path, expected = folder_of(family, site)
     child = ".sea" if site == "block" else ""
-    ranks = config["rank_pattern"]
+    ranks = json.loads((path / "adapter" / "adapter_config.json").read_text())["rank_pattern"]
     assert len(ranks) == 3
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+    assert {name: tuple(tensor.shape) for name, tensor in saved_tensors(path).items()} == {
         f"base_model.model.{name}{child}.sea_{sign}.weight": (rank, HIDDEN)
         for name, pair in ranks.items()
         for sign, rank in zip(("positive", "negative"), pair, strict=True)
     }
-    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
-    assert config["peft_type"] == "SEA" and config["base_model_name_or_path"] == str(path / "base")
-
-
-@every_family
-@every_site
-@every_path
-def test_every_path_gives_the_saved_model(folder_of, family, site, load):
-    path, expected = folder_of(family, site)
-    model = load(path)
-    assert torch.equal(logits(model), expected)
-    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "sea_" in name)
-    layers = [layer for layer in model.modules() if isinstance(layer, SEALayer)]
-    assert all(config is model.peft_config[name] for layer in layers for name, config in layer.configs.items())
+    agree(logits(PATHS["PeftModel"](path)), expected)
 
 
 @every_site
 @every_path
-@pytest.mark.parametrize("kind", ["unfitted", "rank 0", "one layer fitted", "two layers"])
+@pytest.mark.parametrize("kind", ["fitted", "unfitted", "rank 0", "one layer fitted", "two layers"])
 def test_every_kind_of_adapter(folder_of, site, load, kind):
     path, expected = folder_of("llama", site, kind)
     model = load(path)
-    assert torch.equal(logits(model), expected)
+    agree(logits(model), expected)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "sea_" in name)
     if kind == "two layers":
         adapter = list(model.peft_config)[-1]
         layers = [m for m in model.modules() if isinstance(m, SEALayer) and m.has_adapter(adapter)]
         assert len(layers) == 2
     if kind in ("unfitted", "rank 0"):
-        assert torch.equal(expected, logits(base_of(path)))
-
-
-@every_site
-@every_path
-def test_bfloat16_base_model(folder_of, site, load):
-    path, expected = folder_of("llama", site, dtype=torch.bfloat16)
-    model = load(path, dtype=torch.bfloat16)
-    actual = logits(model)
-    assert actual.dtype == torch.bfloat16 and torch.equal(actual, expected)
-    factors = [parameter for name, parameter in model.named_parameters() if "sea_" in name]
-    assert factors and all(factor.dtype == torch.float32 for factor in factors)
+        agree(expected, logits(base_of(path)))
 
 
 @every_site
@@ -234,100 +119,6 @@ def test_bfloat16_factors_in_the_file(folder_of, tmp_path, site):
         assert (actual - expected).norm() < 0.02 * expected.norm()
 
 
-@every_family
-@every_site
-def test_saving_again_writes_the_same(folder_of, tmp_path, family, site):
-    path, expected = folder_of(family, site)
-    PATHS["PeftModel"](path).save_pretrained(tmp_path / "adapter")
-    first, second = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (path, tmp_path))
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    first, second = (SEAConfig.from_pretrained(folder / "adapter") for folder in (path, tmp_path))
-    assert first == second
-    native = with_load_adapter(path)
-    native.save_pretrained(tmp_path / "native")  # Transformers writes the adapter
-    assert torch.equal(logits(PeftModel.from_pretrained(base_of(path), tmp_path / "native")), expected)
-
-
-@every_site
-def test_only_the_chosen_adapter_is_saved(folder_of, tmp_path, site):
-    path, expected = folder_of("llama", site)
-    model = as_second_adapter(path)
-    model.save_pretrained(tmp_path, selected_adapters=["second"])
-    assert not (tmp_path / "adapter_model.safetensors").exists()
-    assert torch.equal(logits(PeftModel.from_pretrained(base_of(path), tmp_path / "second")), expected)
-    assert len(get_peft_model_state_dict(model, adapter_name="second")) == 6
-
-
-@every_site
-@pytest.mark.parametrize("name", ["sea", "SEA", "mlp", "0", "a-b", "base_layer"])
-def test_any_adapter_name_can_be_saved(folder_of, tmp_path, site, name):
-    path, expected = folder_of("llama", site)
-    with_peft(adapter_name=name)(path).save_pretrained(tmp_path)
-    saved = load_file(tmp_path / name / "adapter_model.safetensors")
-    assert saved.keys() == load_file(path / "adapter" / "adapter_model.safetensors").keys()
-    native = base_of(path)
-    native.load_adapter(tmp_path / name, adapter_name=name)
-    assert torch.equal(logits(native), expected)
-
-
-@every_site
-def test_modules_to_save_come_along(folder_of, tmp_path, site):
-    path, _ = folder_of("llama", site)
-    model = write_edit(get_peft_model(base_of(path), SEAConfig(site=site, modules_to_save=["lm_head"])).eval())
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trainable == ["base_model.model.lm_head.modules_to_save.default.weight"]
-    model.get_parameter(trainable[0]).mul_(2)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(base_of(path), tmp_path)), logits(model))
-
-
-@every_site
-@pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_base_model_offloaded_by_accelerate(folder_of, tmp_path, site, where):
-    """Its weights are on meta between two forward passes; the factors must not follow them there."""
-    path, expected = folder_of("llama", site)
-    device = torch.device("cpu")
-
-    def offload(model):
-        if where == "cpu":
-            return cpu_offload(model, execution_device=device)
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))  # of its own: accelerate keeps an index there
-        return disk_offload(model, folder, execution_device=device)
-
-    loaded_onto = PeftModel.from_pretrained(offload(base_of(path)), path / "adapter")
-    assert torch.equal(logits(loaded_onto), expected)
-    loaded_before = offload(PeftModel.from_pretrained(base_of(path), path / "adapter"))
-    assert torch.equal(logits(loaded_before), expected)
-    fresh = write_edit(get_peft_model(offload(base_of(path)), SEAConfig(site=site)).eval())
-    fresh.add_adapter("other", SEAConfig(site=site, init_weights=False))
-    assert torch.equal(logits(fresh), expected)
-    fresh.set_adapter("other")
-    assert logits(fresh).isfinite().all()
-
-
-def test_blocks_on_disk_are_refused(folder_of, tmp_path):
-    path, _ = folder_of("llama", "block")
-    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    device_map |= {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(3)}
-    for native in (False, True):
-        model = AutoModelForCausalLM.from_pretrained(path / "base", device_map=device_map, offload_folder=tmp_path)
-        with pytest.raises(ValueError, match=r"^model\.layers\.1 is offloaded to disk, .*: use site='mlp', or"):
-            if native:
-                model.load_adapter(path / "adapter")
-            else:
-                PeftModel.from_pretrained(model, path / "adapter", offload_folder=tmp_path)
-
-
-@every_site
-def test_loading_is_quiet(folder_of, site):
-    path, _ = folder_of("llama", site)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT's call
-        for name in ("PeftModel", "low_cpu_mem_usage", "second adapter", "inject", "inject by tensors"):
-            PATHS[name](path)
-
-
 # Damaged files
 
 
@@ -339,7 +130,7 @@ def copy_of(path, target, change, rank_pattern=None):
     if rank_pattern is not None:
         config["rank_pattern"] = rank_pattern
     (target / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    tensors = change(load_file(path / "adapter" / "adapter_model.safetensors"))
+    tensors = change(saved_tensors(path))
     save_file(tensors, target / "adapter" / "adapter_model.safetensors", {"format": "pt"})
 
 

@@ -4,6 +4,7 @@ import copy
 import functools
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -69,3 +70,29 @@ def logits(model, ids=None, **kwargs):
 def base_logits(family="llama"):
     """Of a vivid model without any adapter."""
     return logits(vivid_model(family))
+
+
+def agree(actual, expected):
+    """Raise unless tensors agree but for rounding, which depends on where a file's tensors begin in memory."""
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def relative(actual, expected):
+    """Distance of a tensor from another, as a share of its norm."""
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
+
+
+class LargestNew(TorchDispatchMode):
+    """Largest tensor that an operation makes and that is no view of a parameter."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, tensor.numel())
+        return out

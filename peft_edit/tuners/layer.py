@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -68,10 +69,15 @@ class EditLayer(BaseTunerLayer):
         """Whether this layer holds the adapter and it edits here."""
         return self.has_adapter(adapter_name)
 
-    def parameters_of(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Parameters of an adapter in this layer."""
-        for part in self.adapter_layer_names:
-            yield from getattr(self, part)[adapter_name].parameters()
+    def is_finite(self, adapter_name: str) -> bool:
+        """Whether the weights of an adapter in this layer hold neither NaN nor infinite values, as far as they are
+        loaded; also where they are offloaded."""
+        modules = (m for part in self.adapter_layer_names for m in getattr(self, part)[adapter_name].modules())
+        for module in modules:
+            with align_module_device(module):
+                if not all(p.is_meta or p.isfinite().all() for p in module.parameters(recurse=False)):
+                    return False
+        return True
 
     @abstractmethod
     def edit(self, h: Tensor, adapter_name: str) -> Tensor:

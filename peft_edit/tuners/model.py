@@ -153,9 +153,15 @@ class EditModel(BaseTuner):
                     continue
                 if name in layer.merged_adapters:
                     continue
-                if safe_merge and not all(p.isfinite().all() for p in layer.parameters_of(name)):
+                broken = not layer.is_finite(name)
+                if broken and safe_merge:
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
                 layer.check_mergeable(name)
+                if broken:
+                    raise ValueError(
+                        f"adapter {name!r} cannot be merged: its weights at {layer.site} hold NaN or infinite values, "
+                        "which would stay in the weights of the model; load it again or fit again"
+                    )
                 if any(uses[id(output.parameter)] > 1 for output in layer.output_tensors().values()):
                     raise ValueError(
                         f"adapter {name!r} cannot be merged: the weights of {layer.site} are shared with another "

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ...models.sites import layer_index
@@ -78,13 +80,15 @@ class HPRLayer(nn.Module, BlockEditLayer):
                 f"the modules of HPR adapter {adapter_name!r} at {self.site} are wrapped by FSDP one by one: "
                 "wrap whole decoder blocks, or use fully_shard"
             )
-        if probe.weight.is_meta and not h.is_meta:
+        offloaded = probe.weight.is_meta and hasattr(probe, "_hf_hook")  # as it is between two uses
+        if probe.weight.is_meta and not offloaded and not h.is_meta:
             raise ValueError(
                 f"HPR adapter {adapter_name!r} at {self.site} was not loaded: the adapter file lacks it, or "
                 "load_adapter was given an offloaded model; load the complete adapter with PeftModel.from_pretrained "
                 "or train again"
             )
-        w = probe.weight[0]
+        with align_module_device(probe) if offloaded else nullcontext():
+            w = probe.weight[0]
 
         def angle(a: Tensor) -> Tensor:
             return reflection_angle(a, w) if config.rotation == "reflection" else self.angles(a, adapter_name)

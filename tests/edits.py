@@ -1,0 +1,117 @@
+"""A random edit of every method of the registry at every site that it offers, for the tests of what all methods do.
+
+A new method is tested by them without any change here.
+"""
+
+import functools
+from typing import get_type_hints
+
+import torch
+from peft import get_peft_model
+from tiny import logits, vivid_model
+
+from peft_edit.arguments import choices_of
+from peft_edit.models.sites import find_sites, unwrap
+from peft_edit.tuners.layer import edit_layers
+from peft_edit.tuners.method import methods
+
+
+# Fields with which the tests see more of an edit: one that merges exactly, and a gate that some of the tokens pass.
+FIELDS = {"SEA at the MLP": {"rescale": "none"}, "HPR": {"gate": 0.6}}
+PLACES = {"mlp": "MLP", "block": "block"}
+
+
+def _sites(method):
+    """The sites among which a configuration lets users choose; none where it has a single one."""
+    return choices_of(get_type_hints(method.config)["site"])
+
+
+def _factory(method, label, fixed):
+    def make(**fields):
+        return method.config(**{"init_weights": False, **fixed, **FIELDS.get(label, {}), **fields})
+
+    return make
+
+
+# Label to the method, and to what makes a configuration of a random edit, given more fields.
+METHOD_OF, EDITS = {}, {}
+for _method in methods().values():
+    for _site in _sites(_method) or (None,):
+        _label = _method.name + (f" at the {PLACES[_site]}" if _site else "")
+        METHOD_OF[_label] = _method
+        EDITS[_label] = _factory(_method, _label, {"site": _site} if _site else {})
+
+
+def label_of(config):
+    """The label of an adapter's method and site."""
+    return next(label for label in EDITS if METHOD_OF[label].config is type(config) and at(label) == config.site)
+
+
+def at(edit):
+    """The site of an edit."""
+    return EDITS[edit]().site
+
+
+def edited_model(edit, family="llama", seed=0, dtype=torch.float32, **fields):
+    """A vivid model in evaluation mode with a random edit."""
+    base = vivid_model(family, dtype)
+    torch.manual_seed(seed)
+    return get_peft_model(base, EDITS[edit](**fields)).eval()
+
+
+def two_adapters(edit, family="llama", first=None, second=None):
+    """Adapters "default" and "other", with further fields for each."""
+    model = edited_model(edit, family, **(first or {}))
+    torch.manual_seed(1)
+    model.add_adapter("other", EDITS[edit](**(second or {})))
+    return model
+
+
+def layers_of(model, adapter="default"):
+    """The layers that hold an adapter."""
+    return [layer for layer in edit_layers(model) if layer.has_adapter(adapter)]
+
+
+def outputs(model, edit="block", **kwargs):
+    """Block index to the output of an edit's site there as any later forward hook sees it."""
+    seen, handles = {}, []
+    for index, name in find_sites(model, at(edit) if edit in EDITS else edit).items():
+
+        def keep(module, args, out, index=index):  # a copy: Falcon adds the attention's output to the MLP's in place
+            seen[index] = (out[0] if isinstance(out, tuple) else out).clone()
+
+        handles.append(unwrap(model).get_submodule(name).register_forward_hook(keep))
+    logits(model, **kwargs)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def own_parameters(model):
+    """Name to parameter of all that edits hold."""
+    prefixes = tuple(f".{method.model.prefix}" for method in methods().values())
+    return {name: p for name, p in model.named_parameters() if any(prefix in name for prefix in prefixes)}
+
+
+@functools.cache
+def trains(edit):
+    """Whether a method's weights can be trained."""
+    return any(p.requires_grad for p in edited_model(edit).parameters())
+
+
+def refusal(call, *args, **kwargs):
+    """The message of a call that is refused; None where it is not."""
+    try:
+        call(*args, **kwargs)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def merges(edit, family="llama"):
+    """Whether an edit can be merged into the weights of a model, found by trying."""
+    reason = refusal(edited_model(edit, family).merge_adapter)
+    assert reason is None or ("'default' cannot be merged" in reason and "\n" not in reason), reason
+    assert METHOD_OF[edit].no_merge is None or reason is not None
+    return reason is None
