@@ -9,7 +9,7 @@ import pytest
 import torch
 from loading import NATIVE_PATHS, PATHS, base_of, injected_by_tensors, saved_tensors, with_peft
 from peft import get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, agree, logits, vivid_model
 from transformers.utils import logging as transformers_logging
 
