@@ -19,6 +19,7 @@ from .version import __version__
 # isort: off
 from .tuners.sea import *
 from .tuners.hpr import *
+from .tuners.mean_difference import *
 # isort: on
 
 

@@ -1,0 +1,61 @@
+"""Commands of mean-difference steering."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from ...cli import common
+from ...cli.options import Fields, Run
+from .config import MeanDifferenceConfig
+
+
+FIELDS = Fields(
+    *("site", "target_modules", "layers_to_transform", "token_scope", "scale_to_rms", "strength"),
+    of=MeanDifferenceConfig,
+    changes={
+        "site": {"default": None, "help": "Of a store with several: mlp or block. Default: its first."},
+        "target_modules": common.MODULES,
+        "layers_to_transform": common.LAYERS,
+    },
+)
+
+
+def fit_mean_difference(
+    model: common.LoadedModelOptions,
+    store: Annotated[Path, {"help": "Store that collect wrote.", "positional": True}],
+    out: common.Out,
+    options: Annotated[dict[str, Any], FIELDS],
+    output: common.Output,
+    run: Run,
+    allow_fingerprint_mismatch: common.AllowMismatch = False,
+) -> None:
+    """Fit a mean-difference adapter (CAA, DiffMean) to a store, and save it.
+
+    Example: peft-edit fit-mean-difference meta-llama/Llama-2-7b-hf store steering --layers 13 --strength 2
+    """
+    from peft import TaskType, get_peft_model
+
+    from ...activations.store import ActivationStore
+    from ...adapters.save import check_adapter_folder, save_adapter
+    from .fit import fit_mean_difference
+
+    check_adapter_folder(out, MeanDifferenceConfig.method)
+    opened = ActivationStore(store, options["site"])
+    layers = options["layers_to_transform"]
+    taken = {"site": opened.site, "layers_to_transform": opened.layers if layers is None else layers}
+    config = MeanDifferenceConfig(task_type=TaskType.CAUSAL_LM, **{**options, **taken})
+    base, _ = common.load_model(model)
+    adapted = get_peft_model(base, config)
+    fit = fit_mean_difference(adapted, opened, allow_fingerprint_mismatch=allow_fingerprint_mismatch)
+    results = run.record(fit.to_dict())
+    save_adapter(adapted, out, {"mean_difference_fit.json": json.dumps(results, indent=2) + "\n"})
+    output.write(results)
+    rows = [[str(site.layer), f"{site.norm:.3g}", f"{site.rms:.3g}"] for site in fit.layers]
+    print(common.table(["layer", "norm of the vector", "RMS of activations"], rows))
+    counted = "token pairs" if opened.tokens == "answer" else "demonstrations"
+    print(f"Adapter, fitted to {fit.demonstrations} {counted}, {common.size_of(out)}: {out}")
+
+
+COMMANDS = [fit_mean_difference]

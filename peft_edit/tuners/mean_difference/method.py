@@ -1,0 +1,36 @@
+"""What mean-difference steering says of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...activations.store import ROW_TOKENS
+from ...models.sites import layer_index
+from ..method import Method
+from .config import MeanDifferenceConfig
+from .layer import MeanDifferenceLayer
+from .model import MeanDifferenceModel
+
+
+def card_settings(config: MeanDifferenceConfig) -> list[str]:
+    return ["site", "token_scope", "scale_to_rms", "strength"]
+
+
+def card_layers(config: MeanDifferenceConfig) -> list[dict[str, Any]]:
+    sites = sorted(config.fit_statistics.items(), key=lambda item: (layer_index(item[0]) or 0, item[0]))
+    return [{"index": layer_index(site), "site": site, **statistics} for site, statistics in sites]
+
+
+METHOD = Method(
+    short="mean-difference",
+    title="mean-difference steering",
+    config=MeanDifferenceConfig,
+    model=MeanDifferenceModel,
+    layer=MeanDifferenceLayer,
+    tokens=(*ROW_TOKENS, "answer"),
+    learnt_by="fit-mean-difference",
+    commands="peft_edit.tuners.mean_difference.commands",
+    card_settings=card_settings,
+    card_layers=card_layers,
+    no_lora="it adds a vector, which is a bias and no low-rank update of a weight; merge it where it merges",
+)
