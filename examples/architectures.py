@@ -63,7 +63,8 @@ vision-language models. It makes a tiny random model of each family, with a rand
 means:
 
 - The logits with the edit are finite, and differ from those of the base model.
-- With the adapter switched off, and after `unload`, the logits are those of the base model to the last bit.
+- With the adapter switched off, and after `unload`, the logits are those of the frozen base model to
+  the last bit.
 - The adapter, saved and loaded into a fresh copy, gives the edited logits to the last bit.
 - SEA merges: the merged model gives the edited logits to rounding.
 
@@ -238,7 +239,9 @@ def try_family(family: str) -> Row:
     Raises:
         AssertionError: something else than a refusal goes wrong.
     """
-    model = tiny_model(family)
+    # Frozen, as an adapter leaves it: a weight that requires a gradient makes PyTorch multiply inputs that are not
+    # contiguous by another kernel, also under no_grad, and on some processors the two round differently.
+    model = tiny_model(family).requires_grad_(False)
     layers, partly = None, ""
     with contextlib.suppress(ValueError):
         blocks = decoder_blocks(model)

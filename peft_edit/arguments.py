@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import inspect
 import types
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, wraps
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 
-_NOT_GIVEN = object()
+T = TypeVar("T")
+
+_NOT_GIVEN = inspect.Parameter.empty  # the same in every process
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class Argument:
         return f"{self.name}={self.value!r}" if self.has_value else self.name
 
 
+def spelt(parts: tuple[str | Argument, ...], spell: Callable[[Argument], str] = str) -> str:
+    """A message of text and arguments, each argument spelt by a function: by default as a call in Python has it."""
+    return "".join(spell(part) if isinstance(part, Argument) else part for part in parts)
+
+
 class ArgumentError(ValueError):
     """A value that an argument cannot have, or that does not go with others.
 
@@ -37,7 +47,7 @@ class ArgumentError(ValueError):
     """
 
     def __init__(self, *parts: str | Argument):
-        super().__init__("".join(map(str, parts)))
+        super().__init__(spelt(parts))
         self.parts = parts
 
     def __reduce__(self):  # processes send it to each other
@@ -45,7 +55,23 @@ class ArgumentError(ValueError):
 
     def message(self, spell: Callable[[Argument], str]) -> str:
         """The message with each argument spelt by a function."""
-        return "".join(spell(part) if isinstance(part, Argument) else part for part in self.parts)
+        return spelt(self.parts, spell)
+
+
+class Note(str):
+    """Text for people that names arguments, which the command line spells its own way, as it does in an error."""
+
+    def __new__(cls, *parts: str | Argument):
+        note = super().__new__(cls, spelt(parts))
+        note.parts = parts
+        return note
+
+    def __getnewargs__(self):
+        return self.parts
+
+    def message(self, spell: Callable[[Argument], str]) -> str:
+        """The text with each argument spelt by a function."""
+        return spelt(self.parts, spell)
 
 
 def parts_of(error: BaseException) -> tuple[str | Argument, ...]:
@@ -70,14 +96,40 @@ def check_options(options: Any, names: tuple[str, ...] | None = None) -> None:
         options: the dataclass.
         names: of the fields; None for all.
     """
-    hints = _hints(type(options))
+    hints = hints_of(type(options))
     for field in dataclasses.fields(options):
         if names is None or field.name in names:
-            _check(field.name, getattr(options, field.name), hints[field.name], field.metadata)
+            check_value(field.name, getattr(options, field.name), hints[field.name], field.metadata)
+
+
+def takes(options: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Decorates a function whose `**options` are the fields of a dataclass: its signature shows them with their
+    defaults, and a keyword that is none of them raises TypeError with the nearest one."""
+
+    def decorate(function: Callable[..., T]) -> Callable[..., T]:
+        kinds = inspect.Parameter
+        own = [p for p in inspect.signature(function).parameters.values() if p.kind is not kinds.VAR_KEYWORD]
+        fields = [p.replace(kind=kinds.KEYWORD_ONLY) for p in inspect.signature(options).parameters.values()]
+        names = [parameter.name for parameter in (*own, *fields)]
+
+        @wraps(function)
+        def checked(*args: Any, **keywords: Any) -> T:
+            for name in keywords:
+                if name not in names:
+                    nearest = difflib.get_close_matches(name, names, n=1)
+                    remedy = f": did you mean {nearest[0]!r}?" if nearest else f": it has {', '.join(names)}"
+                    raise TypeError(f"{function.__name__}() has no argument {name!r}{remedy}")
+            return function(*args, **keywords)
+
+        checked.__signature__ = inspect.signature(function).replace(parameters=[*own, *fields])
+        return checked
+
+    return decorate
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def hints_of(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
     return get_type_hints(kind)
 
 
@@ -93,26 +145,55 @@ def choices_of(hint: Any) -> tuple[Any, ...]:
     return (*((None,) if types.NoneType in kinds else ()), *literal) if literal else ()
 
 
-def _check(name: str, value: Any, hint: Any, metadata: Any) -> None:
+def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> None:
+    """Raise ArgumentError unless a value is as its field is declared, see `check_options`.
+
+    Args:
+        name: of the argument.
+        value: anything.
+        hint: the field's type. What is neither a choice, a flag, text nor a number is not checked.
+        metadata: of the field.
+    """
     if choices := choices_of(hint):
         return check_choice(name, value, choices)
-    kinds = alternatives(hint)
-    if set(kinds) - {bool, int, float, str, types.NoneType} or (value is None and types.NoneType in kinds):
+    kinds = set(alternatives(hint)) - {types.NoneType}
+    optional = types.NoneType in alternatives(hint)
+    if value is None and optional:
         return None
-    optional = ", or None" if types.NoneType in kinds else ""
+    what, fits = None, True
+    if kinds == {bool}:
+        what, fits = "True or False", isinstance(value, bool)
+    elif kinds == {str}:
+        what, fits = "text", isinstance(value, str)
+    elif kinds and kinds <= {int, float}:
+        what, fits = "a number" if float in kinds else "an integer", _is_number(value, kinds, metadata)
+        what += f" {metadata['allowed']}" if "allowed" in metadata else ""
+    if fits:
+        return None
+    allowed = f"{what}, or None" if optional else what
     remedy = f": {metadata['remedy']}" if "remedy" in metadata else ""
-    if bool in kinds and not isinstance(value, bool):
-        raise ArgumentError(Argument(name), f" must be True or False, got {value!r}{remedy}")
-    if str in kinds and not isinstance(value, str):
-        raise ArgumentError(Argument(name), f" must be text{optional}, got {value!r}{remedy}")
-    if int not in kinds and float not in kinds:
-        return None
-    what = "a number" if float in kinds else "an integer"
-    allowed = f"{what} {metadata['allowed']}" if "allowed" in metadata else what
-    number = (int, float) if float in kinds else int
-    fits = isinstance(value, number) and not isinstance(value, bool)
-    fits = fits and metadata.get("minimum", float("-inf")) <= value <= metadata.get("maximum", float("inf"))
-    fits = fits and value > metadata.get("above", float("-inf"))
-    if not fits or abs(value) == float("inf"):
-        raise ArgumentError(Argument(name), f" must be {allowed}{optional}, got {value!r}{remedy}")
-    return None
+    raise ArgumentError(Argument(name), f" must be {allowed}, got {value!r}{remedy}")
+
+
+def _is_number(value: Any, kinds: set[type], metadata: Mapping[str, Any]) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float) if float in kinds else int):
+        return False
+    within = metadata.get("minimum", float("-inf")) <= value <= metadata.get("maximum", float("inf"))
+    return within and abs(value) < float("inf") and value > metadata.get("above", float("-inf"))
+
+
+@contextmanager
+def renamed(**names: str) -> Iterator[None]:
+    """Let errors inside the `with` block carry other names of arguments: those of the caller.
+
+    Args:
+        names: of the function that is called, to the caller's.
+    """
+    try:
+        yield
+    except ArgumentError as error:
+        parts = (
+            replace(part, name=names.get(part.name, part.name)) if isinstance(part, Argument) else part
+            for part in error.parts
+        )
+        raise ArgumentError(*parts) from error

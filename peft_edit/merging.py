@@ -23,9 +23,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers.utils import CHAT_TEMPLATE_DIR
 
-from .adapters.read import check_local, load_adapter, load_adapter_config, load_structure
+from .adapters.read import load_adapter, load_adapter_config
+from .arguments import Argument, ArgumentError
 from .files import check_free, growing_folder, publish, sync
-from .models.checkpoint import DTYPES, Checkpoint, Source, axis_in_source, find_sources
+from .models.checkpoint import Checkpoint, Source, axis_in_source, find_sources
+from .models.dtypes import FLOATING
+from .models.load import check_local, load_structure
 from .tuners.layer import EditLayer, edit_layers
 from .tuners.method import method_of, names
 from .version import __version__
@@ -93,9 +96,9 @@ def merge_checkpoint(
     """Merge an adapter into a safetensors checkpoint, file by file.
 
     The result has the same files, index, configuration and tokenizer; tensors that are not edited are the same bytes;
-    the others keep their dtype and equal those of `merge_and_unload` on the same device. Memory holds two edited
-    tensors at a time. A run that was killed goes on where it was when it is started again. An edit that merges
-    inexactly is merged with a warning that carries the error which its fit measured.
+    the others keep their dtype and equal those of `merge_and_unload` on the same device with as many threads. Memory
+    holds two edited tensors at a time. A run that was killed goes on where it was when it is started again. An edit
+    that merges inexactly is merged with a warning that carries the error which its fit measured.
 
     Args:
         base: folder of the base model's checkpoint, or its id on the Hub, from where it is downloaded.
@@ -166,9 +169,12 @@ def _device(name: str) -> torch.device:
         if device.type != "cuda":
             torch.zeros(1, device=device).cpu()  # of this build of PyTorch, and with data, which meta has not
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be auto, cpu, cuda, cuda:1, ..., got {name!r}") from error
+        raise ArgumentError(Argument("device"), f" must be auto, cpu, cuda, cuda:1, ..., got {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {name!r} and this machine has {torch.cuda.device_count()} CUDA devices: pass cpu")
+        raise ArgumentError(
+            Argument("device"),
+            f" is {name!r} and this machine has {torch.cuda.device_count()} CUDA devices: pass cpu",
+        )
     return device
 
 
@@ -221,7 +227,7 @@ def _edits(
             )
         for source in found:
             stored = checkpoint.tensors[source.key]
-            if stored.dtype not in DTYPES:
+            if stored.dtype not in FLOATING:
                 raise ValueError(
                     f"{source.key} of {checkpoint.path} is quantised ({stored.dtype}): merge into the checkpoint that "
                     "it was made from"
@@ -232,7 +238,7 @@ def _edits(
                     f"{source.key} of {checkpoint.path} has shape {stored.shape}, {name} of the model {shape}: it is "
                     "of another model than its config.json, or in a form that cannot be merged into"
                 )
-            whole = Edit(stored.start, stored.end, DTYPES[stored.dtype], stored.shape, axis, layer)
+            whole = Edit(stored.start, stored.end, FLOATING[stored.dtype], stored.shape, axis, layer)
             edits[source.key] = _split(whole) if output.stacked and not of_experts else [whole]
     return edits
 
@@ -296,7 +302,8 @@ def _write_files(
     buffer = memoryview(bytearray(COPY_BYTES))
     with (
         tqdm(total=sum(sizes.values()), desc="merging", unit="B", unit_scale=True, leave=None) as progress,
-        ThreadPoolExecutor(2) as pool,
+        # A new thread does not take over this one's number of threads for products, on which their rounding depends.
+        ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as pool,
     ):
         calls = (partial(_merged, checkpoint.path / file, edit, device) for file in todo for edit in by_file[file])
         merged = _one_ahead(pool, calls)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from tqdm.auto import tqdm
 
 
 T = TypeVar("T")
@@ -50,12 +51,12 @@ class Processes:
         """The values of all processes, in their order."""
         return gather_object([value]) if self.count > 1 else [value]
 
-    def agree(self, function: Callable[[], T]) -> T:
+    def agree(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function in every process. Where it fails in any, the first that failed raises its error and the
         others end quietly, so that one message is printed and nobody waits for a process that is gone."""
         result, error = None, None
         try:
-            result = function()
+            result = function(*arguments)
         except Exception as caught:
             error = caught
         failed = self.gather(error is not None)
@@ -65,10 +66,18 @@ class Processes:
             raise error
         raise SystemExit(2)
 
-    def from_main(self, function: Callable[[], T]) -> T:
+    def from_main(self, function: Callable[..., T], *arguments: Any) -> T:
         """Result of a function that the main process alone calls, in every process; errors as in `agree`."""
-        result = self.agree(lambda: function() if self.is_main else None)
+        result = self.agree(function, *arguments) if self.is_main else self.agree(lambda: None)
         return broadcast_object_list([result])[0] if self.count > 1 else result
+
+    def bar(self, what: str, total: int, done: int) -> tqdm:
+        """Progress bar of this process's share, of which some sequences are done already."""
+        if self.count > 1:
+            what = f"{what}, process {self.index + 1} of {self.count}"
+        # Bars of several processes would overwrite each other.
+        hidden = not self.is_main
+        return tqdm(total=total, initial=done, desc=what, unit="seq", leave=None, disable=hidden or total == 0)
 
 
 def processes() -> Processes:

@@ -305,6 +305,8 @@ class _Handler(BaseHTTPRequestHandler):
             key, value = item["key"], item["value"]
             if key == "header":
                 message = value["summary"]
+                if value.get("parentCommit") not in (None, commit_id(files)):
+                    return self.refuse(412, message="A commit has happened since. Please refresh and try again.")
                 continue
             if key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from peft_edit.activations.store import StoreWriter
+from peft_edit import ActivationStore
+from peft_edit.activations.store import Shard, StoreWriter, begin, write_index
 
 
 def write_pair_store(path, rows, pairs, *, modules, question=None, shard_rows=None, site="block", **settings):
@@ -22,12 +23,15 @@ def write_pair_store(path, rows, pairs, *, modules, question=None, shard_rows=No
         **settings,
     }
     Path(path).mkdir(parents=True, exist_ok=True)
-    writer = StoreWriter(path, settings)
-    writer.begin()
+    begin(Path(path), settings)
     question = torch.arange(len(pairs)) if question is None else question
     answer_pairs = torch.cat((pairs, torch.ones(len(pairs), 1, dtype=torch.int64)), dim=1)
-    writer.write_index({"answer_pairs": answer_pairs, "question": question})
-    chunks = {layer: tensor.split(shard_rows or [count]) for layer, tensor in rows.items()}
-    for i in range(len(shard_rows or [count])):
-        writer.add({f"{site}.{layer}": chunk[i] for layer, chunk in chunks.items()})
-    return writer.finish()
+    write_index(Path(path), {"answer_pairs": answer_pairs, "question": question})
+    sizes = shard_rows or [count]
+    chunks = {layer: tensor.split(sizes) for layer, tensor in rows.items()}
+    shards = [Shard(i, size, size) for i, size in enumerate(sizes)]
+    with StoreWriter(Path(path), shards) as writer:
+        for shard in shards:
+            writer.write(shard, {f"{site}.{layer}": chunk[shard.number] for layer, chunk in chunks.items()})
+        writer.finish()
+    return ActivationStore(path)

@@ -27,17 +27,17 @@ ALLOWED = {
     "processes": set(),
     "version": set(),
     "models": set(),
-    "data": set(),
+    "data": {"arguments"},
     "tuners": {"arguments", "files", "models"},
     "activations": {"activations/store", "arguments", "data", "files", "models", "processes", "tuners"},
-    "activations/store": {"files", "models"},
-    "adapters": {"activations/store", "files", "models", "tuners"},
+    "activations/store": {"arguments", "files", "models"},
+    "adapters": {"activations/store", "data", "files", "models", "tuners"},
     "merging": {"adapters", "files", "models", "tuners", "version"},
     "evaluation": {"data", "models", "tuners"},
     "demo": {"activations", "adapters", "data", "evaluation", "files", "tuners"},
     "cli": {
         *("activations", "activations/store", "adapters", "arguments", "data", "demo", "evaluation", "files"),
-        *("merging", "models", "processes", "tuners", "tuners/hpr", "tuners/sea"),
+        *("merging", "models", "processes", "tuners"),
     },
     # A method may use all the rest, and no other method.
     **{f"tuners/{method}": {"cli", "demo"} for method in METHODS},
@@ -75,7 +75,7 @@ FILES = [file for file in sorted(PACKAGE.rglob("*.py")) if file.parent != PACKAG
 def test_imports_go_one_way(file):
     part = part_of(file.relative_to(PACKAGE).with_suffix("").parts)
     inside = {part_of(name[1:]) for name in imports(file) if name[0] == "peft_edit" and len(name) > 1}
-    assert inside - {part} <= ALLOWED[part]
+    assert inside - {part, "arguments"} <= ALLOWED[part]  # errors name arguments everywhere
 
 
 @pytest.mark.parametrize("name", MATHEMATICS)

@@ -152,8 +152,12 @@ def test_a_part_of_a_known_data_set_in_a_named_format(run, tmp_path):
     ids = [[question["id"] for question in questions] for questions in results]
     answers = [[question["log_likelihoods"] for question in questions] for questions in results]
     assert ids[0] == ids[1] == ids[2] and answers[0] != answers[1] != answers[2] != answers[0]
-    assert "must be one of auto, chat, plain, few" in refused(run, "evaluate", MODEL, *data, "--prompt-format", "hpr")
-    assert "'v1' has no meaning for a local copy" in refused(run, "evaluate", MODEL, *data, "--data-revision", "v1")
+    assert "must be one of 'auto', 'chat', 'plain', 'few" in refused(
+        run, "evaluate", MODEL, *data, "--prompt-format", "hpr"
+    )
+    assert "--data-revision v1 has no meaning for a local copy" in refused(
+        run, "evaluate", MODEL, *data, "--data-revision", "v1"
+    )
 
 
 def test_real_questions_run_through_all_commands(run, tmp_path):
@@ -168,9 +172,9 @@ def test_real_questions_run_through_all_commands(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--positive-energy", "99.8"], "positive_energy must be in (0, 1], got 99.8: pass 0.998"),
+        (["--positive-energy", "99.8"], "--positive-energy must be in (0, 1], got 99.8: pass 0.998"),
         (["--rescale", "norm"], "rescale must be one of 'token', 'none', 'mean', 'average', got 'norm'"),
-        (["--feature-map", "relu"], "feature_map must be one of"),
+        (["--feature-map", "relu"], "--feature-map must be one of"),
         (["--layers", "x"], "--layers must be numbers and rising ranges such as 0-3,7, got 'x'"),
         (["--layers", "9"], "layers 0 to 4, got 9"),
         (["--target-modules", "no_such_proj"], "no_such_proj"),

@@ -14,10 +14,11 @@ from test_prompts import TEMPLATE, byte_tokenizer, word_tokenizer
 from tiny import FAMILIES, tiny_model
 from transformers import GenerationConfig
 
+import peft_edit.files
 from peft_edit import ActivationStore, SEAConfig, collect_activations, edit_strength, fingerprint
 from peft_edit.activations import batches as schedule
-from peft_edit.activations import collect as activations
-from peft_edit.activations.store import FORMAT_VERSION, ShardFile, layout, shards
+from peft_edit.activations import neutral as generating
+from peft_edit.activations.store import FORMAT_VERSION, ShardFile, shards
 from peft_edit.data import CONTRAST_FEATURES
 from peft_edit.files import LOCK
 from peft_edit.models.run import greedy_answers
@@ -409,13 +410,13 @@ def test_neutral_text_prompt_and_auto(tmp_path, llama):
 
 def test_only_the_prompts_that_need_it_are_answered_and_each_once(tmp_path, llama, monkeypatch):
     asked = []
-    original = activations.greedy_answers
+    original = generating.greedy_answers
 
     def greedy(model, tokenizer, prompts, batches, steps):
         asked.extend(list(prompts[i]) for batch in batches for i in batch)
         return original(model, tokenizer, prompts, batches, steps)
 
-    monkeypatch.setattr(activations, "greedy_answers", greedy)
+    monkeypatch.setattr(generating, "greedy_answers", greedy)
     collect_activations(llama, TOKENIZER, contrast(without_neutral(0, 1, 4)), tmp_path / "a")
     assert asked == [[3, 4, 5], [3]]
     collect_activations(llama, TOKENIZER, contrast(), tmp_path / "b")
@@ -574,15 +575,15 @@ class Killed(Exception):
 
 def kill_after(monkeypatch, shards):
     """Fail when so many shards have their names."""
-    original, finished = ShardFile.finish, []
+    original, published = ShardFile.publish, []
 
-    def finish(self):
-        if len(finished) == shards:
+    def publish(self):
+        if len(published) == shards:
             raise Killed
-        finished.append(self.path)
-        original(self)
+        published.append(self.path)
+        return original(self)
 
-    monkeypatch.setattr(ShardFile, "finish", finish)
+    monkeypatch.setattr(ShardFile, "publish", publish)
 
 
 @pytest.fixture
@@ -624,7 +625,7 @@ def test_a_killed_collection_goes_on_to_the_same_bytes(tmp_path, llama, shard_a_
     ["meta.json", "generated-00000.json", "generated-00001.json", "index.safetensors", "shard-00002.safetensors"],
 )
 def test_a_file_that_was_half_written_is_written_again(tmp_path, llama, whole, monkeypatch, name):
-    original = layout.publish
+    original = peft_edit.files.publish
 
     def publish(temporary, final):
         if final.name == name:
@@ -634,7 +635,7 @@ def test_a_file_that_was_half_written_is_written_again(tmp_path, llama, whole, m
 
     path = tmp_path / "killed"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        for module in (layout, shards):
+        for module in (peft_edit.files, shards):
             patch.setattr(module, "publish", publish)
         collect_activations(llama, TOKENIZER, contrast(), path, **SMALL)
     assert not (path / name).exists()
@@ -887,7 +888,7 @@ def test_the_metadata_of_a_collected_store(tmp_path, llama):
     }
     assert {name: meta[name] for name in expected} == expected
     assert [set(shard) for shard in meta["shards"]] == [{"file", "first_row", "rows", "sha256"}]
-    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+    assert not [name for name in files(tmp_path) if name.startswith(".")]
 
 
 # Bad input

@@ -22,11 +22,13 @@ from test_prompts import byte_tokenizer
 from tiny import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM, JambaConfig, MistralConfig, OpenAIGPTConfig, Phi3Config
 
-import peft_edit.activations.collect
 import peft_edit.files
 from peft_edit import ActivationStore, HPRConfig, SEAConfig, collect_activations, fit_sea
 from peft_edit.activations import batches as schedule
-from peft_edit.activations.store import ShardFile, StoreWriter, locked, read_index, shards
+from peft_edit.activations import collect as collecting
+from peft_edit.activations import neutral as generating
+from peft_edit.activations.store import ShardFile, StoreShape, begin, is_whole, locked, read_index, shards
+from peft_edit.activations.store.index import write_tensors
 from peft_edit.models.run import cache_name, can_share_prompts, prompt_cache, select_rows
 
 
@@ -105,9 +107,7 @@ def test_what_all_prompts_begin_with_is_run_once(tmp_path, sharing, llama):
 
 
 def test_an_answer_that_ends_at_once_goes_on_from_a_shorter_cache(tmp_path, sharing, monkeypatch, llama):
-    monkeypatch.setattr(
-        peft_edit.activations.collect, "greedy_answers", lambda m, t, p, batches, n: ([[] for _ in b] for b in batches)
-    )
+    monkeypatch.setattr(generating, "greedy_answers", lambda m, t, p, batches, n: ([[] for _ in b] for b in batches))
     data = contrast([(*q[:3], None) for q in QUESTIONS])
     found = collect_activations(llama, TOKENIZER, data, tmp_path, answers="all")
     literal = Literal(llama, MLP_OUTPUTS["llama"].format(1))
@@ -173,7 +173,7 @@ def test_an_edit_that_depends_on_padding_is_refused(tmp_path, llama):
     model = get_peft_model(llama, HPRConfig(token_scope="last", init_weights=False))
     with pytest.raises(ValueError, match="depends on padding"):
         collect_activations(model, TOKENIZER, contrast(), tmp_path / "a")
-    assert not files(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_virtual_tokens_are_refused(tmp_path, llama):
@@ -185,7 +185,7 @@ def test_virtual_tokens_are_refused(tmp_path, llama):
 def test_a_model_without_a_head_generates_nothing(tmp_path, llama):
     with pytest.raises(ValueError, match=r"LlamaModel cannot generate neutral answers: .*, or pass neutral='prompt'"):
         collect_activations(llama.model, TOKENIZER, contrast(), tmp_path / "a", neutral="generated")
-    assert not files(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
     found = collect_activations(llama.model, TOKENIZER, contrast(), tmp_path / "a", neutral="prompt")
     close(
         found.positive(1),
@@ -230,7 +230,7 @@ def test_unknown_sites_are_named(tmp_path, llama, site):
         collect_activations(
             llama, TOKENIZER, contrast(), tmp_path / "a", site=("mlp", "block"), target_modules=["up_proj"]
         )
-    assert not files(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 # Truncation
@@ -255,7 +255,7 @@ def test_prompts_are_cut_on_the_left_when_asked(tmp_path):
     questions[0][1][0].extend(range(40, 56))
     with pytest.raises(ValueError, match=r"row 0: without a prompt its longest .* lower max_new_tokens, or"):
         collect_activations(model, TOKENIZER, contrast(questions, [0, 1]), tmp_path / "c", **options)
-    assert not files(tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_the_token_that_begins_every_text_is_not_cut_off(tmp_path):
@@ -275,7 +275,7 @@ def test_the_tokenizer_of_another_model_is_noticed(tmp_path, llama):
     data = contrast([([], [[]], [[]], None)], [7], prompt=["ab"], positives=[["1"]], negatives=[["2"]])
     with pytest.raises(ValueError, match=r"row 7: the tokenizer gives the id \d+, the model has embeddings for 64 ids"):
         collect_activations(llama, byte_tokenizer("<s> $A"), data, tmp_path / "a", neutral="prompt")
-    assert not files(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 # Kills, full disks, and two at once
@@ -319,7 +319,7 @@ def test_a_store_that_was_being_replaced_is_not_taken_for_complete(tmp_path, lla
     before = files(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(Path, "unlink", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("killed")))
-        StoreWriter(tmp_path, json.loads(before["meta.json"])).begin()
+        begin(tmp_path, json.loads(before["meta.json"]))
     with pytest.raises(ValueError, match="not collected completely"):
         ActivationStore(tmp_path)
     collect_activations(llama, TOKENIZER, contrast(), tmp_path, **options)
@@ -329,7 +329,7 @@ def test_a_store_that_was_being_replaced_is_not_taken_for_complete(tmp_path, lla
 def test_damaged_answers_are_generated_again(tmp_path, small_shards, monkeypatch, llama):
     collect_activations(llama, TOKENIZER, contrast(), tmp_path / "whole", **GENERATED)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(StoreWriter, "write_index", lambda *args: (_ for _ in ()).throw(RuntimeError("killed")))
+        patch.setattr(collecting, "write_index", lambda *args: (_ for _ in ()).throw(RuntimeError("killed")))
         collect_activations(llama, TOKENIZER, contrast(), tmp_path / "a", **GENERATED)
     (tmp_path / "a" / "generated-00000.json").write_text("[[1")
     (tmp_path / "a" / "generated-00001.json").write_text("[]")
@@ -457,13 +457,13 @@ def test_a_folder_that_cannot_be_written_to_is_said(tmp_path, llama, monkeypatch
 def test_a_shard_is_what_safetensors_writes(tmp_path, dtype, rows):
     from safetensors.torch import load_file
 
-    shape = shards.StoreShape(("mlp.0", "mlp.10", "block.2"), 5, dtype)
+    shape = StoreShape(("mlp.0", "mlp.10", "block.2"), 5, dtype)
     tensors = {name: torch.randn(rows, 5).to(dtype) for name in shape.names}
     with ShardFile(tmp_path / "s.safetensors", shape, rows) as shard:
         for name, tensor in tensors.items():
             for first in range(0, rows, 2):
                 shard.write(name, first, tensor[first : first + 2])
-        shard.finish()
+        assert shard.publish() == shards.shard_digest(shard.path, shape, rows)
     found = load_file(tmp_path / "s.safetensors")
     assert set(found) == set(shape.names)
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
@@ -479,20 +479,20 @@ def test_a_shard_is_what_safetensors_writes(tmp_path, dtype, rows):
 
 def test_a_change_of_any_byte_of_an_index_is_noticed(tmp_path):
     file = tmp_path / "index.safetensors"
-    shards.write_tensors(file, {"question": torch.arange(3), "token_ids": torch.arange(5, dtype=torch.int32)})
+    write_tensors(file, {"question": torch.arange(3), "token_ids": torch.arange(5, dtype=torch.int32)})
     content = bytearray(file.read_bytes())
-    assert shards.is_whole(file) and not shards.is_whole(tmp_path / "none")
+    assert is_whole(file) and not is_whole(tmp_path / "none")
     for place in range(len(content)):
         content[place] ^= 1
         file.write_bytes(content)
-        assert not shards.is_whole(file), place
+        assert not is_whole(file), place
         content[place] ^= 1
     file.write_bytes(content[:-1])
-    assert not shards.is_whole(file)
+    assert not is_whole(file)
 
 
 def test_a_shard_that_fails_leaves_nothing(tmp_path):
-    shape = shards.StoreShape(("mlp.0",), 4, torch.float32)
+    shape = StoreShape(("mlp.0",), 4, torch.float32)
     with pytest.raises(RuntimeError, match="stop"), ShardFile(tmp_path / "s.safetensors", shape, 3) as shard:
         shard.write("mlp.0", 0, torch.ones(1, 4))
         raise RuntimeError("stop")

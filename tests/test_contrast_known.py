@@ -46,9 +46,9 @@ def test_local_copies_of_real_data(name):
 
 def test_every_known_set_is_tested_and_named_in_the_documentation():
     assert set(LOCAL) | {"toxigen"} == set(KNOWN)
-    readme = (FIXTURES.parents[1] / "README.md").read_text(encoding="utf-8")
+    page = (FIXTURES.parents[1] / "examples" / "data.md").read_text(encoding="utf-8")
     for name in KNOWN:
-        assert f'`"{name}"`' in load_contrast_set.__doc__ and f'`"{name}"`' in readme
+        assert f'`"{name}"`' in load_contrast_set.__doc__ and f'`"{name}"`' in page
 
 
 def test_halueval():

@@ -259,7 +259,7 @@ def structure():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (hpr_model, "^only SEA adapters .* got one of HPR, which rotates each token by an angle of its own"),
+        (hpr_model, "^only SEA adapters .* got one of HPR: it rotates each token by an angle of its own"),
         (lambda: get_peft_model(vivid_model(), LoraConfig()), "^only SEA adapters .* got one of LORA$"),
         (lambda: fitted(feature_map="tanh"), "feature map 'tanh' is not linear; fit with feature_map=None"),
         (lambda: fitted(rescale="average"), "rescale='average' halves activations"),

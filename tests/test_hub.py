@@ -307,6 +307,23 @@ def test_a_commit_whose_answer_is_lost_stays(hub, client, folders):
     assert len(repository(hub, "user/lost").log) == 1
 
 
+def test_what_somebody_pushed_meanwhile_is_not_overwritten(hub, client, folders):
+    """Between the look at the repository's README and the commit."""
+    hub.repositories["models/user/shared"] = Repository(owner="user")
+
+    def somebody_is_faster(handler):
+        del hub.faults["preupload"]
+        repository(hub, "user/shared").files["README.md"] = b"# By hand"
+        handler._answer("preupload", {"name": "models/user/shared", "revision": "main"})
+
+    hub.faults["preupload"] = somebody_is_faster
+    status, _, err = client(command, "push", folders / "SEA", "user/shared", token="hf_write")
+    assert status == 2 and "somebody has changed user/shared meanwhile" in err and err.count("\n") == 1, err
+    assert repository(hub, "user/shared").files["README.md"] == b"# By hand" and not repository(hub, "user/shared").log
+    assert client(push_folder, folders / "SEA", "user/shared", **WRITE) == "done"
+    assert repository(hub, "user/shared").files["README.md"] == b"# By hand"
+
+
 def test_a_lost_connection_is_tried_again(hub, client, folders):
     def once(handler):
         del hub.faults["upload"]

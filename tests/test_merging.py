@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIP
 from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
 
 from peft_edit import HPRConfig, SEAConfig, cli, fingerprint, merge_checkpoint, merging
-from peft_edit.adapters.read import load_structure
 from peft_edit.models.checkpoint import Source, axis_in_source
+from peft_edit.models.load import load_structure
 
 
 INDEX = "model.safetensors.index.json"
@@ -532,7 +532,8 @@ def test_from_the_hub(pair, tmp_path):
     }
     with HubServer(repositories) as hub:
         command = [sys.executable, "-m", "peft_edit.cli", "merge", "user/base", "user/adapter", tmp_path / "out"]
-        result = subprocess.run(command, env=hub.environment(tmp_path / "home"), capture_output=True, text=True)
+        environment = hub.environment(tmp_path / "home", OMP_NUM_THREADS="1")  # as many threads as here
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         assert not any("pytorch_model.bin" in request for request in hub.requests)
     merge_checkpoint(base, adapter, tmp_path / "local")

@@ -18,7 +18,7 @@ ALL = {
 }
 COMMANDS = {
     name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    for name, command in typer.main.get_command(cli.app).commands.items()
+    for name, command in typer.main.get_command(cli.application()).commands.items()
 }
 OTHERS_OPTIONS = {"--help", "--max-lora-rank"}  # of every command, and of vLLM
 FENCED = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)

@@ -10,14 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from peft_edit import collect_activations, evaluate_multiple_choice, load_contrast_set
-from peft_edit.data.prompts import (
-    QA_PRIMER,
-    encode_answers,
-    encode_prompts,
-    join_messages,
-    listed_choices,
-    resolve_prompt_format,
-)
+from peft_edit.data.contexts import QA_PRIMER, join_messages
+from peft_edit.data.prompts import encode_answers, encode_prompts, listed_choices, resolve_prompt_format
 
 
 SPECIAL = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]

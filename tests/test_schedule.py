@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_edit.activations import batches as schedule
-from peft_edit.activations.batches import SequenceTable, batches, make_schedule
-from peft_edit.activations.plan import Plan
+from peft_edit.activations.batches import make_schedule
+from peft_edit.activations.run import Plan
+from peft_edit.activations.sequences import SequenceTable
+from peft_edit.models.run import batches_within
 
 
 @st.composite
@@ -48,7 +50,7 @@ def plan_of(table, **arguments):
 @given(st.lists(st.integers(1, 20), max_size=30), st.one_of(st.none(), st.integers(1, 5)), st.integers(1, 60))
 def test_batches_are_consecutive_and_within_their_limits(lengths, batch_size, max_tokens):
     lengths = sorted(lengths, reverse=True)
-    found = list(batches(lengths, batch_size, max_tokens))
+    found = list(batches_within(lengths, batch_size, max_tokens))
     assert [i for batch in found for i in batch] == list(range(len(lengths)))
     for batch in found:
         assert len(batch) <= (batch_size or len(batch))
@@ -71,9 +73,10 @@ def test_a_plan_runs_every_sequence_once(questions, batch_size, max_tokens, forw
     assert sorted(found.order) == list(range(len(unique))) == list(range(len(plan)))
     assert {(tuple(plan.ids(i).tolist()), plan.span(i)[0]) for i in range(len(plan))} == unique
 
-    every = [batch for shard in plan.shards for batch in shard]
+    every = [batch for batches in plan.batches for batch in batches]
     assert [i for batch in every for i in batch.sequences] == list(range(len(plan)))
-    assert sum(plan.shard_rows(n) for n in range(len(plan.shards))) == sum(map(plan.rows, range(len(plan))))
+    assert sum(shard.rows for shard in plan.shards) == sum(map(plan.rows, range(len(plan))))
+    assert [shard.sequences for shard in plan.shards] == [sum(len(b.sequences) for b in bs) for bs in plan.batches]
     for batch in every:
         common, cut = plan.cuts[batch.bucket]
         prompts = plan.prompts(batch.bucket)
@@ -85,8 +88,7 @@ def test_a_plan_runs_every_sequence_once(questions, batch_size, max_tokens, forw
         assert len(lengths) == 1 or len(lengths) * lengths[0] <= max_tokens
         for i in batch.sequences:
             assert plan.prompt(i, batch.bucket) in prompts and cut <= plan.span(i)[0]
-    for shard_batches in plan.shards[:-1]:
-        assert sum(len(batch.sequences) for batch in shard_batches) >= shard
+    assert all(held.sequences >= shard for held in plan.shards[:-1])
 
 
 @given(questions(), st.integers(0, 30))
@@ -101,7 +103,7 @@ def test_the_cost_is_what_is_run(questions, forward):
     for bucket, (common, cut) in enumerate(plan.cuts):
         if cut:
             cost += forward + len(plan.prompts(bucket)) * (cut - common) + (forward + common if common else 0)
-    for batch in (batch for shard in plan.shards for batch in shard):
+    for batch in (batch for batches in plan.batches for batch in batches):
         cost += forward + len(batch.sequences) * (len(plan.ids(batch.sequences[0])) - plan.cuts[batch.bucket][1])
     assert found.cost == cost
 

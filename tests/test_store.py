@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from stores import write_pair_store
 
 from peft_edit import ActivationStore
-from peft_edit.activations.store import FORMAT_VERSION, StoreWriter, layout, reader
+from peft_edit.activations.store import FORMAT_VERSION, begin, layout, reader
 
 
 SIGNS = ("positive", "negative", "neutral")
@@ -259,5 +259,5 @@ def test_beginning_removes_the_files_of_a_store(tmp_path):
     write_answer_store(tmp_path, [1, 2, 3])
     settings = json.loads((tmp_path / "meta.json").read_text())
     (tmp_path / ".shard-00003.safetensors.tmp").touch()  # what a killed run leaves
-    StoreWriter(tmp_path, settings).begin()
+    begin(tmp_path, settings)
     assert [file.name for file in tmp_path.iterdir()] == ["meta.json"]

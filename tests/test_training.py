@@ -938,11 +938,11 @@ def test_a_store_of_this_model_is_accepted(tmp_path):
 
 
 BAD_MODELS = {
-    "SEA": (lambda: get_peft_model(tiny_model(), SEAConfig()), {}, ("'default'", "SEA", "HPRConfig")),
+    "SEA": (lambda: get_peft_model(tiny_model(), SEAConfig()), {}, ("'default'", "SEA", "add one of HPR")),
     "LoRA": (
         lambda: get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])),
         {},
-        ("'default'", "LORA", "HPRConfig"),
+        ("'default'", "LORA", "add one of HPR"),
     ),
     "none": (tiny_model, {}, ("adapter",)),
     "unknown": (adapted, {"adapter_name": "mine"}, ("'mine'", "default (HPR)")),

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Train
 from transformers.trainer_callback import PrinterCallback
 
 from peft_edit import ActivationStore, HPRConfig, HPRTrainer, HPRTrainingArguments
-from peft_edit.activations.store import StoreWriter
+from peft_edit.activations.store import Shard, StoreWriter, begin, write_index
 from peft_edit.demo import ASSETS, run
 from peft_edit.tuners.hpr.layer import HPRLayer, angle_network
 from peft_edit.tuners.hpr.maths import angle_between, edit, is_negative, loss, rotate
@@ -178,23 +178,26 @@ def benchmark_edit(d: int) -> None:
 def token_pairs(path: Path, layers: int, d: int, pairs: int) -> ActivationStore:
     """A store of random activations whose classes are a shift apart."""
     generator = torch.Generator().manual_seed(0)
-    settings = {"site": "block", "tokens": "answer", "hidden_size": d, "dtype": "float32", "model": None}
-    settings |= {"fingerprint": None, "active_adapters": []}
-    settings["modules"] = {str(i): f"model.layers.{i}" for i in range(layers)}
+    modules = {str(i): f"model.layers.{i}" for i in range(layers)}
+    settings = {"sites": ["block"], "tokens": "answer", "hidden_size": d, "dtype": "float32", "model": None}
+    settings |= {"fingerprint": None, "active_adapters": [], "modules": {"block": modules}}
     rows = torch.randperm(2 * pairs, generator=generator).view(2, pairs)
-    writer = StoreWriter(
-        path, settings, {"pairs": rows.T.contiguous(), "question": torch.zeros(pairs, dtype=torch.int64)}
-    )
     shift = torch.zeros(2 * pairs, 1)
     shift[rows[1]], shift[rows[0]] = 1.0, -1.0
-    writer.add(
-        {
-            f"block.{i}": torch.randn(2 * pairs, d, generator=generator)
-            + shift * torch.randn(d, generator=generator) / math.sqrt(d)
-            for i in range(layers)
-        }
-    )
-    return writer.finish()
+    places = torch.ones(1, pairs, dtype=torch.int64)
+    path.mkdir(parents=True, exist_ok=True)
+    begin(path, settings)
+    write_index(path, {"answer_pairs": torch.cat((rows, places)).T, "question": torch.zeros(pairs, dtype=torch.int64)})
+    shard = Shard(0, rows=2 * pairs, sequences=2 * pairs)
+    activations = {
+        f"block.{i}": torch.randn(2 * pairs, d, generator=generator)
+        + shift * torch.randn(d, generator=generator) / math.sqrt(d)
+        for i in range(layers)
+    }
+    with StoreWriter(path, [shard]) as writer:
+        writer.write(shard, activations)
+        writer.finish()
+    return ActivationStore(path)
 
 
 class Clock(TrainerCallback):

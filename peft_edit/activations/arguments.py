@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from ..arguments import Argument, ArgumentError, check_options
+from ..data.prompts import PromptFormat
 from ..models.sites import LayerIndices, Site
-
-
-PromptFormat = Literal["auto", "chat", "plain", "few_shot_qa", "lettered_choices"]
+from .store.layout import RowTokens
 
 
 @dataclass(kw_only=True)
@@ -60,8 +59,9 @@ class CollectArguments:
         default=None, metadata={"help": "Comma-separated names of other modules, one in a block."}
     )
     layers: LayerIndices = field(default=None, metadata={"help": "Decoder blocks, such as 0-3,7. Default: all."})
-    tokens: Literal["last", "mean", "random", "answer"] = field(
-        default="last", metadata={"help": "Tokens of an answer: last, mean, random (SEA) or answer (HPR)."}
+    tokens: Literal[RowTokens, "answer"] = field(
+        default="last",
+        metadata={"help": "Tokens kept of an answer: one (last, mean, random) or all (answer)."},
     )
     neutral: Literal["auto", "generated", "prompt", "text"] | None = field(
         default="auto", metadata={"help": "Where the neutral activation is taken."}
@@ -91,11 +91,13 @@ class CollectArguments:
 
     def __post_init__(self):
         check_options(self)
-        self.site = [self.site] if isinstance(self.site, str) else list(dict.fromkeys(self.site or ()))
-        if not self.site or set(self.site) - set(get_args(Site)):
+        given = [self.site] if isinstance(self.site, str) else self.site
+        sites = list(dict.fromkeys(given)) if isinstance(given, Iterable) else []
+        if not sites or set(sites) - set(get_args(Site)):
             choices = ", ".join(map(repr, get_args(Site)))
             raise ArgumentError(Argument("site"), f" must be one of {choices} or both, got {self.site!r}")
-        if len(self.site) > 1 and self.target_modules is not None:
+        self.site = sites
+        if len(sites) > 1 and self.target_modules is not None:
             raise ArgumentError(Argument("target_modules"), " replace one site: collect several sites without them")
         if self.tokens == "answer":
             self.neutral, self.answers = None, "all"

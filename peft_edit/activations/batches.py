@@ -1,4 +1,5 @@
-"""In which order and in which batches the sequences of a collection are run, and which shards their rows fill.
+"""Third stage of a collection: tokens -> the index of the store, which says in which order and in which batches the
+sequences are run, and which shards their rows fill.
 
 It depends on the sequences and the arguments only, never on time, memory or the number of processes, so that a
 collection which is interrupted, or done by several processes, ends with the same bytes.
@@ -11,14 +12,19 @@ question, is run once for all of them.
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
+
+from ..models.run import batches_within
+from .arguments import CollectArguments
+from .sequences import Encoded, SequenceTable
+from .store.layout import StoreShape
 
 
 # What a forward pass costs beside its tokens, in tokens: below it a pass is bound by launching its operators.
@@ -28,36 +34,52 @@ SHARD_BYTES = 256 * 2**20
 SHARD_SEQUENCES = 512
 
 
-class SequenceTable:
-    """Unique sequences of token ids, in the order in which they were added, without a Python object for each id."""
+def make_index(
+    encoded: Encoded,
+    answers: Sequence[array],
+    arguments: CollectArguments,
+    settings: dict[str, Any],
+    *,
+    share: bool,
+) -> tuple[dict[str, Tensor], int]:
+    """The index of a store, and the number of bytes that its rows take.
 
-    def __init__(self) -> None:
-        self.starts, self.stops, self.groups = array("q"), array("q"), array("q")
-        self._ids, self._ends = array("i"), array("q", [0])
-        self._numbers: dict[bytes, int] = {}
+    Args:
+        encoded: the contrast set in tokens, to which the neutral sequences are added.
+        answers: the model's own answers to its `prompts`.
+        arguments: with the limits of batches.
+        settings: of the store.
+        share: whether caches of prompts can be shared.
+    """
+    for group, number in zip(encoded.waiting[::2], encoded.waiting[1::2], strict=True):
+        encoded.add_neutral(group, encoded.prompts[number] + answers[number])
+    table, every_token = encoded.table, arguments.tokens == "answer"
+    limits = {"batch_size": arguments.batch_size, "max_tokens": arguments.max_tokens_per_batch}
+    schedule = make_schedule(table, share=share, **limits)
+    order = numpy.array(schedule.order)
+    spans = numpy.stack((table.starts, table.stops), axis=1)[order]
+    # A mean is one row, whatever it is taken over.
+    rows = spans[:, 1] - spans[:, 0] if every_token else numpy.ones(len(order), dtype=numpy.int64)
+    first_rows = numpy.empty(len(order), dtype=numpy.int64)
+    first_rows[order] = numpy.cumsum(rows) - rows
 
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def add(self, ids: Sequence[int], start: int, stop: int, group: int) -> int:
-        """Number of the sequence whose rows from `start` to `stop` are kept; a question's sequences are a group."""
-        content = array("i", ids)
-        digest = hashlib.blake2b(array("i", (start, stop)).tobytes() + content.tobytes(), digest_size=16).digest()
-        number = self._numbers.setdefault(digest, len(self))
-        if number == len(self):
-            self._ids += content
-            self._ends.append(len(self._ids))
-            self.starts.append(start)
-            self.stops.append(stop)
-            self.groups.append(group)
-        return number
-
-    def ids(self, number: int) -> numpy.ndarray:
-        """Of one sequence, int32; while such a view is alive, nothing can be added."""
-        return numpy.frombuffer(self._ids, numpy.int32)[self._ends[number] : self._ends[number + 1]]
-
-    def lengths(self) -> numpy.ndarray:
-        return numpy.diff(self._ends)
+    pairs = numpy.array(encoded.pairs).reshape(-1, 3)
+    index = {"question": numpy.array(encoded.row_ids)[pairs[:, 0]]}
+    negative, positive = first_rows[pairs[:, 1]], first_rows[pairs[:, 2]]
+    if every_token:
+        first, count = numpy.array(encoded.places).reshape(-1, 2).T
+        index["answer_pairs"] = numpy.stack((negative + first, positive + first, count), axis=1)
+    else:
+        index |= {"negative": negative, "positive": positive}
+        if encoded.neutral is not None:
+            neutral = numpy.array([encoded.neutral[group] for group in range(len(encoded.row_ids))])
+            index["neutral"] = first_rows[neutral[pairs[:, 0]]]
+    index["token_ids"] = numpy.concatenate([table.ids(number) for number in order])
+    index["sequence_lengths"] = table.lengths()[order]
+    index["spans"] = spans
+    tensors = {name: torch.from_numpy(values) for name, values in index.items()}
+    row_bytes = StoreShape.of(settings).row_bytes
+    return tensors | schedule.tensors(rows, row_bytes), int(rows.sum()) * row_bytes
 
 
 @dataclass
@@ -88,7 +110,7 @@ class Schedule:
             self.cost += FORWARD_TOKENS + common if common else 0
         ordered = sorted(numbers, key=lambda number: -lengths[number])
         before = len(self.batch_sizes)
-        for batch in batches([int(lengths[number]) for number in ordered], *limits):
+        for batch in batches_within([int(lengths[number]) for number in ordered], *limits):
             self.batch_sizes.append(len(batch))
             self.cost += FORWARD_TOKENS + len(batch) * (int(lengths[ordered[batch[0]]]) - cut)
         self.order += ordered
@@ -168,15 +190,6 @@ def _common_prefix(table: SequenceTable, numbers: list[int], limit: int) -> int:
         differs = (first != other).nonzero()[0]
         first = first[: differs[0]] if len(differs) else first
     return len(first)
-
-
-def batches(lengths: list[int], batch_size: int | None, max_tokens: int) -> Iterator[range]:
-    """Consecutive places, as many as fit: lengths fall, so the first of a batch is its longest."""
-    first = 0
-    for i in range(1, len(lengths) + 1):
-        if i == len(lengths) or (i + 1 - first) * lengths[first] > max_tokens or i - first == batch_size:
-            yield range(first, i)
-            first = i
 
 
 def _shards(batch_sizes: list[int], rows: numpy.ndarray, row_bytes: int) -> Iterator[int]:

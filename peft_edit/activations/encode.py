@@ -1,233 +1,193 @@
-"""A contrast set in tokens: each unique sequence once, and which of its rows each demonstration refers to.
-
-From it comes the index of a store, see `plan`.
-"""
+"""First stage of a collection: texts -> tokens. What cannot be collected is refused before anything is written."""
 
 from __future__ import annotations
 
 import itertools
 import random
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-import numpy
-import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import Argument, ArgumentError
 from ..data.prompts import EncodedAnswer, encode_answers, encode_prompts, listed_choices
-from .batches import SequenceTable, make_schedule
+from ..models.run import length_limit
+from .arguments import CollectArguments
+from .sequences import Encoded
 
 
 # Questions that are encoded at once.
 CHUNK = 256
 
 
-@dataclass(frozen=True)
-class Options:
-    """Arguments of `collect_activations` that decide which tokens of which sequences are kept, and what a model takes.
-
-    Attributes:
-        limit: most tokens in a sequence; None for any number.
-        vocabulary: number of token ids that the model has embeddings for.
-    """
-
-    tokens: str
-    neutral: str | None
-    answers: str
-    prompt_format: str
-    seed: int
-    max_new_tokens: int
-    truncate: bool
-    limit: int | None
-    vocabulary: int
-
-
 @dataclass
-class Draft:
-    """A contrast set in tokens; the model's own answers are still missing.
+class _Question:
+    """A row of the contrast set in tokens; `neutral` has its neutral text, or nothing."""
 
-    Attributes:
-        prompts: token ids of the prompts that the model has to answer, each once.
-    """
+    row_id: int
+    prompt: list[int]
+    positives: list[EncodedAnswer]
+    negatives: list[EncodedAnswer]
+    neutral: list[EncodedAnswer]
 
-    options: Options
-    table: SequenceTable = field(default_factory=SequenceTable)
-    prompts: list[array] = field(default_factory=list)
-    _numbers: dict[bytes, int] = field(default_factory=dict)  # of the prompts
-    # For each question whose neutral activation waits for an answer: its group and number of its prompt.
-    _waiting: list[tuple[int, int]] = field(default_factory=list)
-    # Question to the number of its neutral sequence.
-    _neutral: dict[int, int] = field(default_factory=dict)
-    # For each demonstration, or pair of answers, three: its question, and its sequences (negative, positive).
-    _pairs: array = field(default_factory=partial(array, "q"))
-    # tokens="answer": for each pair two, the first place within the answers that differs, and the number of places.
-    _places: array = field(default_factory=partial(array, "q"))
-    _row_ids: array = field(default_factory=partial(array, "q"))
-
-    def add_question(self, row_id: int, prompt: list[int], good, bad, neutral: EncodedAnswer | None, chooser) -> None:
-        """Add a question's answers; `neutral` is its neutral text, None where the options or the model decide."""
-        options, group = self.options, len(self._row_ids)
-        self._row_ids.append(row_id)
-        if options.tokens == "answer":
-            for positive, negative in itertools.product(good, bad):
-                first, shorter = _first_difference(positive, negative), _shorter(positive, negative)
-                numbers = (self._add(answer, group) for answer in (negative, positive))
-                self._pairs.extend((group, *numbers))
-                self._places.extend((first, shorter - first))
-            return
-        for positive, negative in _chosen(good, bad, options.answers, chooser):
-            self._pairs.extend((group, self._add(negative, group), self._add(positive, group)))
-        if neutral is not None:
-            self._add_neutral(group, neutral.input_ids)
-        elif options.neutral == "prompt":
-            self._add_neutral(group, prompt)
-        elif options.neutral is not None:
-            content = array("i", prompt)
-            number = self._numbers.setdefault(content.tobytes(), len(self.prompts))
-            if number == len(self.prompts):
-                self.prompts.append(content)
-            self._waiting.append((group, number))
-
-    def _add(self, answer: EncodedAnswer, group: int) -> int:
-        return self.table.add(answer.input_ids, *_span(answer, self.options), group)
-
-    def _add_neutral(self, group: int, ids: Sequence[int]) -> None:
-        self._neutral[group] = self.table.add(ids, len(ids) - 1, len(ids), group)
-
-    def check(self) -> None:
-        """Raise ValueError where there is nothing to collect."""
-        if self.options.tokens == "answer" and not any(self._places[1::2]):
-            raise ValueError("no pair of answers differs in any token that both have: nothing to collect")
-
-    def finish(
-        self,
-        answers: Sequence[Sequence[int]],
-        *,
-        share: bool,
-        batch_size: int | None,
-        max_tokens: int,
-        row_bytes: int,
-    ) -> dict[str, Tensor]:
-        """The index of the store. The draft is used up.
-
-        Args:
-            answers: the model's own answers to `prompts`.
-            share, batch_size, max_tokens: see `make_schedule`.
-            row_bytes: size of a row of the store.
-        """
-        for group, number in self._waiting:
-            self._add_neutral(group, self.prompts[number] + array("i", answers[number]))
-        table, every_token = self.table, self.options.tokens == "answer"
-        schedule = make_schedule(table, share=share, batch_size=batch_size, max_tokens=max_tokens)
-        order = numpy.array(schedule.order)
-        spans = numpy.stack((table.starts, table.stops), axis=1)[order]
-        # A mean is one row, whatever it is taken over.
-        rows = spans[:, 1] - spans[:, 0] if every_token else numpy.ones(len(order), dtype=numpy.int64)
-        first_rows = numpy.empty(len(order), dtype=numpy.int64)
-        first_rows[order] = numpy.cumsum(rows) - rows
-
-        pairs = numpy.array(self._pairs).reshape(-1, 3)
-        index = {"question": numpy.array(self._row_ids)[pairs[:, 0]]}
-        negative, positive = first_rows[pairs[:, 1]], first_rows[pairs[:, 2]]
-        if every_token:
-            first, count = numpy.array(self._places).reshape(-1, 2).T
-            index["answer_pairs"] = numpy.stack((negative + first, positive + first, count), axis=1)
-        else:
-            index |= {"negative": negative, "positive": positive}
-            if self.options.neutral is not None:
-                neutral = numpy.array([self._neutral[group] for group in range(len(self._row_ids))])
-                index["neutral"] = first_rows[neutral[pairs[:, 0]]]
-        index["token_ids"] = numpy.concatenate([table.ids(number) for number in order])
-        index["sequence_lengths"] = table.lengths()[order]
-        index["spans"] = spans
-        self.table = SequenceTable()
-        tensors = {name: torch.from_numpy(values) for name, values in index.items()}
-        return tensors | schedule.tensors(rows, row_bytes)
+    @property
+    def answers(self) -> list[EncodedAnswer]:
+        return [*self.positives, *self.negatives, *self.neutral]
 
 
-def make_draft(tokenizer: PreTrainedTokenizerBase, data: Dataset, options: Options) -> Draft:
+def encode(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Dataset, arguments: CollectArguments) -> Encoded:
     """Encode a contrast set.
 
+    Args:
+        model: that will run the tokens, without a `PeftModel` around it.
+        tokenizer: of the model.
+        data: the contrast set.
+        arguments: which tokens of which answers are kept.
+
     Raises:
-        ValueError: a row cannot be encoded, has no neutral text that is asked for, or is longer than the model takes.
+        ValueError: a row cannot be encoded, has no neutral text that is asked for, or is longer than the model takes;
+            the model cannot generate and has to; there is nothing to collect.
     """
-    draft, chooser = Draft(options), random.Random(options.seed)
+    encoded = Encoded(neutral=None if arguments.neutral is None else {})
+    chooser, numbers = random.Random(arguments.seed), {}
+    limit, vocabulary = length_limit(model), model.get_input_embeddings().weight.shape[0]
     for first in range(0, len(data), CHUNK):
-        rows = data[first : first + CHUNK]
-        encoded = _encode(tokenizer, rows, options)
-        for row_id, prompt, positives, negatives, texts in zip(rows["id"], *encoded, strict=True):
-            draft.add_question(row_id, prompt, positives, negatives, texts[0] if texts else None, chooser)
-    draft.check()
-    return draft
+        for question in _questions(tokenizer, data[first : first + CHUNK], arguments):
+            _check_vocabulary(question, vocabulary)
+            if limit is not None:
+                _fit(question, tokenizer, arguments, limit)
+            _add(encoded, question, arguments, chooser, numbers)
+    if arguments.tokens == "answer" and not any(encoded.places[1::2]):
+        raise ValueError("no pair of answers differs in any token that both have: nothing to collect")
+    if encoded.prompts and model.base_model is model:
+        raise ArgumentError(
+            f"{type(model).__name__} cannot generate neutral answers: load the model with its LM head "
+            "(AutoModelForCausalLM), or pass ",
+            Argument("neutral", "prompt"),
+        )
+    return encoded
 
 
-def _encode(tokenizer, rows: dict[str, list], options: Options):
-    """Prompts, positives, negatives and neutral texts of some rows; each row's fit what the model takes."""
+def _questions(tokenizer, rows: dict[str, list], arguments: CollectArguments) -> Iterator[_Question]:
+    """Some rows in tokens."""
     texts = [[] for _ in rows["id"]]
-    if options.neutral in ("auto", "text"):
+    if arguments.neutral in ("auto", "text"):
         texts = [[] if text is None else [text] for text in rows["neutral"]]
-        if options.neutral == "text" and [] in texts:
-            row_id = rows["id"][texts.index([])]
-            raise ValueError(
-                f"row {row_id} has no neutral text: fill the column, or pass neutral='generated' or 'prompt'"
+        if arguments.neutral == "text" and [] in texts:
+            raise ArgumentError(
+                f"row {rows['id'][texts.index([])]} has no neutral text: fill the column, or pass ",
+                *(Argument("neutral", "generated"), " or 'prompt'"),
             )
-    columns = {"messages": rows["messages"], "prompt_format": options.prompt_format, "row_ids": rows["id"]}
+    columns = {"messages": rows["messages"], "prompt_format": arguments.prompt_format, "row_ids": rows["id"]}
     columns["choices"] = listed_choices(rows)
     prompts = encode_prompts(tokenizer, rows["prompt"], **columns)
-    sides = [
+    sides = (
         encode_answers(tokenizer, rows["prompt"], side, **columns)
         for side in (rows["positives"], rows["negatives"], texts)
-    ]
-    for i, row_id in enumerate(rows["id"]):
-        answers = [answer for side in sides for answer in side[i]]
-        largest = max(itertools.chain(prompts[i], *(answer.input_ids for answer in answers)))
-        if largest >= options.vocabulary:
-            raise ValueError(
-                f"row {row_id}: the tokenizer gives the id {largest}, the model has embeddings for "
-                f"{options.vocabulary} ids: pass the model's own tokenizer, or resize its embeddings"
-            )
-        answered = options.neutral in ("auto", "generated") and not texts[i]
-        begins = [*(answer.prompt_ids for answer in answers), prompts[i]]
-        cut = _excess(tokenizer, row_id, answers, prompts[i], answered, options)
-        if cut:
-            kept = int(all(ids[0] in tokenizer.all_special_ids for ids in begins))  # BOS, if there is one
-            if any(len(ids) <= kept + cut for ids in begins):
-                raise ValueError(
-                    f"row {row_id}: without a prompt its longest answer is still more than the {options.limit} tokens "
-                    f"that the model takes: {'lower max_new_tokens, or ' if answered else ''}leave the row out"
-                )
-            prompts[i] = _shortened(prompts[i], kept, cut)
-            for side in sides:
-                side[i] = [
-                    EncodedAnswer(_shortened(answer.input_ids, kept, cut), answer.prompt_length - cut)
-                    for answer in side[i]
-                ]
-    return prompts, *sides
+    )
+    yield from map(_Question, rows["id"], prompts, *sides)
+
+
+def _check_vocabulary(question: _Question, vocabulary: int) -> None:
+    """Raise ValueError for a token id that the model has no embedding for."""
+    largest = max(itertools.chain(question.prompt, *(answer.input_ids for answer in question.answers)))
+    if largest >= vocabulary:
+        raise ValueError(
+            f"row {question.row_id}: the tokenizer gives the id {largest}, the model has embeddings for "
+            f"{vocabulary} ids: pass the model's own tokenizer, or resize its embeddings"
+        )
+
+
+def _fit(question: _Question, tokenizer, arguments: CollectArguments, limit: int) -> None:
+    """Cut the prompt on the left where that is asked for and the longest answer is more than the model takes."""
+    answered = arguments.neutral in ("auto", "generated") and not question.neutral
+    cut = _excess(question, answered, arguments, limit)
+    if not cut:
+        return
+    begins = [*(answer.prompt_ids for answer in question.answers), question.prompt]
+    kept = int(all(ids[0] in tokenizer.all_special_ids for ids in begins))  # BOS, if there is one
+    if any(len(ids) <= kept + cut for ids in begins):
+        lower = ("lower ", Argument("max_new_tokens"), ", or ") if answered else ()
+        raise ArgumentError(
+            f"row {question.row_id}: without a prompt its longest answer is still more than the {limit} tokens that "
+            "the model takes: ",
+            *(*lower, "leave the row out"),
+        )
+    question.prompt = _shortened(question.prompt, kept, cut)
+    for side in (question.positives, question.negatives, question.neutral):
+        side[:] = [
+            EncodedAnswer(_shortened(answer.input_ids, kept, cut), answer.prompt_length - cut) for answer in side
+        ]
+
+
+def _excess(question: _Question, answered: bool, arguments: CollectArguments, limit: int) -> int:
+    """How many tokens of a question's prompt have to go, so that its longest answer fits."""
+    prompt = len(question.prompt)
+    lengths = {"prompt and answer": max((len(answer.input_ids) for answer in question.answers), default=prompt)}
+    if answered:
+        lengths["prompt and generated answer"] = prompt + arguments.max_new_tokens
+    what, length = max(lengths.items(), key=lambda item: item[1])
+    if length > limit and not arguments.truncate:
+        lowers = answered and lengths["prompt and answer"] <= limit
+        raise ArgumentError(
+            f"row {question.row_id}: {what} has {length} tokens, the model takes {limit}: ",
+            *(("lower ", Argument("max_new_tokens"), ", ") if lowers else ()),
+            *("leave the row out, or pass ", Argument("truncate", True), " to cut its prompt on the left"),
+        )
+    return max(0, length - limit)
 
 
 def _shortened(ids: list[int], kept: int, cut: int) -> list[int]:
     return ids[:kept] + ids[kept + cut :]
 
 
-def _excess(tokenizer, row_id: int, answers, prompt: list[int], answered: bool, options: Options) -> int:
-    """How many tokens of a row's prompt have to go, so that its longest answer fits."""
-    if options.limit is None:
-        return 0
-    lengths = {"prompt and answer": max((len(answer.input_ids) for answer in answers), default=len(prompt))}
-    if answered:
-        lengths["prompt and generated answer"] = len(prompt) + options.max_new_tokens
-    what, length = max(lengths.items(), key=lambda item: item[1])
-    if length > options.limit and not options.truncate:
-        remedy = "lower max_new_tokens, " if answered and lengths["prompt and answer"] <= options.limit else ""
-        raise ValueError(
-            f"row {row_id}: {what} has {length} tokens, the model takes {options.limit}: {remedy}leave the row out, or "
-            "pass truncate=True to cut its prompt on the left"
-        )
-    return max(0, length - options.limit)
+def _add(
+    encoded: Encoded, question: _Question, arguments: CollectArguments, chooser, numbers: dict[bytes, int]
+) -> None:
+    """Add a question; `numbers` are those of the prompts that the model has to answer."""
+    group = len(encoded.row_ids)
+    encoded.row_ids.append(question.row_id)
+    for positive, negative in _demonstrations(question, arguments, chooser):
+        found = (encoded.table.add(a.input_ids, *_span(a, arguments), group) for a in (negative, positive))
+        encoded.pairs.extend((group, *found))
+        if arguments.tokens == "answer":
+            first, shorter = _first_difference(positive, negative), _shorter(positive, negative)
+            encoded.places.extend((first, shorter - first))
+    if question.neutral:
+        encoded.add_neutral(group, question.neutral[0].input_ids)
+    elif arguments.neutral == "prompt":
+        encoded.add_neutral(group, question.prompt)
+    elif arguments.neutral is not None:
+        content = array("i", question.prompt)
+        number = numbers.setdefault(content.tobytes(), len(encoded.prompts))
+        if number == len(encoded.prompts):
+            encoded.prompts.append(content)
+        encoded.waiting.extend((group, number))
+
+
+def _demonstrations(question: _Question, arguments: CollectArguments, chooser: random.Random):
+    """Pairs of a positive and a negative answer."""
+    good, bad = question.positives, question.negatives
+    if arguments.answers == "first":
+        return [(good[0], bad[0])]
+    if arguments.answers == "random":
+        return [(chooser.choice(good), chooser.choice(bad))]
+    return itertools.product(good, bad)
+
+
+def _span(answer: EncodedAnswer, arguments: CollectArguments) -> tuple[int, int]:
+    """First position of a sequence that is kept, and the one behind the last."""
+    start, stop = answer.prompt_length, len(answer.input_ids)
+    if arguments.tokens == "last":
+        return stop - 1, stop
+    if arguments.tokens == "random":
+        # Seeded by the answer itself, so that an answer which demonstrates twice is run once.
+        position = random.Random(f"{arguments.seed} {answer.input_ids}").randrange(start, stop)
+        return position, position + 1
+    return start, stop
 
 
 def _first_difference(positive: EncodedAnswer, negative: EncodedAnswer) -> int:
@@ -241,22 +201,3 @@ def _first_difference(positive: EncodedAnswer, negative: EncodedAnswer) -> int:
 
 def _shorter(positive: EncodedAnswer, negative: EncodedAnswer) -> int:
     return min(len(positive.input_ids) - positive.prompt_length, len(negative.input_ids) - negative.prompt_length)
-
-
-def _chosen(good, bad, answers: str, chooser: random.Random):
-    if answers == "first":
-        return [(good[0], bad[0])]
-    if answers == "random":
-        return [(chooser.choice(good), chooser.choice(bad))]
-    return list(itertools.product(good, bad))
-
-
-def _span(answer: EncodedAnswer, options: Options) -> tuple[int, int]:
-    start, stop = answer.prompt_length, len(answer.input_ids)
-    if options.tokens == "last":
-        return stop - 1, stop
-    if options.tokens == "random":
-        # Seeded by the answer itself, so that an answer which demonstrates twice is run once.
-        position = random.Random(f"{options.seed} {answer.input_ids}").randrange(start, stop)
-        return position, position + 1
-    return start, stop

@@ -1,22 +1,173 @@
-"""Run the batches of a plan and keep rows of what the modules of its sites give."""
+"""Fourth stage of a collection: the index of a store -> the rows of its shards, batch after batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+import itertools
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers.cache_utils import Cache
 
 from ..models.run import cache_name, input_device, pad, prompt_cache, select_rows
-from ..tuners.layer import EditLayer
-from .plan import Batch, Plan
+from ..processes import Processes
+from .recorder import Recorder
+from .store.layout import INDEX, StoreShape, is_whole, read_index, read_token_ids
+from .store.shards import Shard
 
 
-class Runner:
+# Sequences whose token ids are read at once.
+WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences that are run together, and the bucket whose prompts' cache they go on from."""
+
+    sequences: range
+    bucket: int
+
+
+class Plan:
+    """The sequences of a store's index, in the order in which they are run.
+
+    Args:
+        index: the tensors of the index.
+        tokens: which tokens of an answer are kept.
+        read_ids: gives the part of `token_ids` between two places, so that not all of it is in memory; None where it is
+            in `index`.
+    """
+
+    def __init__(self, index: dict[str, Tensor], tokens: str, read_ids: Callable[[int, int], Tensor] | None = None):
+        self._index, self.tokens = index, tokens
+        self._read_ids = read_ids or (lambda start, stop: index["token_ids"][start:stop])
+        self._window, self._window_first = torch.empty(0), -1
+        # Arrays: there may be many more sequences than a Python object for each would fit.
+        self._ends = array("q", [0, *index["sequence_lengths"].cumsum(dim=0).tolist()])
+        self._starts, self._stops = (array("q", column) for column in index["spans"].T.tolist())
+        self.cuts: list[list[int]] = index["bucket_cuts"].tolist()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def ids(self, number: int) -> Tensor:
+        """Token ids of a sequence."""
+        first = number - number % WINDOW
+        if first != self._window_first:
+            self._window = self._read_ids(self._ends[first], self._ends[min(first + WINDOW, len(self))])
+            self._window_first = first
+        place = self._ends[first]
+        return self._window[self._ends[number] - place : self._ends[number + 1] - place]
+
+    def span(self, number: int) -> tuple[int, int]:
+        """First position of a sequence that is kept, and the one behind the last."""
+        return self._starts[number], self._stops[number]
+
+    def rows(self, number: int) -> int:
+        """How many rows of a sequence are kept."""
+        start, stop = self.span(number)
+        return stop - start if self.tokens == "answer" else 1
+
+    @cached_property
+    def batches(self) -> list[list[Batch]]:
+        """Those of each shard."""
+        ends = self._index["batch_sizes"].cumsum(dim=0).tolist()
+        batches_per_bucket = self._index["bucket_batches"]
+        buckets = torch.arange(len(batches_per_bucket)).repeat_interleave(batches_per_bucket).tolist()
+        spans = zip(itertools.pairwise([0, *ends]), buckets, strict=True)
+        batches = iter([Batch(range(*span), bucket) for span, bucket in spans])
+        return [list(itertools.islice(batches, count)) for count in self._index["shard_batches"].tolist()]
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """What each shard holds."""
+        spans = (range(batches[0].sequences.start, batches[-1].sequences.stop) for batches in self.batches)
+        return [Shard(number, sum(map(self.rows, span)), len(span)) for number, span in enumerate(spans)]
+
+    @cached_property
+    def _bucket_sequences(self) -> list[range]:
+        first: dict[int, int] = {}
+        last: dict[int, int] = {}
+        for batch in itertools.chain(*self.batches):
+            first.setdefault(batch.bucket, batch.sequences.start)
+            last[batch.bucket] = batch.sequences.stop
+        return [range(first[bucket], last[bucket]) for bucket in sorted(first)]
+
+    def prompts(self, bucket: int) -> list[tuple[int, ...]]:
+        """What is run once for all sequences of a bucket: their different beginnings, in the order of their first."""
+        return list(dict.fromkeys(self.prompt(i, bucket) for i in self._bucket_sequences[bucket]))
+
+    def prompt(self, number: int, bucket: int) -> tuple[int, ...]:
+        """The beginning of a sequence that its bucket's cache holds."""
+        return tuple(self.ids(number)[: self.cuts[bucket][1]].tolist())
+
+    def describe(self, number: int) -> str:
+        """Which answer of which question a sequence is, the first of them."""
+        first = sum(self.rows(i) for i in range(number))
+        for sign, rows, counts in self._demonstrations():
+            found = ((rows < first + self.rows(number)) & (rows + counts > first)).nonzero()
+            if len(found):
+                return f"{sign}, question {int(self._index['question'][found[0, 0]])}"
+        return "in no demonstration"
+
+    def _demonstrations(self) -> Iterator[tuple[str, Tensor, Tensor | int]]:
+        """Sign, first rows and numbers of rows of the demonstrations."""
+        if self.tokens == "answer":
+            pairs = self._index["answer_pairs"]
+            yield "positive", pairs[:, 1], pairs[:, 2]
+            yield "negative", pairs[:, 0], pairs[:, 2]
+            return
+        for sign in ("positive", "negative", "neutral"):
+            if sign in self._index:
+                yield sign, self._index[sign], 1
+
+
+def read_plan(path: Path, tokens: str) -> Plan:
+    """What a store's index says; raises ValueError where it is damaged. Token ids stay on disk until they are run."""
+    plan = Plan(read_index(path, without=["token_ids"]), tokens, partial(read_token_ids, path))
+    if not is_whole(path / INDEX):
+        raise ValueError(f"{path / INDEX} is damaged: delete it to have it written again")
+    return plan
+
+
+def run_shards(
+    model: nn.Module, plan: Plan, shards: Sequence[Shard], metadata: dict[str, Any], together: Processes
+) -> Iterator[tuple[Shard, dict[str, Tensor]]]:
+    """Run the batches of some shards: yields the shard and, of each tensor, its next rows, (r, d).
+
+    Args:
+        model: without a `PeftModel` around it, see `inference`.
+        plan: what is run.
+        shards: what is missing of this process's share.
+        metadata: of the store.
+        together: the processes that collect.
+
+    Raises:
+        ValueError: an activation is not finite, in the dtype of the store.
+    """
+    names = {f"{site}.{i}": name for site, of_site in metadata["modules"].items() for i, name in of_site.items()}
+    shape = StoreShape.of(metadata)
+    total, left = (sum(shard.sequences for shard in some) for some in (together.share(plan.shards), shards))
+    bar = together.bar("collecting", total, total - left)
+    with bar, Recorder(model, names, mean=plan.tokens == "mean") as recorder:
+        runner, meter = _Runner(model, plan, recorder), _Meter(bar)
+        for shard in shards:
+            for batch in plan.batches[shard.number]:
+                rows = runner.run(batch)
+                for name, tensor in rows.items():
+                    _check_finite(tensor.to(shape.dtype), name, plan, batch)
+                yield shard, rows
+                meter.update(plan, batch, len(tensor) * shape.row_bytes)
+
+
+class _Runner:
     """Runs batches. The cache of a bucket's prompts is made by the first of its batches."""
 
     def __init__(self, model: nn.Module, plan: Plan, recorder: Recorder):
@@ -53,67 +204,32 @@ class Runner:
             self._bucket = bucket
 
 
-class Recorder:
-    """Hooks that keep rows of the outputs of modules, while rows are asked for.
+class _Meter:
+    """What the progress bar shows beside sequences: tokens per second and the size on disk."""
 
-    Args:
-        model: the modules' model.
-        names: name of the tensor to name of the module.
-        mean: keep the mean of the rows of each sequence instead of the rows.
-    """
+    def __init__(self, bar: tqdm):
+        self._bar = bar
+        self._tokens = self._bytes = 0
+        self._start = time.monotonic()
 
-    def __init__(self, model: nn.Module, names: dict[str, str], mean: bool):
-        self.model, self.names, self.mean = model, names, mean
-        self._kept: Tensor | None = None
-        self._rows: dict[str, Tensor] = {}
-        self._hooks = ExitStack()
-
-    def __enter__(self) -> Recorder:
-        for name, module_name in self.names.items():
-            module = _before_edit(self.model.get_submodule(module_name))
-            # First of the hooks: the edit of a block is a hook too.
-            handle = module.register_forward_hook(partial(self._keep, name), prepend=True)
-            self._hooks.callback(handle.remove)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.close()
-
-    @contextmanager
-    def keeping(self, kept: Tensor) -> Iterator[dict[str, Tensor]]:
-        """Keep the positions where `kept`, (b, s) bool, is true in the forward pass inside the `with` block."""
-        self._kept, self._rows = kept, {}
-        try:
-            yield self._rows
-        finally:
-            self._kept, self._rows = None, {}
-
-    def _keep(self, name: str, module: nn.Module, args: tuple, output: Tensor | tuple | list) -> None:
-        if self._kept is None:  # a prompt, whose rows nobody wants
-            return
-        h = output[0] if type(output) in (tuple, list) else output
-        shape = tuple(h.shape[:-1]) if isinstance(h, Tensor) else ()
-        if shape not in (tuple(self._kept.shape), (self._kept.numel(),)):
-            found = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-            raise ValueError(
-                f"{self.names[name]} gives {found} for input of shape {tuple(self._kept.shape)}, not one activation "
-                "for each position of each row: choose another site or target_modules"
-            )
-        h = h.reshape(*self._kept.shape, -1)  # OPT flattens batch and sequence before its MLP
-        kept = self._kept.to(h.device)
-        if self.mean:
-            h = h.to(torch.promote_types(h.dtype, torch.float32))
-            weights = kept.to(h.dtype) / kept.sum(dim=1, keepdim=True)
-            self._rows[name] = torch.einsum("bs,bsd->bd", weights, h)
-        else:
-            self._rows[name] = h[kept]
+    def update(self, plan: Plan, batch: Batch, size: int) -> None:
+        self._tokens += sum(len(plan.ids(i)) for i in batch.sequences)
+        self._bytes += size
+        rate = self._tokens / (time.monotonic() - self._start)
+        self._bar.set_postfix_str(f"{rate:,.0f} tokens/s, {self._bytes / 1e6:,.1f} MB", refresh=False)
+        self._bar.update(len(batch.sequences))
 
 
-def _before_edit(module: nn.Module) -> nn.Module:
-    """The module whose output the edit of a site receives: what the edit wraps, other methods' adapters included."""
-    inner = module
-    while isinstance(inner, BaseTunerLayer):
-        if isinstance(inner, EditLayer):
-            return inner.base_layer
-        inner = inner.base_layer
-    return module
+def _check_finite(rows: Tensor, name: str, plan: Plan, batch: Batch) -> None:
+    if rows.sum(dtype=torch.promote_types(rows.dtype, torch.float32)).isfinite():  # a sum hides no NaN or infinity
+        return
+    bad = ~torch.isfinite(rows).all(dim=1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        ends = torch.tensor([plan.rows(i) for i in batch.sequences]).cumsum(dim=0)
+        number = batch.sequences[int((ends <= row).sum())]
+        site, _, layer = name.partition(".")
+        raise ValueError(
+            f"layer {layer}: the activations ({site}) of {plan.describe(number)} are not finite: "
+            "load the model and store in a wider dtype (bfloat16 or float32)"
+        )

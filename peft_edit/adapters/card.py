@@ -15,10 +15,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from peft import PeftConfig
 
+from ..arguments import Argument, ArgumentError
+from ..data.names import data_id, is_hub_id
 from ..files import write_text
 from ..tuners.config import EditConfig
 from ..tuners.method import Method, method_of
-from .card_results import Results, data_id, eval_results_of, is_hub_id, read_results, tables_of
+from .card_results import Results, eval_results_of, read_results, tables_of
 
 
 README = "README.md"
@@ -45,7 +47,7 @@ def model_card(config: PeftConfig, *, base_model: str | None = None, results: It
         ValueError: results of another kind, or a base model that can be no id on the Hub.
     """
     if base_model is not None and not is_hub_id(base_model):
-        raise ValueError(f"base_model must be an id on the Hub such as user/model, got {base_model!r}")
+        raise ArgumentError(Argument("base_model"), f" must be an id on the Hub such as user/model, got {base_model!r}")
     name = base_model or config.base_model_name_or_path
     base_id = name if name and is_hub_id(name) else None
     read = [read_results(result) for result in results]
@@ -190,9 +192,9 @@ def _is_stub(text: str) -> bool:
     return all(line in known or filled_in.fullmatch(line) for line in lines)
 
 
-def _title(config: PeftConfig, base_model: str | None = None) -> str:
-    name = base_model or config.base_model_name_or_path
-    return f"{config.peft_type.value} adapter{f' for {Path(name).name}' if name else ''}"
+def _title(config: EditConfig, base_model: str | None = None) -> str:
+    name, short = base_model or config.base_model_name_or_path, method_of(config).short
+    return f"{short[0].upper()}{short[1:]} adapter{f' for {Path(name).name}' if name else ''}"
 
 
 def _template(method: Method) -> jinja2.Template:

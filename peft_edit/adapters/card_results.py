@@ -9,41 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from ..data.names import data_id, data_name
 
 
-# Names that `load_contrast_set` knows -> data sets on the Hub.
-DATASETS = {
-    "truthful_qa": "truthfulqa/truthful_qa",
-    "halueval": "pminervini/HaluEval",
-    "bbq": "oskarvanderwal/bbq",
-    "bbq_lite": "hails/bigbench",
-    "simple_ethical_questions": "hails/bigbench",
-    "toxigen": "skg/toxigen-data",
-    "crows_pairs": "jannalu/crows_pairs_multilingual",
-}
-DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
 # Measure -> its name in tables, the factor there and the decimals. Others are shown by their own names.
 MEASURES = {"mc1": ("MC1 %", 100, 1), "mc2": ("MC2 %", 100, 1), "perplexity": ("perplexity", 1, 3)}
 SIDE_EFFECTS = ("perplexity",)
 
 Results = Mapping[str, Any] | str | os.PathLike
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether this can be an id on the Hub, and is no file or folder here."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).exists()
-
-
-def data_id(name: str | None) -> str | None:
-    """The id on the Hub of a data set; None where it is none, or not known."""
-    if name is None or name in DATASETS:
-        return DATASETS.get(name)
-    return name if "/" in name and not name.endswith(DATA_FILES) and is_hub_id(name) else None
 
 
 def read_results(results: Results) -> dict[str, Any]:
@@ -69,11 +43,6 @@ def read_results(results: Results) -> dict[str, Any]:
         "questions": len(questions) if isinstance(questions, list) else questions,
         "measures": measures,
     }
-
-
-def data_name(name: str) -> str:
-    """Name of a data set for the public: of a local file without its folders."""
-    return Path(name).name if Path(name).exists() or name.endswith(DATA_FILES) else name
 
 
 def eval_results_of(read: list[dict[str, Any]]) -> list[EvalResult]:

@@ -17,10 +17,10 @@ class Conversion:
     """Result of `convert_sea` and `convert_hpr`.
 
     Attributes:
-        method: "SEA" or "HPR".
+        method: name of the method.
         layers: indices of the decoder blocks that the adapter edits.
-        ranks: SEA: positive and negative rank of each layer. HPR: empty.
-        deviation: SEA: largest entry of a stored matrix minus the projection of its factor. HPR: 0.
+        ranks: of each layer, where the method has ranks.
+        deviation: largest entry of a stored matrix minus what the adapter makes of it; 0 where nothing is rounded.
         notes: what differs from the published behaviour.
     """
 

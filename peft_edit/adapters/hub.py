@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
@@ -16,11 +16,13 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..data.names import is_hub_id
 from ..tuners.config import EditConfig
 from ..tuners.method import names
 from .card import README, for_repository, has_own_readme, index_card, is_generated, model_card
-from .card_results import Results, is_hub_id
+from .card_results import Results
 from .hub_errors import plain_errors
+from .read import read_config
 
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         if base_model is not None or results:
-            card = model_card(read_config(Path(folder)), base_model=base_model, results=results)
+            card = model_card(read_edit_config(Path(folder)), base_model=base_model, results=results)
             card.save(Path(folder) / README)
         return push_folder(
             folder,
@@ -116,7 +118,7 @@ def push_folder(
         validate_repo_id(repo_id)
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
-        with _prepared(api, repo_id, private, revision, create_pr, left):
+        with _prepared(api, repo_id, private, revision, create_pr, left) as head:
             methods = sorted({config.peft_type.value for config in configs.values()})
             commit = api.create_commit(
                 repo_id,
@@ -125,6 +127,7 @@ def push_folder(
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
+                parent_commit=head,  # refused when somebody has changed the branch since its README was looked at
             )
     for base in {config.base_model_name_or_path for config in configs.values()} - {None}:
         if not is_hub_id(base):
@@ -162,30 +165,14 @@ def push_checkpoint(folder: Path, repo_id: str, *, private: bool = False) -> str
     api = HfApi()
     with (
         plain_errors(f"the upload to {repo_id} failed", repo_id, None, left),
-        _prepared(api, repo_id, True if private else None, None, False, left),
+        _prepared(api, repo_id, True if private else None, None, False, left) as head,
     ):
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload merged model").commit_url
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message="Upload merged model", parent_commit=head
+        ).commit_url
 
 
-def download_adapter(repo_id: str, revision: str | None = None) -> Path:
-    """The folder in the Hub's cache with an adapter's configuration and tensors, both of one commit, downloaded unless
-    they are there.
-
-    Args:
-        repo_id: "user/name".
-        revision: branch, tag or commit; None for main.
-
-    Raises:
-        FileNotFoundError: no such repository or revision, or one without an adapter.
-        PermissionError, ConnectionError, OSError: as for `push_folder`.
-    """
-    with plain_errors(f"{repo_id} cannot be loaded", repo_id, revision):
-        folder = Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision)).parent
-        hf_hub_download(repo_id, SAFETENSORS_WEIGHTS_NAME, revision=folder.name)
-    return folder
-
-
-def read_config(folder: Path) -> EditConfig:
+def read_edit_config(folder: Path) -> EditConfig:
     """The configuration of the adapter in a folder, one that edits.
 
     Raises:
@@ -206,14 +193,8 @@ def _read_adapters(folder: Path) -> dict[str, PeftConfig]:
     for place in places:
         if not (place / CONFIG_NAME).exists():
             continue
-        try:
-            config = PeftConfig.from_pretrained(str(place))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{place / CONFIG_NAME} is none that PEFT or peft_edit reads: {error}") from error
-        if config.peft_type is None:
-            raise ValueError(f"{place / CONFIG_NAME} has no peft_type: save the adapter again")
+        configs["" if place == folder else place.name] = read_config(place)
         _check_weights(place)
-        configs["" if place == folder else place.name] = config
     if not configs:
         raise ValueError(f"{folder} holds no adapter (no {CONFIG_NAME}): pass the folder that was saved")
     return configs
@@ -271,9 +252,12 @@ def _repository_has_own_readme(api: HfApi, repo_id: str, revision: str | None) -
 @contextmanager
 def _prepared(
     api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool, left: list[str]
-) -> Iterator[None]:
-    """Create the repository and the branch that are missing. When the block fails, take them back; `left` gets what
-    cannot be taken back."""
+) -> Iterator[str | None]:
+    """Create the repository and the branch that are missing, and give the commit that is their last. When the block
+    fails, take them back; `left` gets what cannot be taken back.
+
+    That needs to know what was there before, which `exist_ok` of the Hub's client does not tell.
+    """
     undo: list[tuple[str, Callable[[], None]]] = []
     head = None
     try:
@@ -284,7 +268,7 @@ def _prepared(
         if named and _create_branch(api, repo_id, revision, create_pr):
             undo.append((f"the branch {revision}", lambda: api.delete_branch(repo_id, branch=revision)))
         head = api.repo_info(repo_id, revision=revision).sha
-        yield
+        yield head
     except BaseException as error:
         what, take_back = undo[0] if undo else ("", None)  # the first has the others in it
         try:

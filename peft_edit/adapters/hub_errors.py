@@ -50,6 +50,8 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> tuple[
             return PermissionError, f"there is no valid token ({message or status}): log in (hf auth login)"
         if status == 403:
             return PermissionError, f"the token may not do that ({message or status}): use another one"
+        if status == 412:
+            return OSError, f"somebody has changed {repo_id} meanwhile: look at it, and upload again"
         later = ": try again later" if status == 429 or status >= 500 else ""
         return OSError, f"the Hub answers {status} ({message or 'no reason given'}){later}"
     if isinstance(error, HTTPError):

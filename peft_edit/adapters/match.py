@@ -11,10 +11,12 @@ from peft import PeftConfig
 from torch import nn
 
 from ..activations.store import ActivationStore
+from ..arguments import Argument, ArgumentError
+from ..data.names import data_name
 from ..models.fingerprint import fingerprint
 from ..models.sites import layer_index
 from ..tuners.layer import EditLayer, edit_layers
-from .card_results import data_name
+from ..tuners.method import methods
 
 
 logger = logging.getLogger(__name__)
@@ -34,20 +36,22 @@ def find_config(model: nn.Module, adapter_name: str | None, config_cls: type[Con
     Raises:
         ValueError: there is no such adapter, or it is of another method.
     """
-    method = config_cls.__name__.removesuffix("Config")
     configs = getattr(model, "peft_config", {})
     if adapter_name is None:
         active = getattr(model, "active_adapters", [])
         active = active() if callable(active) else active  # a method in Transformers, a property in PEFT
         if len(active) != 1:
-            raise ValueError(f"{len(active)} adapters are active ({', '.join(active) or 'none'}): pass adapter_name")
+            raise ArgumentError(
+                f"{len(active)} adapters are active ({', '.join(active) or 'none'}): pass ", Argument("adapter_name")
+            )
         adapter_name = active[0]
     config = configs.get(adapter_name)
     if not isinstance(config, config_cls):
         found = ", ".join(f"{name} ({config.peft_type.value})" for name, config in configs.items()) or "none"
+        method = next((method.short for method in methods().values() if method.config is config_cls), "PEFT")
         raise ValueError(
             f"{adapter_name!r} is no {method} adapter of this model (adapters: {found}): "
-            f"add one with {config_cls.__name__}"
+            f"add one of {method}, or pass another adapter"
         )
     return adapter_name, config
 
@@ -69,8 +73,9 @@ def find_adapter(
         if isinstance(layer, layer_cls) and layer.has_adapter(adapter_name):
             index = layer_index(layer.site)
             if index is None or index in layers:
-                raise ValueError(
-                    f"an adapter is fitted with one site in a block, got {layer.site}: change target_modules"
+                raise ArgumentError(
+                    f"an adapter is fitted with one site in a block, got {layer.site}: change ",
+                    Argument("target_modules"),
                 )
             layers[index] = layer
     return adapter_name, config, dict(sorted(layers.items()))
@@ -114,16 +119,17 @@ def check_store(
         raise ValueError(f"{store.path} holds the output of {held}, the adapter edits {site!r}: collect that site")
     store = store.at(site)
     if missing := sorted(set(layers) - set(store.layers)):
-        raise ValueError(
+        raise ArgumentError(
             f"{store.path} has layers {store.layers}, the adapter also edits {missing}: "
-            "collect those layers too, or make an adapter without them (layers_to_transform)"
+            "collect those layers too, or make an adapter without them (",
+            *(Argument("layers_to_transform"), ")"),
         )
     for index, layer in layers.items():
         module = store.modules[index]
         if module is not None and module != layer.site:
-            raise ValueError(
-                f"{store.path} holds the output of {module}, the adapter edits {layer.site}: "
-                "pass the same target_modules"
+            raise ArgumentError(
+                f"{store.path} holds the output of {module}, the adapter edits {layer.site}: pass the same ",
+                Argument("target_modules"),
             )
         if store.hidden_size != layer.features:
             raise ValueError(
@@ -147,9 +153,10 @@ def check_store(
             store.path,
         )
     elif of_store != of_model:
-        raise ValueError(
+        raise ArgumentError(
             f"{store.path} was collected from another model ({store.metadata['model']}, fingerprint {of_store}; "
-            f"this model has {of_model}): collect again, or pass allow_fingerprint_mismatch=True"
+            f"this model has {of_model}): collect again, or pass ",
+            Argument("allow_fingerprint_mismatch", True),
         )
     return store
 

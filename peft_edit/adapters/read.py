@@ -1,51 +1,45 @@
-"""Load an adapter onto a base model, or onto its structure alone; stricter than PEFT."""
+"""The only reader of an adapter's folder, local or in the Hub's cache: its configuration, and the adapter itself onto a
+base model or its structure alone, stricter than PEFT."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
+from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ..arguments import Argument, ArgumentError
 from ..models.fingerprint import fingerprint
-from .hub import download_adapter
+from ..models.load import check_local
+from .hub_errors import plain_errors
 
 
-def auto_class(name: str, revision: str | None = None):
-    """The class of Transformers that loads a base model, and its configuration: of causal language models, else of
-    vision-language models, whose text towers are edited.
+def read_config(folder: Path, name: str | None = None) -> PeftConfig:
+    """The configuration of the adapter in a folder.
+
+    Args:
+        folder: with `adapter_config.json`.
+        name: what to call the adapter in messages; None for its file.
 
     Raises:
-        ValueError: the model is of another kind.
+        ValueError: it is none that PEFT or this package reads.
     """
-    check_local(name, "config.json")
-    config = AutoConfig.from_pretrained(name, revision=revision)
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if type(config) in auto._model_mapping:
-            return auto, config
-    raise ValueError(f"{name} is a {config.model_type} model, which is none of language: pass a causal language model")
-
-
-def load_structure(name: str, revision: str | None = None) -> PreTrainedModel:
-    """The base model on the meta device: its modules without their weights, for what trains or looks at an adapter."""
-    auto, config = auto_class(name, revision)
-    with torch.device("meta"):
-        return auto.from_config(config)
+    what = f"{CONFIG_NAME} of {name}" if name else str(folder / CONFIG_NAME)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{what} is none that PEFT or peft_edit reads: {error}") from error
+    if config.peft_type is None:
+        raise ValueError(f"{what} has no peft_type: save the adapter again")
+    return config
 
 
 def load_adapter_config(adapter: str) -> PeftConfig:
     """Configuration of an adapter, see `local_adapter`; raises ValueError for what is none."""
-    folder = local_adapter(adapter)
-    try:
-        config = PeftConfig.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"adapter_config.json of {adapter} is none that PEFT or peft_edit reads: {error}") from error
-    if config.peft_type is None:
-        raise ValueError(f"adapter_config.json of {adapter} has no peft_type: save the adapter again")
-    return config
+    return read_config(Path(local_adapter(adapter)), adapter)
 
 
 def load_adapter(model: PreTrainedModel, adapter: str, allow_fingerprint_mismatch: bool = False) -> PeftModel:
@@ -54,9 +48,10 @@ def load_adapter(model: PreTrainedModel, adapter: str, allow_fingerprint_mismatc
     of_adapter = getattr(config, "base_model_fingerprint", None)
     of_model = fingerprint(model)
     if not allow_fingerprint_mismatch and None not in (of_adapter, of_model) and of_adapter != of_model:
-        raise ValueError(
+        raise ArgumentError(
             f"{adapter} was fitted on another model (fingerprint {of_adapter}, this model has {of_model}): "
-            "load its base model, or pass allow_fingerprint_mismatch=True"
+            "load its base model, or pass ",
+            Argument("allow_fingerprint_mismatch", True),
         )
     try:
         weights = load_peft_weights(folder, device="cpu")
@@ -85,15 +80,24 @@ def local_adapter(adapter: str) -> str:
     "user/name" or "user/name@revision"."""
     # A folder may have an @ in its name.
     name, _, revision = (adapter, "", "") if Path(adapter).exists() else adapter.partition("@")
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
+    for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         check_local(name, file)
     return name if Path(name).is_dir() else str(download_adapter(name, revision or None))
 
 
-def check_local(name: str, file: str) -> None:
-    """Raise ValueError for what can only be a folder and lacks a file, before the Hub is asked for it."""
-    path = Path(name)
-    if path.is_dir() and not (path / file).exists():
-        raise ValueError(f"the folder {name} has no {file}: pass the folder that was saved")
-    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.endswith("/") or name.count("/") > 1):
-        raise ValueError(f"there is no folder {name}")
+def download_adapter(repo_id: str, revision: str | None = None) -> Path:
+    """The folder in the Hub's cache with an adapter's configuration and tensors, both of one commit, downloaded unless
+    they are there.
+
+    Args:
+        repo_id: "user/name".
+        revision: branch, tag or commit; None for main.
+
+    Raises:
+        FileNotFoundError: no such repository or revision, or one without an adapter.
+        PermissionError, ConnectionError, OSError: as for `push_folder`.
+    """
+    with plain_errors(f"{repo_id} cannot be loaded", repo_id, revision):
+        folder = Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision)).parent
+        hf_hub_download(repo_id, SAFETENSORS_WEIGHTS_NAME, revision=folder.name)
+    return folder

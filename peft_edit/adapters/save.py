@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +11,11 @@ from peft.utils import CONFIG_NAME
 
 from ..files import replaced
 from .card import README, has_own_readme
+from .read import read_config
 
 
 def check_adapter_folder(path: Path, method: str, *others: str) -> None:
-    """Raise ValueError unless nothing is at `path`, or an empty folder, or an adapter of a method ("SEA", "HPR"), or a
+    """Raise ValueError unless nothing is at `path`, or an empty folder, or an adapter of a method, or a
     folder with one of the files `others`."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: choose a folder for the adapter")
@@ -28,8 +28,8 @@ def check_adapter_folder(path: Path, method: str, *others: str) -> None:
             raise ValueError(f"{path} holds something else than an adapter: choose another folder")
         return
     try:
-        found = json.loads(config.read_text(encoding="utf-8"))["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_config(path).peft_type.value
+    except ValueError:
         found = "unknown"
     if found != method:
         raise ValueError(f"{path} holds an adapter of another method ({found}, not {method}): choose another folder")

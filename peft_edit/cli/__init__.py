@@ -1,38 +1,54 @@
-"""The command line, `peft-edit`: one file for each group of commands."""
+"""The command line, `peft-edit`: one file for each group of commands, and in a method's folder those of the method."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
+from importlib import import_module
 
 import typer
 from safetensors import SafetensorError
 
-from ..tuners.hpr import commands as hpr
-from ..tuners.sea import commands as sea
-from . import activations, common, convert, demo, evaluate, export, hub, merge
+
+def method_commands() -> list[Callable]:
+    """The functions of the methods' own commands."""
+    from ..tuners.method import methods
+
+    return [function for method in methods().values() for function in import_module(method.commands).COMMANDS]
 
 
-app = typer.Typer(
-    name="peft-edit",
-    help="Edit a language model's activations as Hugging Face PEFT adapters.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command("demo")(demo.demo)
-app.command("collect")(activations.collect)
-app.command("inspect")(activations.inspect)
-app.command("fit-sea")(sea.fit_sea)
-app.command("train-hpr")(hpr.train_hpr)
-app.command("select")(hpr.select)
-app.command("evaluate")(evaluate.evaluate)
-app.command("convert")(convert.convert)
-app.command("export-lora")(export.export_lora)
-app.command("merge")(merge.merge)
-app.command("card")(hub.card)
-app.command("push")(hub.push)
+def commands() -> list[Callable]:
+    """The functions of all commands, in the order of use."""
+    from . import activations, convert, demo, evaluate, export, hub, merge
+
+    first = [demo.demo, activations.collect, activations.inspect]
+    moving_on = [convert.convert, export.export_lora, merge.merge, hub.card, hub.push]
+    return [*first, *method_commands(), evaluate.evaluate, *moving_on]
+
+
+def application() -> typer.Typer:
+    """The command line with all commands."""
+    from .options import command, command_name, options_of
+
+    app = typer.Typer(
+        name="peft-edit",
+        help="Edit a language model's activations as Hugging Face PEFT adapters.",
+        rich_markup_mode=None,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    functions = commands()
+    options = [option for function in functions for option in options_of(function)]
+    for function in functions:
+        # Wide enough for most options to have one line.
+        settings = {"max_content_width": 140}
+        app.command(command_name(function), context_settings=settings)(command(function, elsewhere=options))
+    return app
+
+
+# What typer raises for what cannot be parsed; it says so in its own words.
+UsageError = typer.BadParameter.__base__
 
 
 def main() -> None:
@@ -40,8 +56,18 @@ def main() -> None:
     # PEFT reads an attribute that Transformers 5 deprecates; users cannot do anything about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
-        app()
+        status = application()(sys.argv[1:] or ["--help"], prog_name="peft-edit", standalone_mode=False)
+    except UsageError as error:
+        program = error.ctx.command_path if error.ctx is not None else "peft-edit"
+        _fail(f"{error.format_message().rstrip('.')}: see {program} --help")
     except (ValueError, OSError, SafetensorError) as error:
-        message = common.in_options(" ".join(str(error).split()))
-        print(f"peft-edit: {message}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except typer.Abort:
+        sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> None:
+    """End with one line. What users gave is in it as they gave it, but for the ends of lines."""
+    print("peft-edit:", " ".join(line.strip() for line in message.splitlines() if line.strip()), file=sys.stderr)
+    sys.exit(2)

@@ -1,55 +1,61 @@
 from __future__ import annotations
 
+import inspect
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-import typer
-
+from ..arguments import Argument, ArgumentError
+from ..models.sites import LayerIndices
+from ..tuners.method import methods, names
 from . import common
+from .options import Fields, Run
 
 
 def convert(
-    model: common.Model,
-    source: Annotated[Path, typer.Argument(help="Folder that the published code wrote.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="Folder of the adapter.", show_default=False)],
-    layers: common.Layers = None,
-    rescale: Annotated[str, typer.Option(help="SEA: token, none or average.")] = "token",
-    json_file: common.Json = None,
+    model: Annotated[common.ModelOptions, Fields("model", changes={"model": {"arguments": ("base_model",)}})],
+    source: Annotated[Path, {"help": "Folder that the published code wrote.", "positional": True}],
+    out: common.Out,
+    output: common.Output,
+    run: Run,
+    layers: Annotated[LayerIndices, common.LAYERS] = None,
+    rescale: Annotated[
+        Literal["token", "none", "average"] | None,
+        {"help": "How the edited activation is scaled, where the files do not tell. Default: token."},
+    ] = None,
 ) -> None:
-    """Turn what the published code of SEA or HPR writes into an adapter. The base model's weights are not loaded.
+    """Turn what the published code of a method writes into an adapter. The base model's weights are not loaded.
 
-    SEA: (no_mean_sub_)uu_positive.pt and (no_mean_sub_)uu_negative.pt; nothing in them is executed. HPR:
-    guidance_config.json and guidance.safetensors.
+    The files tell the method. Nothing in them is executed.
 
     Example: peft-edit convert meta-llama/Llama-2-7b-hf projections/truthful sea-truthful --layers 11-31
     """
     from ..adapters import conversion
-    from ..tuners.hpr.convert import GUIDANCE_CONFIG, convert_hpr
-    from ..tuners.sea.convert import convert_sea
+    from ..models.load import check_local
 
-    common.check_json(json_file)
-    common.check_local(model, "config.json")
+    check_local(model.model, "config.json")
     if not source.is_dir():
         raise ValueError(f"there is no folder {source}")
-    logging.getLogger(conversion.__name__).setLevel(logging.ERROR)  # the notes are printed below
-    if (source / GUIDANCE_CONFIG).exists():
-        if layers is not None or rescale != "token":
-            raise ValueError("--layers and --rescale are for SEA; HPR's layers stand in its file: leave them out")
-        converted = convert_hpr(source, out, base_model=model)
-        print(f"Layers: {', '.join(map(str, converted.layers))}")
-    elif not any(source.glob("*uu_*.pt")):
-        raise ValueError(
-            f"{source} holds neither uu_positive.pt and uu_negative.pt (SEA) nor {GUIDANCE_CONFIG} (HPR): "
-            "pass the folder that the published code wrote"
+    known = [method for method in methods().values() if method.published is not None]
+    method = next((method for method in known if method.published(source)), None)
+    if method is None:
+        files = " nor ".join(f"{method.published_files} ({method.short})" for method in known)
+        raise ValueError(f"{source} holds neither {files}: pass the folder that the published code wrote")
+    given = {name: value for name, value in (("layers", layers), ("rescale", rescale)) if value is not None}
+    if foreign := [name for name in given if name not in inspect.signature(method.convert).parameters]:
+        takers = names(lambda method: method.convert and foreign[0] in inspect.signature(method.convert).parameters)
+        raise ArgumentError(
+            Argument(foreign[0]), f" is for {takers}; the files of {method.short} tell it themselves: leave it out"
         )
-    else:
-        converted = convert_sea(source, out, base_model=model, layers=common.parse_layers(layers), rescale=rescale)
+    logging.getLogger(conversion.__name__).setLevel(logging.ERROR)  # the notes are printed below
+    converted = method.convert(source, out, base_model=model.model, **given)
+    if converted.ranks:
         rows = [[str(layer), *map(str, ranks)] for layer, ranks in zip(converted.layers, converted.ranks, strict=True)]
         print(common.table(["layer", "rank +", "rank -"], rows))
         print(f"The projections are those of their factors to {converted.deviation:.1g}.")
-    common.write_json(json_file, converted.to_dict())
+    else:
+        print(f"Layers: {', '.join(map(str, converted.layers))}")
+    output.write(run.record(converted.to_dict()))
     for note in converted.notes:
-        print(f"Note: {common.in_options(note)}.")
-    size = (out / "adapter_model.safetensors").stat().st_size
-    print(f"{converted.method} adapter, {size / 1e6:.2f} MB: {out}")
+        print(f"Note: {run.tell(note)}.")
+    print(f"{method.short} adapter, {common.size_of(out)}: {out}")

@@ -3,14 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from . import common
+from .options import Run
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the activations and the adapter.")] = Path("peft-edit-demo"),
-    json_file: common.Json = None,
+    output: common.Output,
+    run: Run,
+    out: Annotated[Path, {"help": "Folder for the activations and the adapters."}] = Path("peft-edit-demo"),
 ) -> None:
     """See edits work in a minute, offline: adapters of a demonstration model are made, evaluated, saved and merged.
 
@@ -21,7 +21,6 @@ def demo(
 
     from .. import demo as demonstration
 
-    common.check_json(json_file)
     logging.disable_progress_bar()  # Transformers' own, of loading a model this small
     # Its tensors are so small that a second thread costs more than it helps, much more on a busy machine.
     threads = torch.get_num_threads()
@@ -30,7 +29,7 @@ def demo(
         results = demonstration.run(out)
     finally:
         torch.set_num_threads(threads)
-    common.write_json(json_file, results)
+    output.write(run.record(results))
     base = results["rows"][0]
     rows = [
         [

@@ -3,22 +3,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from . import common
-
-
-Folder = Annotated[Path, typer.Argument(help="Folder of the adapter.", show_default=False)]
+from .options import Run
 
 
 def card(
-    folder: Folder,
+    folder: common.Folder,
     results: Annotated[
         list[Path] | None,
-        typer.Option(help="What evaluate --json wrote, of the base model and with the adapter. May be repeated."),
+        {
+            "help": "What evaluate --json wrote, of the base model and with the adapter. May be repeated.",
+            "repeated": True,
+        },
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="Id of the base model on the Hub, where the adapter names a local folder.")
+        str | None, {"help": "Id of the base model on the Hub, where the adapter names a local folder."}
     ] = None,
 ) -> None:
     """Write the model card of an adapter, README.md in its folder, with results. Your own README.md is left alone.
@@ -28,21 +27,22 @@ def card(
     from ..adapters import card as cards
     from ..adapters import hub
 
-    config = hub.read_config(folder)
+    config = hub.read_edit_config(folder)
     if not cards.write_card(folder, config, base_model=base_model, results=results or ()):
         raise ValueError(f"{folder / cards.README} is not a generated card: move it away to get one")
     print(f"Card: {folder / cards.README}")
 
 
 def push(
-    folder: Folder,
-    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub, user/name.", show_default=False)],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, created where it is missing. Default: main.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
-    token: Annotated[str | None, typer.Option(help="Default: that of hf auth login, or of HF_TOKEN.")] = None,
-    json_file: common.Json = None,
+    folder: common.Folder,
+    repo_id: Annotated[str, {"help": "Repository on the Hub, user/name.", "positional": True}],
+    output: common.Output,
+    run: Run,
+    private: Annotated[bool, {"help": "Make a new repository private."}] = False,
+    revision: Annotated[str | None, {"help": "Branch, created where it is missing. Default: main."}] = None,
+    create_pr: Annotated[bool, {"help": "Open a pull request instead."}] = False,
+    message: Annotated[str | None, {"help": "Of the commit.", "arguments": ("commit_message",)}] = None,
+    token: Annotated[str | None, {"help": "Default: that of hf auth login, or of HF_TOKEN.", "secret": True}] = None,
 ) -> None:
     """Upload an adapter with its model card to the Hub, in one commit.
 
@@ -50,7 +50,6 @@ def push(
     """
     from ..adapters import hub
 
-    common.check_json(json_file)
     commit = hub.push_folder(
         folder,
         repo_id,
@@ -61,5 +60,5 @@ def push(
         create_pr=create_pr,
     )
     results = {"repository": str(commit.repo_url.repo_id), "commit": commit.oid, "url": commit.commit_url}
-    common.write_json(json_file, results | {"pull_request": commit.pr_url})
+    output.write(run.record(results | {"pull_request": commit.pr_url}))
     print(f"Pull request: {commit.pr_url}" if commit.pr_url else f"Commit: {commit.commit_url}")

@@ -1,7 +1,7 @@
 """Data sets and preference data -> contrast sets.
 
 A contrast set is a `datasets.Dataset` with one row per question and the columns `CONTRAST_FEATURES`, whatever it was
-loaded from. A known data set is a module here with a function in `KNOWN`: it takes a `Request` and gives the records
+loaded from. A known data set is a module here with a function in `KNOWN`: that takes a `Request` and gives the records
 that were asked for, each with its `id`, and the function that makes a row of one of them. Rows are made of the records
 that are selected only, so that a broken one can be left out.
 """
@@ -12,22 +12,13 @@ from collections.abc import Iterable, Sequence
 from datasets import Dataset, DatasetInfo, NamedSplit
 from tqdm.auto import tqdm
 
-from . import bbq, bigbench, crows_pairs, halueval, preferences, toxigen, truthful_qa
+from . import preferences
+from .known import KNOWN
 from .reading import Request, describe
 from .rows import CONTRAST_FEATURES, checked, drop_shared_answers, select
 
 
 __all__ = ["CONTRAST_FEATURES", "KNOWN", "check_contrast_set", "load_contrast_set"]
-
-KNOWN = {
-    "truthful_qa": truthful_qa.load,
-    "halueval": halueval.load,
-    "bbq": bbq.load,
-    "bbq_lite": bbq.load_lite,
-    "simple_ethical_questions": bigbench.load_simple_ethical_questions,
-    "toxigen": toxigen.load,
-    "crows_pairs": crows_pairs.load,
-}
 
 
 def load_contrast_set(
@@ -41,7 +32,7 @@ def load_contrast_set(
 ) -> Dataset:
     """Loads questions with their positive and negative answers.
 
-    The module of a known data set in `peft_edit.contrast` says what is positive and what is negative in it.
+    The module of a known data set in `peft_edit.data` says what is positive and what is negative in it.
 
     Preference data have the columns `prompt`, `chosen`, `rejected`: text, or conversations in TRL's format. `prompt`
     may be missing where `chosen` and `rejected` begin with the same messages, or are dialogues in one text, as in
@@ -82,7 +73,7 @@ def load_contrast_set(
     """
     request, known = Request(name, subset, data_files, split, revision), isinstance(name, str) and name in KNOWN
     if known:
-        records, to_row = KNOWN[name](request)
+        records, to_row = KNOWN[name].load(request)
     else:
         records, to_row = preferences.load(request, list(KNOWN)), preferences.to_row
     parts = [f"{option} {value!r}" for option, value in (("split", split), ("subset", subset)) if value is not None]

@@ -7,6 +7,7 @@ stereotype before the other person, and last that it cannot be known.
 
 import re
 
+from ..arguments import Argument, ArgumentError
 from . import bigbench
 from .reading import Request, columns_of, describe, numbered, read_known_hub, read_local, refuse, require_columns
 from .rows import text
@@ -23,7 +24,7 @@ UNKNOWN = {
     *("Can't answer", "Cannot answer", "Can't be determined", "Cannot be determined"),
 }
 _SEXES = {"woman": "f", "girl": "f", "man": "m", "boy": "m"}
-_REPOSITORY = "oskarvanderwal/bbq"
+REPOSITORY = "oskarvanderwal/bbq"
 _ANSWERS = ("ans0", "ans1", "ans2")
 _COLUMNS = (
     *("category", "context_condition", "question_polarity", "context", "question", *_ANSWERS, "label"),
@@ -35,7 +36,7 @@ def load(request: Request):
     """Records of the category, the context's condition or both that `subset` names, and what makes rows of them."""
     wanted = _wanted(request)
     if request.data_files is None:
-        records, source = read_known_hub(request, _REPOSITORY, "All", "test", local="BBQ/data"), _REPOSITORY
+        records, source = read_known_hub(request, REPOSITORY, "All", "test", local="BBQ/data"), REPOSITORY
     else:
         records, source = read_local(request), describe(request.data_files)
     columns = columns_of(records)
@@ -64,9 +65,10 @@ def _wanted(request: Request) -> tuple[str | None, str | None]:
     if subset in CONDITIONS:
         category = None
     elif category not in map(str.lower, CATEGORIES):
-        raise ValueError(
-            f"subset of {request.name!r} must be {', '.join(CONDITIONS)}, a category ({', '.join(CATEGORIES)}) or "
-            f"both, such as age_ambig, got {request.subset!r}"
+        raise ArgumentError(
+            Argument("subset"),
+            f" of {request.name!r} must be {', '.join(CONDITIONS)}, a category ({', '.join(CATEGORIES)}) or "
+            f"both, such as age_ambig, got {request.subset!r}",
         )
     return category, condition
 
@@ -77,9 +79,11 @@ def _in_subset(records: list[dict], wanted: tuple[str | None, str | None], reque
     if category is condition is None:
         return records
     if category is not None and any(_category(record) is None for record in records):
-        raise ValueError(
-            f"subset={request.subset!r} cannot be found where the questions tell no category, as in BIG-bench's form "
-            "on the Hub: pass ambig or disambig, a folder of task.json files as data_files, or load 'bbq'"
+        raise ArgumentError(
+            Argument("subset", request.subset),
+            " cannot be found where the questions tell no category, as in BIG-bench's form "
+            "on the Hub: pass ambig or disambig, a folder of task.json files as ",
+            *(Argument("data_files"), ", or load 'bbq'"),
         )
     found = [
         record
@@ -88,7 +92,10 @@ def _in_subset(records: list[dict], wanted: tuple[str | None, str | None], reque
         and (condition is None or _condition(record) == condition)
     ]
     if records and not found:
-        raise ValueError(f"subset={request.subset!r} of {request.name!r} has no rows in {source}: pass another subset")
+        raise ArgumentError(
+            *(Argument("subset", request.subset), f" of {request.name!r} has no rows in {source}: pass another "),
+            Argument("subset"),
+        )
     return found
 
 

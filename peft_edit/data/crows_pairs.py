@@ -10,13 +10,16 @@ from .reading import Request, in_category, read_known, refuse
 from .rows import text
 
 
+REPOSITORY = "jannalu/crows_pairs_multilingual"
+
+
 def load(request: Request):
     """Records of the pairs, of one `bias_type` where `subset` names it, and what makes rows of them."""
     refuse("'crows_pairs', which has no splits", split=request.split)
     columns = ("sent_more", "sent_less", "bias_type")
     records = read_known(
         request,
-        "jannalu/crows_pairs_multilingual",
+        REPOSITORY,
         "english",
         "test",
         local="crows_pairs_anonymized.csv",

@@ -8,11 +8,14 @@ from .reading import Request, read_known, refuse
 from .rows import text
 
 
+REPOSITORY = "pminervini/HaluEval"
+
+
 def load(request: Request):
     """Records of the questions, and what makes rows of them."""
     refuse("'halueval', which has neither parts nor splits", subset=request.subset, split=request.split)
     columns = ("question", "right_answer", "hallucinated_answer")
-    return read_known(request, "pminervini/HaluEval", "qa", "data", local="qa_data.json", columns=columns), to_row
+    return read_known(request, REPOSITORY, "qa", "data", local="qa_data.json", columns=columns), to_row
 
 
 def to_row(record: dict) -> dict:

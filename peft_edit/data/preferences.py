@@ -6,7 +6,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from .prompts import Message, join_messages
+from ..arguments import Argument, ArgumentError
+from .contexts import Message, join_messages
 from .reading import FILE_TYPES, Request, columns_of, describe, load_hub, read_file, refuse, require_columns
 from .rows import CONTRAST_FEATURES, conversation, kind
 
@@ -29,9 +30,10 @@ def load(request: Request, known_names: list[str]) -> list[dict]:
     elif isinstance(name, str) and _HUB_ID.fullmatch(name) and not Path(name).is_file():
         records, columns = _read_hub(request)
     else:
-        raise ValueError(
-            f"name must be a known data set ({', '.join(map(repr, known_names))}), a file ({', '.join(FILE_TYPES)}), a "
-            f"Hub id with a slash or a datasets.Dataset, got {source}"
+        raise ArgumentError(
+            Argument("name"),
+            f" must be a known data set ({', '.join(map(repr, known_names))}), a file ({', '.join(FILE_TYPES)}), a "
+            f"Hub id with a slash or a datasets.Dataset, got {source}",
         )
     known = _known_columns(columns, source) if records else []
     if "chosen" in known and "prompt" not in known and not _has_prompts(records[0]):
@@ -47,7 +49,7 @@ def _read_hub(request: Request) -> tuple[list[dict], list[str]]:
     )
     if request.split is None:
         if len(loaded) > 1:
-            raise ValueError(f"{name!r} has the splits {', '.join(loaded)}: pass one of them as split")
+            raise ArgumentError(f"{name!r} has the splits {', '.join(loaded)}: pass one of them as ", Argument("split"))
         (loaded,) = loaded.values()
     needed = _known_columns(loaded.column_names, describe(name))
     return loaded.select_columns(needed).to_list(), loaded.column_names

@@ -13,10 +13,19 @@ import pyarrow
 import pyarrow.parquet
 from datasets.exceptions import DatasetsError
 
+from ..arguments import Argument, ArgumentError
 from .rows import kind, text
 
 
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
+
+
+class NotThereError(ArgumentError, FileNotFoundError):
+    """A file that an argument names is not there."""
+
+
+class UnreachableError(ArgumentError, ConnectionError):
+    """The Hub cannot be reached; arguments say how to do without it."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +64,15 @@ def read_local(request: Request) -> list[dict]:
     refuse(f"a local copy of {request.name!r}", revision=request.revision)
     files = request.data_files if isinstance(request.data_files, (list, tuple)) else [request.data_files]
     if not files or not all(isinstance(file, (str, os.PathLike)) for file in files):
-        raise ValueError(
-            f"data_files of {request.name!r} must be the path of a file or of a folder, or a list of such paths, got "
-            f"{request.data_files!r}"
+        raise ArgumentError(
+            Argument("data_files"),
+            f" of {request.name!r} must be the path of a file or of a folder, or a list of such paths, got "
+            f"{request.data_files!r}",
         )
     records = []
     for path in map(Path, files):
         if not path.exists():
-            raise FileNotFoundError(f"there is no file or folder {path}: change data_files")
+            raise NotThereError(f"there is no file or folder {path}: change ", Argument("data_files"))
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in FILE_TYPES) if path.is_dir() else [path]
         if not found:
             raise ValueError(f"the folder {path} has no file of the types {', '.join(FILE_TYPES)}: pass another")
@@ -77,11 +87,12 @@ def read_known_hub(request: Request, repository: str, config: str | None, split:
         return load_hub(repository, config, split=split, revision=request.revision).to_list()
     except OSError as error:
         # a repository or revision that is not there is no trouble with the connection
-        error_class = ValueError if isinstance(error, FileNotFoundError) else ConnectionError
-        remedy = f"pass a local copy, data_files={local!r}"
+        error_class = ArgumentError if isinstance(error, FileNotFoundError) else UnreachableError
+        remedy: tuple[str | Argument, ...] = ("pass a local copy, ", Argument("data_files", local))
         if request.revision is not None:
-            remedy = f"pass another revision, or leave it out, or {remedy}"
-        raise error_class(f"{request.name!r} could not be loaded from the Hub ({one_line(error)}): {remedy}") from error
+            remedy = ("pass another ", Argument("revision"), ", or leave it out, or ", *remedy)
+        reason = f"{request.name!r} could not be loaded from the Hub ({one_line(error)}): "
+        raise error_class(reason, *remedy) from error
 
 
 def load_hub(repository: str, config: str | None, **options):
@@ -167,7 +178,9 @@ def in_category(records: list[dict], column: str, request: Request) -> list[dict
     found = [record for record in records if record.get(column) == request.subset]
     if not found:
         known = sorted({text(record, column) for record in records})
-        raise ValueError(f"subset of {request.name!r} must be one of {', '.join(known)}, got {request.subset!r}")
+        raise ArgumentError(
+            Argument("subset"), f" of {request.name!r} must be one of {', '.join(known)}, got {request.subset!r}"
+        )
     return found
 
 
@@ -187,7 +200,7 @@ def refuse(source: str, **options) -> None:
     """Raise ValueError for options that have no meaning for a source."""
     for option, value in options.items():
         if value is not None:
-            raise ValueError(f"{option}={value!r} has no meaning for {source}: leave it out")
+            raise ArgumentError(Argument(option, value), f" has no meaning for {source}: leave it out")
 
 
 def columns_of(records: list[dict]) -> list[str]:

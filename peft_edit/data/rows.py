@@ -8,7 +8,8 @@ from typing import Any
 
 from datasets import Features, List, Value
 
-from .prompts import Message
+from ..arguments import Argument, ArgumentError
+from .contexts import Message
 
 
 logger = logging.getLogger(__name__)
@@ -58,9 +59,9 @@ def select(records: list[dict], ids: Iterable[int] | None, source: str) -> list[
     try:
         wanted = [operator.index(row_id) for row_id in ids]
     except TypeError:
-        raise ValueError(f"ids must be a list of integers, got {ids!r}") from None
+        raise ArgumentError(Argument("ids"), f" must be a list of integers, got {ids!r}") from None
     if repeated := [row_id for row_id, times in Counter(wanted).items() if times > 1]:
-        raise ValueError(f"ids must differ, got {repeated[0]} more than once")
+        raise ArgumentError(Argument("ids"), f" must differ, got {repeated[0]} more than once")
     if unknown := [row_id for row_id in wanted if row_id not in by_id]:
         raise ValueError(f"ids {unknown[:5]} are not in {source}, which holds {len(records)} rows")
     return [by_id[row_id] for row_id in wanted]

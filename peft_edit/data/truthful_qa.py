@@ -4,6 +4,7 @@ import json
 import logging
 from importlib import resources
 
+from ..arguments import Argument, ArgumentError
 from .reading import Request, columns_of, describe, numbered, read_known_hub, read_local, require_columns
 from .rows import select, text
 
@@ -20,13 +21,17 @@ _CSV_COLUMNS = ("Category", "Question", "Best Answer", "Correct Answers", "Incor
 def load(request: Request):
     """Records of the questions that were asked for, and what makes rows of them."""
     if request.subset not in (*SUBSETS, None):
-        raise ValueError(f"subset of 'truthful_qa' must be one of {', '.join(SUBSETS)} or None, got {request.subset!r}")
+        raise ArgumentError(
+            Argument("subset"), f" of 'truthful_qa' must be one of {', '.join(SUBSETS)} or None, got {request.subset!r}"
+        )
     split_ids = None
     if request.split is not None:
         split_ids = _paper_splits().get(request.split)
         if split_ids is None:
             known = ", ".join(_paper_splits())
-            raise ValueError(f"split of 'truthful_qa' must be one of {known} or None, got {request.split!r}")
+            raise ArgumentError(
+                Argument("split"), f" of 'truthful_qa' must be one of {known} or None, got {request.split!r}"
+            )
     records = _from_hub(request) if request.data_files is None else _from_file(request)
     columns = columns_of(records)
     records = select(numbered(records), split_ids, "'truthful_qa'")
@@ -56,6 +61,13 @@ def _from_hub(request: Request) -> list[dict]:
     return [by_question.get(record["question"], {}) | record for record in questions]
 
 
+def _not_in(path: str, request: Request, file: str) -> ArgumentError:
+    return ArgumentError(
+        *(Argument("subset", request.subset), f" is not in {path}: pass {file}, or leave "),
+        *(Argument("data_files"), " out"),
+    )
+
+
 def _from_file(request: Request) -> list[dict]:
     """The rows of `TruthfulQA.csv`, of `mc_task.json`, or of the Hub's files of either configuration."""
     records, path = read_local(request), describe(request.data_files)
@@ -65,10 +77,10 @@ def _from_file(request: Request) -> list[dict]:
     if "mc1_targets" in columns:
         require_columns(columns, _CHOICE_COLUMNS, path)
         if request.subset == "generation":
-            raise ValueError(f"subset='generation' is not in {path}: pass TruthfulQA.csv, or leave data_files out")
+            raise _not_in(path, request, "TruthfulQA.csv")
         return records
     if request.subset in ("mc1", "mc2"):
-        raise ValueError(f"subset={request.subset!r} is not in {path}: pass mc_task.json, or leave data_files out")
+        raise _not_in(path, request, "mc_task.json")
     require_columns(columns, _GENERATION_COLUMNS if "best_answer" in columns else _CSV_COLUMNS, path)
     if request.split is not None:
         logger.warning(

@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import Argument, ArgumentError
 from ..data import check_contrast_set
 from ..data.prompts import encode_answers, listed_choices
 from ..tuners.layer import check_independent_of_padding
@@ -76,7 +77,7 @@ def evaluate_multiple_choice(
     check_contrast_set(data)
     check_independent_of_padding(model)
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise ArgumentError(Argument("batch_size"), f" must be at least 1, got {batch_size}")
     choices = listed_choices(data)
     encoded = encode_answers(
         tokenizer,

@@ -10,6 +10,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import Argument, ArgumentError
 from ..models.run import (
     check_length,
     inference,
@@ -26,7 +27,7 @@ def perplexity(
     """Perplexity over all tokens of some texts after each one's first: exp of the mean negative log-likelihood."""
     check_independent_of_padding(model)
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise ArgumentError(Argument("batch_size"), f" must be at least 1, got {batch_size}")
     bare = unwrap(model)
     texts = list(texts)
     encoded = tokenizer(texts)["input_ids"] if texts else []

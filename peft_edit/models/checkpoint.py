@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from huggingface_hub import parse_local_safetensors_file_metadata
+from huggingface_hub.errors import SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -21,9 +22,6 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -67,21 +65,14 @@ class Checkpoint:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            name = json.loads((path / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path / 'config.json'} is no configuration of a model ({error})") from error
-        if name is None:
-            names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)  # as Transformers looks for them
-            if (name := next((name for name in names if (path / name).exists()), None)) is None:
-                pickled = ", its weights are pickled" if any(path.glob("*.bin")) else ""
-                raise ValueError(
-                    f"{path} has neither {names[0]} nor {names[1]}{pickled}: pass a safetensors checkpoint; "
-                    "save_pretrained writes one"
-                )
-        self.index = name if name.endswith(".index.json") else None
-        weight_map = self._weight_map() if self.index else None
-        self.files = [name] if weight_map is None else sorted(set(weight_map.values()))
+        found = find_weights(lambda name: path / name if (path / name).exists() else None)
+        if found is None:
+            pickled = ", its weights are pickled" if any(path.glob("*.bin")) else ""
+            raise ValueError(
+                f"{path} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}{pickled}: pass a safetensors "
+                "checkpoint; save_pretrained writes one"
+            )
+        self.index, weight_map, self.files = found
         if missing := [file for file in self.files if not (path / file).is_file()]:
             raise ValueError(
                 f"{path} lacks {len(missing)} of the {len(self.files)} files that its {self.index or 'config.json'} "
@@ -89,9 +80,9 @@ class Checkpoint:
             )
         self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
-            stored = self._read_header(file)
+            stored = _read_header(path, file)
             # What the index leaves out is loaded all the same, as Transformers does it.
-            named = {key for key, of in (weight_map or {}).items() if of == file}
+            named = {key for key, of in weight_map.items() if of == file}
             if differing := sorted((named - set(stored)) | (set(stored) & set(self.tensors))):
                 raise ValueError(
                     f"{self.index} of {path} says that {differing[0]} is in one file, and the files disagree: "
@@ -99,33 +90,58 @@ class Checkpoint:
                 )
             self.tensors |= stored
 
-    def _weight_map(self) -> dict[str, str]:
-        try:
-            weight_map = json.loads((self.path / self.index).read_text(encoding="utf-8"))["weight_map"]
-            plain = all(Path(file).name == file for file in weight_map.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.path / self.index} is no index of a checkpoint ({error!r})") from error
-        if not weight_map or not plain:
-            raise ValueError(f"{self.path / self.index} must name files beside it")
-        return weight_map
 
-    def _read_header(self, file: str) -> dict[str, StoredTensor]:
-        path = self.path / file
-        try:
-            with safe_open(path, framework="pt"):  # checks offsets, shapes and length
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): download or save the checkpoint again") from error
-        with path.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
-        header.pop("__metadata__", None)
-        return {
-            key: StoredTensor(
-                file, entry["dtype"], tuple(entry["shape"]), *(8 + length + at for at in entry["data_offsets"])
-            )
-            for key, entry in header.items()
-        }
+def find_weights(find: Callable[[str], Path | None]) -> tuple[str | None, dict[str, str], list[str]] | None:
+    """Which files hold the weights of a checkpoint, as Transformers looks for them.
+
+    Args:
+        find: name of a file of the checkpoint to where it is, None where it is not.
+
+    Returns:
+        Name of the index file, or None; what it says, the key of each tensor to its file; and the names of the files in
+        order. None where there are no safetensors weights.
+
+    Raises:
+        ValueError: config.json or the index is damaged.
+    """
+    if (config := find("config.json")) is None:
+        return None
+    try:
+        name = json.loads(config.read_text(encoding="utf-8")).get("transformers_weights")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config} is no configuration of a model ({error})") from error
+    if name is None:
+        names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+        if (name := next((name for name in names if find(name) is not None), None)) is None:
+            return None
+    if not name.endswith(".index.json"):
+        return None, {}, [name]
+    if (index := find(name)) is None:
+        raise ValueError(f"{config} names {name}, which is not there: download or save the checkpoint again")
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        plain = all(Path(file).name == file for file in weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of a checkpoint ({error!r})") from error
+    if not weight_map or not plain:
+        raise ValueError(f"{index} must name files beside it")
+    return name, weight_map, sorted(set(weight_map.values()))
+
+
+def _read_header(folder: Path, file: str) -> dict[str, StoredTensor]:
+    path = folder / file
+    try:
+        with safe_open(path, framework="pt"):  # checks offsets, shapes and length, which the Hub's client does not
+            pass
+        header = parse_local_safetensors_file_metadata(path)
+    except (SafetensorError, SafetensorsParsingError) as error:
+        raise ValueError(f"{path} is damaged ({error}): download or save the checkpoint again") from error
+    with path.open("rb") as opened:
+        start = 8 + int.from_bytes(opened.read(8), "little")
+    return {
+        key: StoredTensor(file, found.dtype, tuple(found.shape), *(start + at for at in found.data_offsets))
+        for key, found in header.tensors.items()
+    }
 
 
 def find_sources(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, list[Source]]:

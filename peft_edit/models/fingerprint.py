@@ -19,9 +19,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, MergeModulelist
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .checkpoint import Source, find_sources
+from .checkpoint import Source, find_sources, find_weights
 from .sites import decoder_blocks, text_config, unwrap
 
 
@@ -209,11 +208,14 @@ def _checkpoint_files(config) -> dict[str, Path]:
             return None
         return Path(path) if isinstance(path, str) else None
 
-    if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        found = {file: find(file) for file in set(weight_map.values())}
-        return {key: found[file] for key, file in weight_map.items() if found[file] is not None}
-    if (file := find(SAFE_WEIGHTS_NAME)) is None:
+    if (weights := find_weights(find)) is None:
         return {}
-    with safe_open(file, framework="pt") as tensors:
-        return dict.fromkeys(tensors.keys(), file)
+    _, weight_map, names = weights
+    found = {file: path for file in names if (path := find(file)) is not None}
+    if weight_map:
+        return {key: found[file] for key, file in weight_map.items() if file in found}
+    keys: dict[str, Path] = {}
+    for path in found.values():
+        with safe_open(path, framework="pt") as tensors:
+            keys |= dict.fromkeys(tensors.keys(), path)
+    return keys

@@ -90,6 +90,15 @@ def greedy_answers(
         yield [ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))] for ids in rows]
 
 
+def batches_within(lengths: Sequence[int], batch_size: int | None, max_tokens: int) -> Iterator[range]:
+    """Consecutive places, as many as fit: lengths fall, so the first of a batch is its longest."""
+    first = 0
+    for i in range(1, len(lengths) + 1):
+        if i == len(lengths) or (i + 1 - first) * lengths[first] > max_tokens or i - first == batch_size:
+            yield range(first, i)
+            first = i
+
+
 def pad(rows: Sequence[Sequence[int]], device: torch.device, side: str = "right") -> tuple[Tensor, Tensor]:
     """Token ids and attention mask of a batch, (b, s) int64 each. On the right, where a causal model's earlier tokens
     cannot see the padding, unless something is to be generated. As the padding is masked, any id will do: 0."""

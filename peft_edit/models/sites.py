@@ -11,12 +11,17 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Literal, SupportsIndex
 
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..arguments import Argument, ArgumentError
 
+
+# What of a decoder block is edited or collected: the output of its MLP's output projection, or its own.
+Site = Literal["mlp", "block"]
 LayerIndices = int | Iterable[int] | None
 Site = Literal["mlp", "block"]
 
@@ -31,7 +36,9 @@ def normalise_layers(layers: LayerIndices) -> list[int] | None:
         return None
     indices = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     if not indices or any(isinstance(i, bool) or not isinstance(i, SupportsIndex) or i < 0 for i in indices):
-        raise ValueError(f"layers must be block indices of 0 or more, got {layers!r}: pass an int, a list or a range")
+        raise ArgumentError(
+            Argument("layers"), f" must be block indices of 0 or more, got {layers!r}: pass an int, a list or a range"
+        )
     return sorted({operator.index(i) for i in indices})
 
 
@@ -41,19 +48,21 @@ def check_names(field: str, names: object) -> None:
         try:
             re.compile(names)
         except re.error as error:
-            raise ValueError(
-                f"{field} must be a list of names or a regular expression, got {names!r}: {error}"
+            raise ArgumentError(
+                Argument(field), f" must be a list of names or a regular expression, got {names!r}: {error}"
             ) from error
     elif names is not None and not (isinstance(names, (list, tuple, set)) and all(isinstance(n, str) for n in names)):
-        raise ValueError(f"{field} must be a list of names or a regular expression, got {names!r}")
+        raise ArgumentError(Argument(field), f" must be a list of names or a regular expression, got {names!r}")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, without the `PeftModel` around it. Its module names are the adapter's site names.
+    """The model itself, without the `PeftModel` around it, and without what compiled it or spread it over devices. Its
+    module names are the adapter's site names.
 
     Raises:
         ValueError: the adapter is one of prompt learning, which lives in the `PeftModel` and not in the model.
     """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     if not isinstance(model, PeftModel):
         return model
     if model.active_peft_config.is_prompt_learning:
@@ -68,7 +77,9 @@ def text_config(model: nn.Module):
     """Configuration of the part that has the decoder blocks; raises ValueError for a model without one."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
-        raise ValueError(f"{type(model).__name__} has no Transformers configuration: pass target_modules")
+        raise ArgumentError(
+            f"{type(model).__name__} has no Transformers configuration: pass ", Argument("target_modules")
+        )
     return config.get_text_config(decoder=True)
 
 
@@ -105,9 +116,10 @@ def decoder_blocks(model: nn.Module) -> dict[int, str]:
         outermost = [n for n in outermost if n.startswith(f"{prefix}.")] or outermost
     outermost = [n for n in outermost if not re.search(r"vision|visual|image|audio", n)] or outermost
     if len(outermost) != 1:
-        raise ValueError(
+        raise ArgumentError(
             f"cannot tell which modules of {type(model).__name__} are its decoder blocks "
-            f"({count} layers, lists that could be them: {', '.join(outermost) or 'none'}): pass target_modules"
+            f"({count} layers, lists that could be them: {', '.join(outermost) or 'none'}): pass ",
+            Argument("target_modules"),
         )
     return {i: f"{outermost[0]}.{i}" for i in range(len(lists[outermost[0]]))}
 
@@ -182,18 +194,25 @@ def find_sites(
                 index = layer_index(name)
                 if index is None or index in sites:
                     other = f" and {sites[index]}" if index is not None else " outside the blocks"
-                    raise ValueError(f"target_modules must match one module in each block, got {name}{other}")
+                    raise ArgumentError(
+                        Argument("target_modules"), f" must match one module in each block, got {name}{other}"
+                    )
                 sites[index] = name
         if sites and (missing := sorted(set(wanted or ()) - set(sites))):
-            raise ValueError(f"target_modules={target_modules!r} match in layers {sorted(sites)}, not in {missing}")
+            raise ArgumentError(
+                Argument("target_modules", target_modules), f" match in layers {sorted(sites)}, not in {missing}"
+            )
         if not sites:
-            raise ValueError(f"no module of {type(model).__name__} matches target_modules={target_modules!r}")
+            raise ArgumentError(
+                f"no module of {type(model).__name__} matches ", Argument("target_modules", target_modules)
+            )
         return sites
 
     blocks = decoder_blocks(model)
     if wanted and wanted[-1] >= len(blocks):
-        raise ValueError(
-            f"{type(model).__name__} has layers 0 to {len(blocks) - 1}, got {wanted[-1]}: lower layers_to_transform"
+        raise ArgumentError(
+            f"{type(model).__name__} has layers 0 to {len(blocks) - 1}, got {wanted[-1]}: lower ",
+            Argument("layers_to_transform"),
         )
     blocks = {i: name for i, name in blocks.items() if wanted is None or i in wanted}
     if site == "block":
@@ -202,9 +221,10 @@ def find_sites(
     outputs = {i: _mlp_output(model.get_submodule(name), hidden_size) for i, name in blocks.items()}
     missing = [i for i, output in outputs.items() if output is None]
     if missing:
-        raise ValueError(
-            f"no module of layers {missing} gives the output of their MLP: pass layers_to_transform without them, "
-            "target_modules or site='block'"
+        raise ArgumentError(
+            f"no module of layers {missing} gives the output of their MLP: pass ",
+            *(Argument("layers_to_transform"), " without them, ", Argument("target_modules"), " or "),
+            Argument("site", "block"),
         )
     return {i: f"{blocks[i]}.{output}" for i, output in outputs.items()}
 

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor, nn
 
 
+# Addresses at which PyTorch allocates on the CPU are multiples of this.
+ALIGNMENT = 64
+
+
 class FrozenWeight(nn.Module):
     """A weight of an adapter that stays frozen, in a module of its own: so it survives offloading, and PEFT's casts.
 
@@ -26,6 +30,18 @@ class FrozenWeight(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.label = label
         self.checked = checked
+
+    def register_parameter(self, name: str, param: nn.Parameter) -> None:
+        """Take the weight, copied where it lies in memory that PyTorch has not allocated.
+
+        Transformers' load_adapter and PEFT's low_cpu_mem_usage hand over tensors that lie in the mapped file, at any
+        multiple of 8 bytes. On some processors products round as their operands are aligned: the loaded edit would be
+        the saved one to rounding only.
+        """
+        start = param.data_ptr() - param.storage_offset() * param.element_size()
+        if start % ALIGNMENT:
+            param.data = param.data.clone()
+        super().register_parameter(name, param)
 
     def check(self) -> None:
         """Raise ValueError, naming the site, for a weight that is missing or damaged. Looks once."""

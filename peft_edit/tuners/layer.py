@@ -13,6 +13,7 @@ from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..arguments import Argument, ArgumentError
 from ..models.outputs import OutputTensor
 from .config import EditConfig
 
@@ -97,9 +98,10 @@ class EditLayer(BaseTunerLayer):
         # Some blocks (DeepSeek-V4, Gemma 3n) give several streams at once, or a whole structure (Reformer).
         if not isinstance(output, Tensor) or output.dim() > 3 or output.shape[-1] != self.features:
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(
+            raise ArgumentError(
                 f"the edit at {self.site} needs one tensor of width {self.features}, the module gives {found}: "
-                "choose another site or target_modules"
+                "choose another ",
+                *(Argument("site"), " or ", Argument("target_modules")),
             )
         if self.row_adapters is not None:
             return self._edit_rows(output, self.row_adapters)
@@ -281,9 +283,9 @@ def check_not_on_disk(model: nn.Module, block: nn.Module, name: str) -> None:
     # PEFT drops the device map of some models, but not the hooks.
     by_hook = any(torch.device("meta") in (getattr(hook, "original_devices", None) or {}).values() for hook in hooks)
     if by_map or by_hook:
-        raise ValueError(
-            f"{name} is offloaded to disk, where the output of a whole block cannot be edited: "
-            "use site='mlp', or a device_map without disk"
+        raise ArgumentError(
+            f"{name} is offloaded to disk, where the output of a whole block cannot be edited: use ",
+            *(Argument("site", "mlp"), ", or a ", Argument("device_map"), " without disk"),
         )
 
 
@@ -311,9 +313,10 @@ def check_independent_of_padding(model: nn.Module) -> None:
     for layer in edit_layers(model):
         for name in () if layer.disable_adapters else layer.active_adapters:
             if layer.has_adapter(name) and layer.depends_on_padding(name):
-                raise ValueError(
+                raise ArgumentError(
                     f"adapter {name!r} edits the last token of a forward pass only, so that its result depends on "
-                    "padding: set token_scope='all' in its configuration"
+                    "padding: set ",
+                    *(Argument("token_scope", "all"), " in its configuration, or by select"),
                 )
 
 
@@ -330,7 +333,7 @@ def edit_strength(model: nn.Module, strength: float) -> Iterator[None]:
             block is refused.
     """
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < float("inf"):
-        raise ValueError(f"strength must be a number of 0 or more and finite, got {strength!r}")
+        raise ArgumentError(Argument("strength"), f" must be a number of 0 or more and finite, got {strength!r}")
     layers = edit_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no edit whose strength could be set: load an adapter that edits")

@@ -22,6 +22,7 @@ class Method:
     """An editing method. Everything of it is in one folder, that of its configuration.
 
     Attributes:
+        short: its short name in a sentence, "SEA".
         title: its name in words, "Spectral Editing of Activations".
         config: class of its configurations, which know its short name, the fields and their defaults.
         model: its tuner.
@@ -33,13 +34,16 @@ class Method:
         card_layers: configuration to what the card's template `card.md` in the method's folder shows of each layer.
         no_merge: why it never merges into weights, None where it can: "it rotates each token by ...".
         no_lora: why it cannot become a LoRA adapter, None where `to_lora` can make one.
-        to_lora: (model, out_dir, rank=) writes the active adapter as a LoRA adapter.
+        check_lora: (configuration, out_dir) raises ValueError, with the reason, where that cannot be.
+        to_lora: (model, out_dir, rank=) writes the active adapter as a LoRA adapter; the result has `rank`, `exact`,
+            `notes`, `table()` and `to_dict()`.
         published: whether a folder holds what the method's published code writes.
         convert: (source_dir, out_dir, base_model=, ...) makes an adapter of such a folder.
         published_files: names of those files, for messages.
         evidence: module whose `show(scene)` is the method's part of the demonstration.
     """
 
+    short: str
     title: str
     config: type[EditConfig]
     model: type[EditModel]
@@ -51,6 +55,7 @@ class Method:
     card_layers: Callable[[Any], list[dict[str, Any]]]
     no_merge: str | None = None
     no_lora: str | None = None
+    check_lora: Callable[[Any, Path], None] | None = None
     to_lora: Callable[..., Any] | None = None
     published: Callable[[Path], bool] | None = None
     convert: Callable[..., Any] | None = None
@@ -59,7 +64,7 @@ class Method:
 
     @property
     def name(self) -> str:
-        """Short name in upper case, that of the `PeftType`."""
+        """Its name in upper case, that of the `PeftType`."""
         return self.config.method
 
     @property
@@ -82,7 +87,7 @@ def register(method: Method) -> None:
 
 
 def methods() -> Mapping[str, Method]:
-    """All methods by their short names, in the order in which they were registered."""
+    """All methods by their names, in the order in which they were registered."""
     return dict(_METHODS)
 
 
@@ -91,7 +96,19 @@ def method_of(config: PeftConfig) -> Method | None:
     return _METHODS.get(config.peft_type)
 
 
+def lora_method_of(config: PeftConfig) -> Method:
+    """The method of an adapter that can become a LoRA adapter; raises ValueError, with the reason, for others."""
+    method = method_of(config)
+    if method is None or method.to_lora is None:
+        reason = f": {method.no_lora}" if method else ""
+        raise ValueError(
+            f"only {names(lambda method: method.to_lora)} adapters can be exported as LoRA, got one of "
+            f"{method.short if method else config.peft_type.value}{reason}"
+        )
+    return method
+
+
 def names(having: Callable[[Method], object] = lambda method: True) -> str:
     """Short names of all methods, or of those that have something, for messages: "SEA or HPR"."""
-    found = [name for name, method in _METHODS.items() if having(method)]
+    found = [method.short for method in _METHODS.values() if having(method)]
     return " or ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)

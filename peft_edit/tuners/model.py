@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..arguments import Argument, ArgumentError
 from ..models.sites import find_sites, is_linear, layer_index, matches, out_features, target_modules, text_config
 from .config import EditConfig
 from .layer import BlockEditLayer, EditLayer, check_not_on_disk, edit_layers
@@ -39,9 +40,11 @@ class EditModel(BaseTuner):
             found = {layer_index(name) for name in named if matches(name, peft_config.target_modules)}
             # Where nothing matches at all, PEFT says so.
             if (missing := sorted(set(layers) - found)) and found & set(layers):
-                raise ValueError(
-                    f"target_modules={peft_config.target_modules!r} match nothing in layers {missing} of "
-                    f"layers_to_transform={layers}: pass layers of {sorted(found - {None})}"
+                raise ArgumentError(
+                    Argument("target_modules", peft_config.target_modules),
+                    f" match nothing in layers {missing} of ",
+                    Argument("layers_to_transform", layers),
+                    f": pass layers of {sorted(found - {None})}",
                 )
 
     @staticmethod
@@ -200,7 +203,9 @@ class EditModel(BaseTuner):
             yield
             return
         if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
-            raise ValueError(f"adapter_names must be a list of strings, one for each input, got {adapter_names!r}")
+            raise ArgumentError(
+                Argument("adapter_names"), f" must be a list of strings, one for each input, got {adapter_names!r}"
+            )
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}

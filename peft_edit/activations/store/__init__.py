@@ -9,20 +9,24 @@ shard hold a checksum. A shard appears under its name complete or not at all, so
 and checked by itself.
 """
 
+from .folder import begin, locked
+from .index import write_index
 from .layout import (
     FORMAT_VERSION,
     INDEX,
     META,
     ROW_TOKENS,
+    StoreShape,
     check_folder,
+    is_whole,
     read_index,
     read_manifest,
     read_metadata,
     read_token_ids,
 )
 from .reader import ActivationStore, Store, open_pairs
-from .shards import ShardFile, StoreShape, has_size, is_whole
-from .writer import StoreWriter, locked
+from .shards import Shard, ShardFile, has_size
+from .writer import StoreWriter
 
 
 __all__ = [
@@ -31,10 +35,12 @@ __all__ = [
     "META",
     "ROW_TOKENS",
     "ActivationStore",
+    "Shard",
     "ShardFile",
     "Store",
     "StoreShape",
     "StoreWriter",
+    "begin",
     "check_folder",
     "has_size",
     "is_whole",
@@ -44,4 +50,5 @@ __all__ = [
     "read_manifest",
     "read_metadata",
     "read_token_ids",
+    "write_index",
 ]

@@ -1,23 +1,33 @@
-"""Files of a store and what stands in its meta.json."""
+"""Files of a store, and what stands in its meta.json and its index."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ... import files
+from ...arguments import Argument, ArgumentError
+from ...models.dtypes import FLOATING, dtype_name
+from .disk import reporting_full_disk
+from .format import UNKNOWN_DIGEST, header
+
 
 FORMAT_VERSION = 2
 META, INDEX = "meta.json", "index.safetensors"
-ROW_TOKENS = ("last", "mean", "random")
-DTYPES = ("float64", "float32", "bfloat16", "float16")
+# Tokens of an answer that make one row of it.
+RowTokens = Literal["last", "mean", "random"]
+ROW_TOKENS = get_args(RowTokens)
+DTYPES = tuple(map(dtype_name, FLOATING.values()))
 # What reading needs of meta.json.
 REQUIRED = (
     *("complete", "sites", "tokens", "hidden_size", "dtype", "modules", "shards"),
@@ -26,7 +36,7 @@ REQUIRED = (
 # A file of a store, or a hidden one that was being written when a run was killed. Generated answers are there only
 # until the index is.
 STORE_FILE = re.compile(r"(\.)?(meta\.json|(index|shard-\d+)\.safetensors|generated-\d+\.json)(?(1)\.tmp)|\.lock")
-AGAIN = "collect again with resume=False"
+AGAIN = ("collect again with ", Argument("resume", False))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -102,7 +112,23 @@ def _open_index(path: Path) -> Iterator[Any]:
         with safe_open(path / INDEX, framework="pt") as tensors:
             yield tensors
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path / INDEX} cannot be read ({error}): {AGAIN}") from error
+        raise ArgumentError(f"{path / INDEX} cannot be read ({error}): ", *AGAIN) from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and as `write_index` wrote it, in every byte."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        size = file.read(8)
+        # A damaged length may be anything.
+        first = size + file.read(min(int.from_bytes(size, "little"), path.stat().st_size))
+        found = re.search(rb'"sha256":"([0-9a-f]{64})"', first)
+        if found is None:
+            return False
+        unknown = first[: found.start(1)] + UNKNOWN_DIGEST.encode() + first[found.end(1) :]
+        digest = hashlib.file_digest(file, lambda: hashlib.sha256(unknown))
+        return digest.hexdigest().encode() == found[1]
 
 
 def check_folder(path: Path) -> None:
@@ -118,5 +144,45 @@ def check_folder(path: Path) -> None:
         raise ValueError(f"{path} also holds {foreign[0]}, which is no part of a store: choose another folder")
 
 
-def dtype_of(metadata: dict[str, Any]) -> torch.dtype:
-    return getattr(torch, metadata["dtype"])
+def store_files(path: Path) -> list[Path]:
+    """Files of a store but its lock, the index first: without it shards are nothing."""
+    found = [file for file in path.iterdir() if STORE_FILE.fullmatch(file.name) and file.name != files.LOCK]
+    return sorted(found, key=lambda file: file.name != INDEX)
+
+
+def write_metadata(path: Path, metadata: dict[str, Any]) -> None:
+    """Write a store's meta.json."""
+    text = json.dumps(metadata, indent=2) + "\n"
+    with reporting_full_disk(path, len(text), "what was collected is kept"):
+        files.write_text(path / META, text)
+
+
+@dataclass(frozen=True)
+class StoreShape:
+    """What all shards of a store have in common.
+
+    Attributes:
+        names: of the tensors, "site.layer".
+        width: d.
+        dtype: of all of them.
+    """
+
+    names: tuple[str, ...]
+    width: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> StoreShape:
+        """Of the store with this meta.json."""
+        modules = metadata["modules"]
+        names = [f"{site}.{layer}" for site in metadata["sites"] for layer in sorted(modules[site], key=int)]
+        return cls(tuple(names), metadata["hidden_size"], getattr(torch, metadata["dtype"]))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row over all tensors."""
+        return len(self.names) * self.width * self.dtype.itemsize
+
+    def header(self, rows: int, digest: str = UNKNOWN_DIGEST) -> bytes:
+        """First bytes of a shard with so many rows, up to its tensors."""
+        return header(dict.fromkeys(self.names, (self.dtype, (rows, self.width))), digest)

@@ -12,9 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...models.sites import normalise_layers
-from .layout import AGAIN, INDEX, ROW_TOKENS, dtype_of, read_index, read_metadata
-from .shards import StoreShape, is_whole, shard_digest
+from ...arguments import Argument, ArgumentError
+from .layout import AGAIN, INDEX, StoreShape, is_whole, read_index, read_metadata
+from .shards import shard_digest
+from .tensors import write_row_store
 
 
 # What reading needs of the index; the rest says what was run.
@@ -63,7 +64,7 @@ class ActivationStore:
         self.hidden_size: int = self.metadata["hidden_size"]
         self._index = read_index(self.path, DEMONSTRATIONS)
         self._first_rows = torch.tensor([shard["first_row"] for shard in self.metadata["shards"]], dtype=torch.int64)
-        self._dtype = dtype_of(self.metadata)
+        self._dtype = StoreShape.of(self.metadata).dtype
         # Shards that are memory-mapped, once each, and by shard and layer their tensors, which take no memory.
         self._files: dict[int, Any] = {}
         self._tensors: dict[tuple[int, int], Tensor] = {}
@@ -91,8 +92,8 @@ class ActivationStore:
                     f"{name} names rows from {int(numbers.min())} to {int(last.max())}, the store has {rows}"
                 )
 
-    def _bad_index(self, what: str) -> ValueError:
-        return ValueError(f"{self.path / INDEX} is damaged ({what}): {AGAIN}")
+    def _bad_index(self, what: str) -> ArgumentError:
+        return ArgumentError(f"{self.path / INDEX} is damaged ({what}): ", *AGAIN)
 
     def __len__(self) -> int:
         return int(self._index["answer_pairs"][:, 2].sum()) if self.tokens == "answer" else len(self._index["positive"])
@@ -119,9 +120,13 @@ class ActivationStore:
     def neutral(self, layer: int) -> Tensor:
         """Neutral activations at a layer, (n, d); row i belongs to row i of `positive`."""
         if "neutral" not in self._index:
-            raise ValueError(
-                f"{self.path} has no neutral activations (tokens={self.tokens!r}): "
-                "collect again with tokens='last' and neutral='auto'"
+            raise ArgumentError(
+                *(
+                    f"{self.path} has no neutral activations (",
+                    Argument("tokens", self.tokens),
+                    "): collect again with ",
+                ),
+                *(Argument("tokens", "last"), " and ", Argument("neutral", "auto")),
             )
         return self._rows(layer, self._index["neutral"])
 
@@ -153,8 +158,9 @@ class ActivationStore:
 
     def _require_answer_tokens(self) -> None:
         if self.tokens != "answer":
-            raise ValueError(
-                f"{self.path} holds one row an answer (tokens={self.tokens!r}): collect with tokens='answer'"
+            raise ArgumentError(
+                *(f"{self.path} holds one row an answer (", Argument("tokens", self.tokens), "): collect with "),
+                Argument("tokens", "answer"),
             )
 
     def gather(self, rows: Tensor, layers: Iterable[int]) -> Tensor:
@@ -196,11 +202,12 @@ class ActivationStore:
                 self._files[number] = safe_open(file, framework="pt")
             tensor = self._files[number].get_tensor(f"{self.site}.{layer}")
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} cannot be read ({error}): {AGAIN}") from error
+            raise ArgumentError(f"{file} cannot be read ({error}): ", *AGAIN) from error
         if tensor.shape != (shard["rows"], self.hidden_size) or tensor.dtype != self._dtype:
-            raise ValueError(
+            raise ArgumentError(
                 f"{file} is damaged: layer {layer} is {tuple(tensor.shape)} {tensor.dtype} there, by the manifest "
-                f"{(shard['rows'], self.hidden_size)} {self._dtype}; {AGAIN}"
+                f"{(shard['rows'], self.hidden_size)} {self._dtype}; ",
+                *AGAIN,
             )
         return tensor
 
@@ -241,56 +248,9 @@ class ActivationStore:
         Raises:
             ValueError: layers, shapes or dtypes differ, an unknown name, or a folder that is not empty.
         """
-        from .writer import StoreWriter, locked
-
-        if site not in ("mlp", "block"):
-            raise ValueError(f"site must be one of 'mlp', 'block', got {site!r}")
-        if tokens not in ROW_TOKENS:
-            raise ValueError(f"tokens must be one of {', '.join(map(repr, ROW_TOKENS))}, got {tokens!r}")
-        layers = normalise_layers(list(positive))
-        if not set(layers) == set(negative) == set(neutral):
-            raise ValueError(
-                "positive, negative and neutral must have the same layers, got "
-                f"{layers}, {list(negative)} and {list(neutral)}"
-            )
-        shape, dtype = positive[layers[0]].shape, positive[layers[0]].dtype
-        for name, tensors in (("positive", positive), ("negative", negative), ("neutral", neutral)):
-            for layer, tensor in tensors.items():
-                if not isinstance(tensor, Tensor):
-                    raise ValueError(f"every value must be a tensor, got {name}[{layer}] of {type(tensor).__name__}")
-                if tensor.dim() != 2 or tensor.shape != shape:
-                    raise ValueError(
-                        f"every tensor must be (demonstrations, hidden size) = {tuple(shape)}, "
-                        f"got {name}[{layer}] of shape {tuple(tensor.shape)}"
-                    )
-                if not tensor.is_floating_point() or tensor.dtype != dtype:
-                    raise ValueError(
-                        f"every tensor must be of one floating dtype, got {name}[{layer}] of {tensor.dtype} "
-                        f"and positive[{layers[0]}] of {dtype}"
-                    )
-        n, d = shape
-        rows = torch.arange(3 * n).view(3, n)
-        settings = {
-            "sites": [site],
-            "tokens": tokens,
-            "hidden_size": d,
-            "modules": {site: {str(layer): (modules or {}).get(layer) for layer in layers}},
-            "dtype": str(dtype).removeprefix("torch."),
-            "model": None,
-            "revision": None,
-            "fingerprint": None,
-            "active_adapters": [],
-        }
-        index = {"positive": rows[0], "negative": rows[1], "neutral": rows[2], "question": torch.arange(n)}
-        path = Path(path)
-        with locked(path):
-            if any(not file.name.startswith(".") for file in path.iterdir()):
-                raise ValueError(f"{path} is not empty: choose another folder")
-            writer = StoreWriter(path, settings)
-            writer.begin()
-            writer.write_index(index)
-            writer.add({f"{site}.{i}": torch.cat((positive[i], negative[i], neutral[i])) for i in layers})
-            return writer.finish()
+        path, sets = Path(path), {"positive": positive, "negative": negative, "neutral": neutral}
+        write_row_store(path, sets, site=site, tokens=tokens, modules=modules)
+        return cls(path)
 
 
 # What functions take for a store: it or its folder.
@@ -302,9 +262,9 @@ def open_pairs(store: Store) -> ActivationStore:
     if not isinstance(store, ActivationStore):
         store = ActivationStore(store)
     if store.tokens != "answer":
-        raise ValueError(
-            f"{store.path} holds one row an answer (tokens={store.tokens!r}): collect with site='block' and "
-            "tokens='answer' for HPR"
+        raise ArgumentError(
+            *(f"{store.path} holds one row an answer (", Argument("tokens", store.tokens), "): collect with "),
+            *(Argument("site", "block"), " and ", Argument("tokens", "answer")),
         )
     if len(store) == 0:
         raise ValueError(f"{store.path} holds no token pair: no two answers differ in a token that both have")

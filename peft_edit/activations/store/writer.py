@@ -1,141 +1,96 @@
-"""Writing a store, by one process or several."""
+"""Writing the rows of a store, by one process or several."""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from ... import files
-from .layout import (
-    FORMAT_VERSION,
-    INDEX,
-    META,
-    STORE_FILE,
-    check_folder,
-    read_manifest,
-)
-from .reader import ActivationStore
-from .shards import ShardFile, StoreShape, shard_digest, write_tensors
+from .disk import reporting_full_disk
+from .layout import StoreShape, read_metadata, store_files, write_metadata
+from .shards import Shard, ShardFile, shard_digest
 
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Let no other run write to the folder `path`, which is created. The lock of a killed run is free at once.
-
-    Raises:
-        ValueError: another run has the folder, it cannot be written to, or holds something else than a store.
-    """
-    check_folder(path)
-    with files.locked(path, f"another run is collecting into {path}: wait for it, or choose another folder"):
-        yield
+logger = logging.getLogger(__name__)
 
 
 class StoreWriter:
-    """Writes a store shard by shard. A killed run is continued by the next one with the same settings, and ends with
-    the same bytes.
+    """Writes shards from their rows. A killed run is continued by the next one, and ends with the same bytes.
+
+    As a context manager it leaves no half-written shard.
 
     Args:
-        path: folder, see `locked`.
-        settings: JSON values that say what is collected; `sites`, `modules`, `hidden_size` and `dtype` say what the
-            shards hold.
+        path: folder, in which the settings and the index stand already, see `begin` and `write_index`.
+        shards: all of the store.
+
+    Attributes:
+        digests: number of each shard that is known to be whole, to its checksum.
     """
 
-    def __init__(self, path: str | os.PathLike, settings: dict[str, Any]):
-        self.path = Path(path)
-        self.metadata = {"format_version": FORMAT_VERSION, **settings, "complete": False, "shards": []}
+    def __init__(self, path: Path, shards: Sequence[Shard]):
+        self.path, self.shards = path, shards
+        self.metadata = read_metadata(path)
         self.shape = StoreShape.of(self.metadata)
+        self.digests: dict[int, str] = {}
+        self._sequences = sum(shard.sequences for shard in shards)
+        self._kept = 0  # of them
+        self._file: ShardFile | None = None
+        self._row = 0
+        self._open = ExitStack()
 
-    def begin(self) -> None:
-        """Write the settings; what a store with other settings has left there is removed."""
-        if (self.path / META).exists():
-            # First, so that what a killed run leaves of a store does not pass for all of it.
-            self._write_metadata(read_manifest(self.path) | {"complete": False})
-        for file in self._files():
-            if file.name != META:
-                file.unlink()
-        self._write_metadata(self.metadata)
+    def __enter__(self) -> StoreWriter:
+        return self
 
-    def _files(self) -> list[Path]:
-        """Files of the store, the index first: without it shards are nothing."""
-        found = [file for file in self.path.iterdir() if STORE_FILE.fullmatch(file.name) and file.name != files.LOCK]
-        return sorted(found, key=lambda file: file.name != INDEX)
+    def __exit__(self, *error: object) -> None:
+        self._open.__exit__(*error)
 
-    def write_index(self, index: dict[str, Tensor]) -> None:
-        write_tensors(self.path / INDEX, index)
+    def missing(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Those of some shards that are not there, or damaged."""
+        for shard in shards:
+            file = self.path / shard.file
+            digest = shard_digest(file, self.shape, shard.rows)
+            if digest is not None:
+                self._keep(shard, digest)
+            elif file.exists():
+                logger.warning("%s is damaged: it is collected again", file)
+        return [shard for shard in shards if shard.number not in self.digests]
 
-    def shard(self, number: int) -> Path:
-        return self.path / f"shard-{number:05d}.safetensors"
+    def write(self, shard: Shard, tensors: Mapping[str, Tensor]) -> None:
+        """Append rows to a shard, "site.layer" to (r, d). With its last row the shard is on the disk."""
+        needed, kept = shard.rows * self.shape.row_bytes, f"{self._kept:,} of {self._sequences:,} sequences are kept"
+        with reporting_full_disk(self.path, needed, kept):
+            if self._file is None:
+                self._file = self._open.enter_context(ShardFile(self.path / shard.file, self.shape, shard.rows))
+                self._row = 0
+            for name, rows in tensors.items():
+                self._file.write(name, self._row, rows)
+            self._row += len(rows)
+            if self._row == shard.rows:
+                self._keep(shard, self._file.publish())
+                self._open.close()
+                self._file = None
 
-    def digest(self, number: int, rows: int) -> str | None:
-        """Checksum of a shard; None where it is not there, or damaged."""
-        return shard_digest(self.shard(number), self.shape, rows)
+    def _keep(self, shard: Shard, digest: str) -> None:
+        self.digests[shard.number] = digest
+        self._kept += shard.sequences
 
-    def open_shard(self, number: int, rows: int) -> ShardFile:
-        return ShardFile(self.shard(number), self.shape, rows)
+    def finish(self, digests: Sequence[Mapping[int, str]] = ()) -> None:
+        """Write the manifest: from now on the store can be read.
 
-    def add(self, tensors: dict[str, Tensor]) -> None:
-        """Write the next shard at once: "site.layer" to (rows, d)."""
-        rows = len(next(iter(tensors.values())))
-        number = len(self.metadata["shards"])
-        with self.open_shard(number, rows) as shard:
-            for name, tensor in tensors.items():
-                shard.write(name, 0, tensor)
-            shard.finish()
-        self.list_shard(rows, self.digest(number, rows))
-
-    def list_shard(self, rows: int, digest: str) -> None:
-        """Append a written shard to the manifest."""
-        shards = self.metadata["shards"]
-        first_row = shards[-1]["first_row"] + shards[-1]["rows"] if shards else 0
-        file = self.shard(len(shards)).name
-        shards.append({"file": file, "first_row": first_row, "rows": rows, "sha256": digest})
-
-    def finish(self) -> ActivationStore:
-        """Write the manifest: from now on the store can be read."""
-        for file in self._files():
+        Args:
+            digests: those of all writers that wrote shards.
+        """
+        for of_writer in digests:
+            self.digests |= of_writer
+        for file in store_files(self.path):
             if file.name.startswith((".", "generated-")):
                 file.unlink()
-        self.metadata["complete"] = True
-        self._write_metadata(self.metadata)
-        return ActivationStore(self.path)
-
-    def _write_metadata(self, metadata: dict[str, Any]) -> None:
-        text = json.dumps(metadata, indent=2) + "\n"
-        with reporting_full_disk(self.path, len(text), "what was collected is kept"):
-            files.write_text(self.path / META, text)
-
-
-@contextmanager
-def reporting_full_disk(path: Path, needed: int, kept: str) -> Iterator[None]:
-    """Say of an error of a full disk what is needed, what is free, and what is kept.
-
-    Args:
-        path: folder that is written to.
-        needed: bytes that the next file takes.
-        kept: what the next run need not do again.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        raise OSError(f"{no_space(path, needed)}; {kept}") from error
-
-
-def no_space(path: Path, needed: int) -> str:
-    free = shutil.disk_usage(path).free
-    return (
-        f"no space left for {path}: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free; free some, then "
-        "run the same again"
-    )
+        listed, first_row = [], 0
+        for shard in self.shards:
+            digest = self.digests[shard.number]
+            listed.append({"file": shard.file, "first_row": first_row, "rows": shard.rows, "sha256": digest})
+            first_row += shard.rows
+        write_metadata(self.path, self.metadata | {"complete": True, "shards": listed})

@@ -9,8 +9,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...adapters.conversion import Conversion, finish, read_json
-from ...adapters.read import load_structure
 from ...adapters.save import check_adapter_folder, save_adapter
+from ...arguments import Argument, Note
+from ...models.load import load_structure
 from ...models.sites import normalise_layers, text_config
 from .config import HPRConfig
 from .layer import HPRLayer
@@ -143,8 +144,11 @@ def _hpr_notes(guidance: dict[str, Any], selected, count: int, base_model: str) 
     notes = [
         "the published code rotates by a quotient of sines, off by up to 65 % in float32 and NaN in bfloat16; this "
         "adapter rotates by the same angle in closed form",
-        "all tokens are edited, as in the published evaluation; its generation mode edits the last token of each "
-        "forward pass: token_scope='last'",
+        Note(
+            "all tokens are edited, as in the published evaluation; its generation mode edits the last token of each "
+            "forward pass: ",
+            *(Argument("token_scope", "last"), " (select)"),
+        ),
     ]
     if selected is None:
         notes.append(f"no layers were selected: all {count} edit; the paper keeps the 5 with the best probes (select)")

@@ -27,6 +27,7 @@ def holds_guidance(folder: Path) -> bool:
 
 
 METHOD = Method(
+    short="HPR",
     title="Householder Pseudo-Rotation",
     config=HPRConfig,
     model=HPRModel,

@@ -6,6 +6,7 @@ import torch
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from ...arguments import Argument, ArgumentError
 from ...models.sites import find_sites, layer_index
 from ..model import EditModel
 from .config import HPRConfig
@@ -56,8 +57,9 @@ class HPRModel(EditModel):
             sites = find_sites(model, peft_config.site, layers=peft_config.layers_to_transform)
             outside = set(peft_config.selected_layers or ()) - set(sites)
             if outside:
-                raise ValueError(
-                    f"selected_layers {sorted(outside)} are not among the blocks {sorted(sites)} of the model"
+                raise ArgumentError(
+                    Argument("selected_layers"),
+                    f" {sorted(outside)} are not among the blocks {sorted(sites)} of the model",
                 )
         super()._prepare_model(peft_config, model)
 

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ...activations.store import ActivationStore, Store, open_pairs
 from ...adapters.match import check_store, find_adapter, replace_config
+from ...arguments import Argument, ArgumentError
 from .config import HPRConfig
 from .layer import HPRLayer
 
@@ -72,7 +73,9 @@ def select_layers(
     store = open_pairs(eval_store)
     adapter_name, _, layers = find_adapter(model, adapter_name, HPRConfig, HPRLayer)
     if not layers:
-        raise ValueError(f"adapter {adapter_name!r} has no modules (selected_layers=[]): nothing to select from")
+        raise ArgumentError(
+            f"adapter {adapter_name!r} has no modules (", Argument("selected_layers", []), "): nothing to select from"
+        )
     _check_choice(top_k, threshold, len(layers))
     store = check_store(model, store, "block", layers, allow_fingerprint_mismatch)
 
@@ -84,9 +87,9 @@ def select_layers(
     selected = ranked[:top_k] if threshold is None else [i for i in ranked if accuracy[i] >= threshold]
     if not selected:
         best = ranked[0]
-        raise ValueError(
-            f"no probe is at least {threshold} accurate, the best is {accuracy[best]:.4f} of layer {best}: "
-            "lower the threshold, or pass top_k"
+        raise ArgumentError(
+            f"no probe is at least {threshold} accurate, the best is {accuracy[best]:.4f} of layer {best}: lower the ",
+            *(Argument("threshold"), ", or pass ", Argument("top_k")),
         )
     replace_config(
         model,
@@ -115,8 +118,9 @@ def probe_accuracy(store: ActivationStore, index: int, layer: HPRLayer, adapter_
     chunks = store.answer_tokens(index).split(CHUNK_ROWS)
     logits = torch.cat([layer.probe_logits(chunk.to(device), adapter_name).cpu() for chunk in chunks])
     if not torch.isfinite(logits).all():
-        raise ValueError(
-            f"the probe of layer {index} gives logits that are not finite: collect {store.path} again (resume=False)"
+        raise ArgumentError(
+            f"the probe of layer {index} gives logits that are not finite: collect {store.path} again (",
+            *(Argument("resume", False), ")"),
         )
     negative, positive = logits[store.pairs()].T
     return float(torch.cat((positive > 0, negative <= 0)).double().mean())
@@ -134,11 +138,17 @@ def _check_weights(index: int, layer: HPRLayer, adapter_name: str) -> None:
 def _check_choice(top_k: int | None, threshold: float | None, count: int) -> None:
     if (top_k is None) == (threshold is None):
         given = "neither" if top_k is None else "both"
-        raise ValueError(f"pass either top_k=5, as the paper does, or threshold=0.9 or the like, got {given}")
+        raise ArgumentError(
+            *("pass either ", Argument("top_k", 5), ", as the paper does, or ", Argument("threshold", 0.9)),
+            f" or the like, got {given}",
+        )
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= count):
-        raise ValueError(
-            f"top_k must be an integer from 1 to {count}, the number of layers with modules, got {top_k!r}"
+        raise ArgumentError(
+            Argument("top_k"),
+            f" must be an integer from 1 to {count}, the number of layers with modules, got {top_k!r}",
         )
     is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
     if threshold is not None and not (is_number and 0 <= threshold <= 1):
-        raise ValueError(f"threshold must be an accuracy in [0, 1], got {threshold!r}: pass 0.9 for 90 %")
+        raise ArgumentError(
+            Argument("threshold"), f" must be an accuracy in [0, 1], got {threshold!r}: pass 0.9 for 90 %"
+        )

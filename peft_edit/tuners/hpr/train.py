@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from ...activations.store import ActivationStore, Store, open_pairs
 from ...adapters.match import check_store, describe_data, find_adapter, replace_config
+from ...adapters.read import read_config
+from ...arguments import Argument, ArgumentError
 from ...files import replaced
 from ...models.sites import layer_index
 from .config import HPRConfig
@@ -154,9 +156,10 @@ class HPRTrainer(Trainer):
         if not isinstance(args, HPRTrainingArguments):
             raise TypeError(f"args must be HPRTrainingArguments, got {type(args).__name__}: its defaults do not suit")
         if eval_dataset is None and args.eval_strategy != "no":
-            raise ValueError(
-                f"eval_strategy is {args.eval_strategy.value!r} and there is no eval_dataset: pass a store of held-out "
-                "questions, or HPRTrainingArguments(eval_strategy='no')"
+            raise ArgumentError(
+                *(Argument("eval_strategy"), f" is {args.eval_strategy.value!r} and there is no "),
+                *(Argument("eval_dataset"), ": pass a store of held-out questions, or HPRTrainingArguments("),
+                *(Argument("eval_strategy", "no"), ")"),
             )
         if own := {"data_collator", "compute_metrics"} & set(kwargs):
             raise TypeError(f"HPRTrainer has a {min(own)} of its own: leave it out")
@@ -194,11 +197,16 @@ class HPRTrainer(Trainer):
 
     def _check_adapter(self) -> None:
         if not self.layers:
-            raise ValueError(f"adapter {self.adapter_name!r} edits no layer (selected_layers=[]): nothing to train")
+            raise ArgumentError(
+                f"adapter {self.adapter_name!r} edits no layer (",
+                Argument("selected_layers", []),
+                "): nothing to train",
+            )
         if self.adapter_config.modules_to_save:
-            raise ValueError(
-                f"HPRTrainer trains probes and angle networks alone, and the adapter has modules_to_save="
-                f"{self.adapter_config.modules_to_save}: train those with a Trainer of the language model"
+            raise ArgumentError(
+                "HPRTrainer trains probes and angle networks alone, and the adapter has ",
+                Argument("modules_to_save", self.adapter_config.modules_to_save),
+                ": train those with a Trainer of the language model",
             )
         if pruned := [i for i, layer in self.layers.items() if not layer.has_adapter(self.adapter_name)]:
             raise ValueError(f"layers {pruned} were pruned since this trainer was made: make a new HPRTrainer")
@@ -364,12 +372,13 @@ def load_checkpoint(
     folder = path / adapter_name if (path / adapter_name / SAFETENSORS_WEIGHTS_NAME).exists() else path
     if not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
         raise ValueError(f"{path} is no checkpoint of HPRTrainer: it has no {SAFETENSORS_WEIGHTS_NAME}")
-    saved = PeftConfig.from_pretrained(str(folder))
+    saved = read_config(folder)
     of_checkpoint = getattr(saved, "base_model_fingerprint", None)
     if None not in (fingerprint, of_checkpoint) and of_checkpoint != fingerprint:
-        raise ValueError(
+        raise ArgumentError(
             f"{path} was trained on activations of another model (fingerprint {of_checkpoint}, the store has "
-            f"{fingerprint}): start in another output_dir, or pass allow_fingerprint_mismatch=True"
+            f"{fingerprint}): start in another ",
+            *(Argument("output_dir"), ", or pass ", Argument("allow_fingerprint_mismatch", True)),
         )
     tensors = load_peft_weights(str(folder), device="cpu")
     tensors = {key: tensor for key, tensor in tensors.items() if ".hpr.hpr_" in key}
@@ -379,9 +388,11 @@ def load_checkpoint(
         of_checkpoint[name], of_adapter[name] = getattr(saved, name, None), getattr(config, name)
     for name, expected in of_adapter.items():
         if of_checkpoint[name] != expected:
-            raise ValueError(
-                f"{path} is a checkpoint of another configuration ({name} is {of_checkpoint[name]} there, {expected} "
-                "here): resume with the configuration that it was made with, or start in another output_dir"
+            raise ArgumentError(
+                f"{path} is a checkpoint of another configuration (",
+                *(Argument(name), f" is {of_checkpoint[name]} there, {expected} here): "),
+                "resume with the configuration that it was made with, or start in another ",
+                Argument("output_dir"),
             )
     for layer in layers.values():
         for part in HPRLayer.adapter_layer_names:
@@ -394,9 +405,10 @@ def _check_best_metric(metric: str, stores: list[str]) -> None:
     """Raise ValueError unless a metric is one of several evaluation stores."""
     metric = metric.removeprefix("eval_")
     if not metric.startswith(tuple(f"{name}_" for name in stores)):
-        raise ValueError(
-            f"eval_dataset has several stores ({', '.join(stores)}) and metric_for_best_model is {metric!r}: say which "
-            f"of them decides by metric_for_best_model='{stores[0]}_probe_accuracy'"
+        decides = Argument("metric_for_best_model", f"{stores[0]}_probe_accuracy")
+        raise ArgumentError(
+            *(Argument("eval_dataset"), f" has several stores ({', '.join(stores)}) and "),
+            *(Argument("metric_for_best_model"), f" is {metric!r}: say which of them decides by ", decides),
         )
 
 

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ...activations.store import ActivationStore
 from ...adapters.match import check_store, find_adapter, find_config
+from ...arguments import Argument, ArgumentError
 from ...models.sites import layer_index, target_modules, unwrap
 from .config import SEAConfig
 from .fit import site_statistics
@@ -68,11 +69,19 @@ def combine_sea(
     config = configs[0]
     adapter_name = "_and_".join(adapters) if adapter_name is None else adapter_name
     if not adapter_name or "." in adapter_name:
-        raise ValueError(f"adapter_name must be a name without dots, got {adapter_name!r}: pass adapter_name")
+        raise ArgumentError(
+            *(Argument("adapter_name"), f" must be a name without dots, got {adapter_name!r}: pass "),
+            Argument("adapter_name"),
+        )
     if adapter_name in model.peft_config:
-        raise ValueError(f"the model already has an adapter {adapter_name!r}: pass another adapter_name")
+        raise ArgumentError(
+            f"the model already has an adapter {adapter_name!r}: pass another ", Argument("adapter_name")
+        )
     if store is None and config.rescale == "mean":
-        raise ValueError("rescale='mean' needs that of the joint edit: pass store, with neutral activations")
+        raise ArgumentError(
+            *(Argument("rescale", "mean"), " needs that of the joint edit: pass "),
+            *(Argument("store"), ", with neutral activations"),
+        )
     if store is not None:
         store = store if isinstance(store, ActivationStore) else ActivationStore(store)
         for name in adapters:
@@ -110,7 +119,7 @@ def combine_sea(
 def _configs(model: nn.Module, adapters: Sequence[str]) -> list[SEAConfig]:
     """Configurations of the adapters, which suit each other."""
     if isinstance(adapters, str) or len(set(adapters)) < 2 or len(set(adapters)) < len(adapters):
-        raise ValueError(f"adapters must be two or more different names, got {adapters!r}")
+        raise ArgumentError(Argument("adapters"), f" must be two or more different names, got {adapters!r}")
     configs = [find_config(model, name, SEAConfig)[1] for name in adapters]
     for name, config in zip(adapters, configs, strict=True):
         if config.feature_map is not None:
@@ -124,10 +133,11 @@ def _configs(model: nn.Module, adapters: Sequence[str]) -> list[SEAConfig]:
             raise ValueError(f"adapter {name!r} edits nothing: fit it first")
         for field in COMMON:
             if getattr(config, field) != getattr(configs[0], field):
-                raise ValueError(
-                    f"adapters to combine must agree in {field}, got {getattr(configs[0], field)!r} of "
+                raise ArgumentError(
+                    *("adapters to combine must agree in ", Argument(field)),
+                    f", got {getattr(configs[0], field)!r} of "
                     f"{adapters[0]!r} and {getattr(config, field)!r} of {name!r}: change one in its configuration, "
-                    "or fit it again"
+                    "or fit it again",
                 )
     fingerprints = {config.base_model_fingerprint for config in configs} - {None}
     if len(fingerprints) > 1:

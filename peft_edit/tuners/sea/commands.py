@@ -1,37 +1,37 @@
+"""Commands of SEA."""
+
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Annotated, Any
 
 from ...cli import common
+from ...cli.options import Fields, Run
+from . import SEAConfig
+
+
+FIELDS = Fields(
+    *("site", "target_modules", "layers_to_transform", "positive_energy", "negative_energy", "centered"),
+    *("feature_map", "feature_space", "input_scale", "rescale", "projections", "strength"),
+    of=SEAConfig,
+    changes={
+        "site": {"default": None, "help": "Of a store with several: mlp or block. Default: mlp."},
+        "target_modules": common.MODULES,
+        "layers_to_transform": common.LAYERS,
+        "centered": {"negatable": True},
+    },
+)
 
 
 def fit_sea(
-    model: common.Model,
-    store: Annotated[Path, typer.Argument(help="Store that collect wrote.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="Folder of the adapter.", show_default=False)],
-    site: Annotated[str | None, typer.Option(help="Of a store with several: mlp or block. Default: mlp.")] = None,
-    target_modules: Annotated[
-        str | None, typer.Option(help="Comma-separated names of other modules, as given to collect.")
-    ] = None,
-    layers: common.Layers = None,
-    positive_energy: Annotated[float, typer.Option(help="Energy of the positive directions, in (0, 1].")] = 0.998,
-    negative_energy: Annotated[float, typer.Option(help="Energy of the negative directions, in (0, 1].")] = 0.998,
-    centered: Annotated[bool, typer.Option(help="Centre the demonstrations first.")] = False,
-    feature_map: Annotated[str | None, typer.Option(help="tanh, squared_exponential or elu.")] = None,
-    feature_space: Annotated[str, typer.Option(help="activation or feature.")] = "activation",
-    input_scale: Annotated[float | None, typer.Option(help="Divide by this times the RMS before the map.")] = None,
-    rescale: Annotated[str, typer.Option(help="token, none, mean or average.")] = "token",
-    projections: Annotated[str, typer.Option(help="both, positive, negative or exchanged.")] = "both",
-    strength: Annotated[float, typer.Option(help="0 is the base model, 1 the edit.")] = 1.0,
+    model: common.LoadedModelOptions,
+    store: Annotated[Path, {"help": "Store that collect wrote.", "positional": True}],
+    out: common.Out,
+    options: Annotated[dict[str, Any], FIELDS],
+    output: common.Output,
+    run: Run,
     allow_fingerprint_mismatch: common.AllowMismatch = False,
-    revision: common.Revision = None,
-    dtype: common.Dtype = "auto",
-    device_map: common.DeviceMap = "auto",
-    json_file: common.Json = None,
 ) -> None:
     """Fit a SEA adapter to a store, in closed form, and save it.
 
@@ -45,33 +45,25 @@ def fit_sea(
     from . import fit as fitting
     from .config import SEAConfig
 
-    common.check_json(json_file)
     check_adapter_folder(out, "SEA")
-    opened = ActivationStore(store, site)
-    config = SEAConfig(
-        task_type=TaskType.CAUSAL_LM,
-        site=opened.site,
-        target_modules=None if target_modules is None else target_modules.split(","),
-        layers_to_transform=opened.layers if layers is None else common.parse_layers(layers),
-        positive_energy=positive_energy,
-        negative_energy=negative_energy,
-        centered=centered,
-        feature_map=feature_map,
-        feature_space=feature_space,
-        input_scale=input_scale,
-        rescale=rescale,
-        projections=projections,
-        strength=strength,
-    )
-    base, _ = common.load_model(model, revision=revision, dtype=dtype, device_map=device_map)
+    opened = ActivationStore(store, options["site"])
+    layers = options["layers_to_transform"]
+    taken = {"site": opened.site, "layers_to_transform": opened.layers if layers is None else layers}
+    config = SEAConfig(task_type=TaskType.CAUSAL_LM, **{**options, **taken})
+    base, _ = common.load_model(model)
     adapted = get_peft_model(base, config)
     fit = fitting.fit_sea(adapted, opened, allow_fingerprint_mismatch=allow_fingerprint_mismatch)
     if not processes().is_main:
         return
-    results = fit.to_dict()
+    results = run.record(fit.to_dict())
     save_adapter(adapted, out, {"sea_fit.json": json.dumps(results, indent=2) + "\n"})
-    common.write_json(json_file, results)
+    output.write(results)
+    _print(fit)
+    print(f"Adapter, fitted to {fit.demonstrations} demonstrations, {common.size_of(out)}: {out}")
 
+
+def _print(fit) -> None:
+    """Print what the fit found in each layer."""
     header = ["layer", "rank +", "rank -", "energy +", "energy -", "signature", "rescale", "deviation"]
     rows = [
         [
@@ -87,5 +79,6 @@ def fit_sea(
         for f in fit.layers
     ]
     print(common.table(header, rows))
-    size = (out / "adapter_model.safetensors").stat().st_size
-    print(f"Adapter, fitted to {fit.demonstrations} demonstrations, {size / 1e6:.2f} MB: {out}")
+
+
+COMMANDS = [fit_sea]

@@ -10,9 +10,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...adapters.conversion import Conversion, finish, read_json
-from ...adapters.read import load_structure
 from ...adapters.save import check_adapter_folder, save_adapter
-from ...arguments import check_choice
+from ...arguments import Argument, Note, check_choice
+from ...models.load import load_structure
 from ...models.sites import LayerIndices, find_sites, layer_index, normalise_layers, text_config
 from .config import SEAConfig
 from .layer import SEALayer
@@ -161,11 +161,15 @@ def _sea_notes(
             "on later ones; this adapter keeps each token's own norm"
         )
     else:
-        notes.append(f"rescale={rescale!r}: norms are not kept, as they are, over the batch, in the published code")
+        kept = ": norms are not kept, as they are, over the batch, in the published code"
+        notes.append(Note(Argument("rescale", rescale), kept))
     if feature_map is None and rescale == "token":
         notes.append(
-            "without activations the mean rescale is not known: this adapter neither merges nor exports; convert with "
-            "rescale='none' for that"
+            Note(
+                "without activations the mean rescale is not known: this adapter neither merges nor exports; convert "
+                "with ",
+                *(Argument("rescale", "none"), " for that"),
+            )
         )
     if feature_map is not None:
         notes.append(
@@ -174,7 +178,10 @@ def _sea_notes(
         )
     if layers is None:
         notes.append(
-            f"all {count} layers edit; the published code edits the last ones, as many as it is told: pass layers (the "
-            "paper: the last 21 of 32 for truthfulness, the last 2 for bias)"
+            Note(
+                f"all {count} layers edit; the published code edits the last ones, as many as it is told: pass ",
+                Argument("layers"),
+                " (the paper: the last 21 of 32 for truthfulness, the last 2 for bias)",
+            )
         )
     return notes

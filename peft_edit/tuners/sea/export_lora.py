@@ -20,7 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from ...adapters.card import with_marker
 from ...adapters.match import find_config
 from ...adapters.save import adapter_folder, check_adapter_folder
+from ...arguments import Argument, ArgumentError, Note, parts_of
 from ...models.sites import layer_index, target_modules, unwrap
+from ..method import lora_method_of
 from .config import SEAConfig
 from .layer import SEALayer, SEALinear
 from .subspaces import change, low_rank
@@ -70,9 +72,20 @@ class LoRAExport:
     sites: list[SiteExport]
     notes: list[str]
 
+    @property
+    def exact(self) -> bool:
+        return not any(site.truncation_error or site.rescale_error for site in self.sites)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return asdict(self)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows, one for each site."""
+        header = ["module", "directions", "exact rank", "rank", "truncation error", "rescale error"]
+        errors = [(f"{site.truncation_error:.3g}", f"{site.rescale_error:.3g}") for site in self.sites]
+        ranks = [(str(site.factor_rank), str(site.exact_rank), str(site.rank)) for site in self.sites]
+        return header, [[s.site, *of_s, *e] for s, of_s, e in zip(self.sites, ranks, errors, strict=True)]
 
 
 def sea_to_lora(
@@ -103,7 +116,9 @@ def sea_to_lora(
     out_dir = Path(out_dir)
     check_folder(out_dir)
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank must be an integer of at least 1, or None for the exact one, got {rank!r}")
+        raise ArgumentError(
+            Argument("rank"), f" must be an integer of at least 1, or None for the exact one, got {rank!r}"
+        )
     adapter_name, config = find_config(model, adapter_name, PeftConfig)
     check_exportable(config)
     layers = [m for m in model.modules() if isinstance(m, SEALayer) and m.is_fitted(adapter_name)]
@@ -146,26 +161,30 @@ def sea_to_lora(
 
 def check_exportable(config: PeftConfig) -> None:
     """Raise ValueError, with the reason, for a configuration that no LoRA adapter can express."""
-    if not isinstance(config, SEAConfig):
-        method = config.peft_type.value
-        why = "rotates each token by an angle of its own, which no LoRA adapter can do" if method == "HPR" else ""
-        raise ValueError(f"only SEA adapters can be exported as LoRA, got one of {method}{why and f', which {why}'}")
+    lora_method_of(config)
     reason = None
     if not config.is_linear:
-        reason = f"its feature map {config.feature_map!r} is not linear; fit with feature_map=None"
+        reason = (f"its feature map {config.feature_map!r} is not linear; fit with ", Argument("feature_map", None))
     elif config.site == "block":
-        reason = "it edits the outputs of decoder blocks, which are no linear layers; fit with site='mlp'"
+        reason = (
+            "it edits the outputs of decoder blocks, which are no linear layers; fit with ",
+            Argument("site", "mlp"),
+        )
     elif config.rescale == "average":
-        reason = "rescale='average' halves activations, which is no low-rank update; merge it, or use rescale='none'"
+        reason = (
+            "rescale='average' halves activations, which is no low-rank update; merge it, or use ",
+            Argument("rescale", "none"),
+        )
     elif config.projections == "positive":
         reason = (
-            "projections='positive' removes all but the kept directions, which is no low-rank update; merge it, or use "
-            "projections='both'"
+            "projections='positive' removes all but the kept directions, which is no low-rank update; merge it, or "
+            "use ",
+            Argument("projections", "both"),
         )
     elif config.modules_to_save:
-        reason = f"its modules_to_save {config.modules_to_save} are no part of a LoRA update; merge it"
+        reason = (f"its modules_to_save {config.modules_to_save} are no part of a LoRA update; merge it",)
     if reason:
-        raise ValueError(f"this SEA adapter cannot be exported as LoRA: {reason}")
+        raise ArgumentError("this SEA adapter cannot be exported as LoRA: ", *reason)
 
 
 def check_folder(path: Path) -> None:
@@ -173,6 +192,12 @@ def check_folder(path: Path) -> None:
     check_adapter_folder(path, "LORA")
     if (path / "adapter_config.json").exists() and not (path / RECORD).exists():
         raise ValueError(f"{path} holds a LoRA adapter that is not an export of SEA: choose another folder")
+
+
+def check_lora(config: SEAConfig, out_dir: Path) -> None:
+    """Raise ValueError where an adapter cannot be exported to a folder."""
+    check_folder(out_dir)
+    check_exportable(config)
 
 
 def _check_layer(layer: SEALayer, adapter_name: str) -> None:
@@ -186,7 +211,7 @@ def _check_layer(layer: SEALayer, adapter_name: str) -> None:
     try:
         layer.check_mergeable(adapter_name)  # the conditions of merging are those of exporting
     except ValueError as error:
-        raise ValueError(f"cannot export as LoRA: {error}") from error
+        raise ArgumentError("cannot export as LoRA: ", *parts_of(error)) from error
 
 
 def _export_site(
@@ -259,10 +284,12 @@ def _lora_config(model: nn.Module, config: SEAConfig, export: LoRAExport) -> Lor
 def _notes(config: SEAConfig, sites: list[SiteExport], rank: int | None, bias: bool) -> list[str]:
     notes = []
     if config.rescale != "none":
+        error = f"relative error {_spread(sites, 'rescale_error')}, measured on the fit's neutral demonstrations"
         notes.append(
-            f"the export leaves out the edit's rescale={config.rescale!r}: relative error "
-            f"{_spread(sites, 'rescale_error')}, measured on the fit's neutral demonstrations; rescale='none' exports "
-            "exactly"
+            Note(
+                f"the export leaves out the edit's rescale={config.rescale!r}: {error}; ",
+                *(Argument("rescale", "none"), " exports exactly"),
+            )
         )
     if any(site.rank < site.exact_rank for site in sites):
         exact = max(site.exact_rank for site in sites)

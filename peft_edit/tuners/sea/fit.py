@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ...activations.store import ActivationStore
 from ...adapters.match import check_store, describe_data, find_adapter, replace_config
+from ...arguments import Argument, ArgumentError, parts_of
 from ...processes import processes
 from .config import SEAConfig
 from .layer import SEALayer
@@ -106,8 +107,9 @@ def fit_sea(
     if any(layer.merged for layer in layers.values()):
         raise ValueError("cannot fit while adapters are merged: call unmerge_adapter first")
     if store.tokens == "answer":
-        raise ValueError(
-            f"{store.path} holds every answer token: collect with tokens='last', 'mean' or 'random' for SEA"
+        raise ArgumentError(
+            f"{store.path} holds every answer token: collect with ",
+            *(Argument("tokens", "last"), ", 'mean' or 'random' for SEA"),
         )
     store = check_store(model, store, config.site, layers, allow_fingerprint_mismatch)
 
@@ -119,7 +121,7 @@ def fit_sea(
             try:
                 share.append(_fit_site(store, index, layers[index], config))
             except ValueError as error:
-                raise ValueError(f"layer {index}: {error}") from error
+                raise ArgumentError(f"layer {index}: ", *parts_of(error)) from error
         return share
 
     fitted = [site for share in together.gather(together.agree(fit_share)) for site in share]

@@ -8,6 +8,7 @@ from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ...arguments import Argument, ArgumentError
 from ...models.outputs import OutputTensor, linear_outputs, mixture_outputs, why_inexact
 from ...models.sites import out_features
 from ..frozen import FrozenWeight
@@ -130,9 +131,10 @@ class SEALayer(EditLayer):
         """Raise ValueError, with the reason, for a fitted adapter that cannot be merged at this site."""
         config = self.configs[adapter_name]
         if not config.is_linear:
-            raise ValueError(
+            raise ArgumentError(
                 f"adapter {adapter_name!r} cannot be merged: its feature map {config.feature_map!r} is not linear; "
-                "keep it as an adapter or fit with feature_map=None"
+                "keep it as an adapter or fit with ",
+                Argument("feature_map", None),
             )
         if self.in_edit_strength:
             raise ValueError(
@@ -232,9 +234,10 @@ class SEABlock(nn.Module, SEALayer, BlockEditLayer):
 
     def check_mergeable(self, adapter_name: str) -> None:
         if self.configs[adapter_name].site == "block":
-            raise ValueError(
+            raise ArgumentError(
                 f"adapter {adapter_name!r} cannot be merged: it edits the output of {self.site}, which is no linear "
-                "layer; keep it as an adapter or fit with site='mlp'"
+                "layer; keep it as an adapter or fit with ",
+                Argument("site", "mlp"),
             )
         super().check_mergeable(adapter_name)
         block = self.get_base_layer()

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ...arguments import check_choice
+from ...arguments import Argument, ArgumentError, check_choice, parts_of
 from .spectra import LeftFactor, Spectrum
 
 
@@ -120,7 +120,7 @@ def fit(
         try:
             spectra.append(left.decompose(answers, energy))
         except ValueError as error:
-            raise ValueError(f"{name} activations: {error}") from error
+            raise ArgumentError(f"{name} activations: ", *parts_of(error)) from error
     return Fit(*spectra, signature=signature(positive, negative))
 
 
@@ -128,7 +128,7 @@ def check_energy(name: str, energy: float) -> None:
     """Raise ValueError unless energy is a share in (0, 1]."""
     if not 0 < energy <= 1:
         remedy = f": pass {energy / 100:g}" if 50 <= energy <= 100 else ""
-        raise ValueError(f"{name} must be in (0, 1], got {energy}{remedy}")
+        raise ArgumentError(Argument(name), f" must be in (0, 1], got {energy}{remedy}")
 
 
 def check_finite(name: str, activations: Tensor) -> None:
@@ -278,7 +278,8 @@ def merge_pieces(weight: Tensor, columns: bool, apply: Callable[[Tensor], Tensor
     """Apply a map such as `merge` to the rows of a weight, (n, d), or to its columns, (d, n).
 
     It goes in pieces of a size that follows from the shape alone, each copied first. So the result is the same to the
-    last bit wherever the weight lies and whatever its strides are, it takes little memory, and `out` may be `weight`.
+    last bit wherever the weight lies and whatever its strides are (on one processor with as many threads), it takes
+    little memory, and `out` may be `weight`.
     """
     along = int(columns)
     step = max(1, MERGE_NUMEL // weight.shape[1 - along])
@@ -308,7 +309,7 @@ def rescale_statistics(neutral: Tensor, edited: Tensor) -> RescaleStatistics:
     h_norm, y_norm = neutral.double().norm(dim=1), edited.double().norm(dim=1)
     defined = (h_norm > 0) & (y_norm > _rounding(torch.float64) * h_norm)
     if not defined.any():
-        raise ValueError("the edit maps every neutral demonstration to zero: lower negative_energy")
+        raise ArgumentError("the edit maps every neutral demonstration to zero: lower ", Argument("negative_energy"))
     ratio = h_norm[defined] / y_norm[defined]
     mean = ratio.mean()
     return RescaleStatistics(

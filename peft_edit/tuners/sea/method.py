@@ -10,7 +10,7 @@ from ...models.sites import layer_index
 from ..method import Method
 from .config import SEAConfig
 from .convert import convert_sea
-from .export_lora import sea_to_lora
+from .export_lora import check_lora, sea_to_lora
 from .layer import SEALayer
 from .model import SEAModel
 
@@ -38,6 +38,7 @@ def holds_projections(folder: Path) -> bool:
 
 
 METHOD = Method(
+    short="SEA",
     title="Spectral Editing of Activations",
     config=SEAConfig,
     model=SEAModel,
@@ -47,6 +48,7 @@ METHOD = Method(
     commands="peft_edit.tuners.sea.commands",
     card_settings=card_settings,
     card_layers=card_layers,
+    check_lora=check_lora,
     to_lora=sea_to_lora,
     published=holds_projections,
     convert=convert_sea,

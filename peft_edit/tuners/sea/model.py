@@ -7,6 +7,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ...arguments import Argument, Note
 from ...models.sites import is_linear
 from ..model import EditModel
 from .config import SEAConfig
@@ -79,11 +80,12 @@ class SEAModel(EditModel):
         tensors = super()._get_adapter_state_dict(*args, **kwargs)
         return {re.sub(r"(\.base_layer)+(?=\.sea_)", "", key): value for key, value in tensors.items()}
 
-    def inexact_merge(self, adapter_name: str, errors: dict[str, float]) -> str:
+    def inexact_merge(self, adapter_name: str, errors: dict[str, float]) -> Note:
         worst = max(errors, key=errors.get)
         mean = sum(errors.values()) / len(errors)
-        return (
+        return Note(
             f"Merging adapter {adapter_name!r} replaces its rescale='token' by the mean rescale of each site: relative "
             f"error {mean:.3f} on average, {errors[worst]:.3f} at {worst}, measured on the fit's neutral "
-            "demonstrations. rescale='none' and 'mean' merge exactly."
+            "demonstrations. ",
+            *(Argument("rescale", "none"), " and 'mean' merge exactly."),
         )

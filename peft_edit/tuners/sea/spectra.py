@@ -15,6 +15,8 @@ from functools import cached_property
 
 import torch
 
+from ...arguments import Argument, ArgumentError
+
 
 # Up to this size of min(n, d) a complete decomposition takes a fraction of a second.
 SMALL_CORE = 512
@@ -90,9 +92,10 @@ class LeftFactor:
             u, s, _ = torch.linalg.svd(core)
             u = q @ u
         if s[0] == 0:
-            raise ValueError(
+            raise ArgumentError(
                 "their cross-covariance with the neutral ones is zero, so no direction stands out: "
-                "check the data, or fit with centered=False"
+                "check the data, or fit with ",
+                Argument("centered", False),
             )
         cumulated = s.square().cumsum(dim=0)
         numerical_rank = int((s > s[0] * max(n, d) * torch.finfo(s.dtype).eps).sum())

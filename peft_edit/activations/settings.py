@@ -1,0 +1,140 @@
+"""What a collection is, as meta.json says it, and whether a folder holds the same already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..arguments import Argument, ArgumentError
+from ..data import check_contrast_set
+from ..data.prompts import encode_prompts, listed_choices, resolve_prompt_format
+from ..models.fingerprint import active_adapters, adapters_fingerprint, fingerprint
+from ..models.sites import find_sites, is_linear, out_features, text_config, unwrap
+from ..tuners.layer import check_independent_of_padding
+from .arguments import CollectArguments
+from .store.layout import INDEX, META, StoreShape, check_folder, read_manifest, read_metadata
+from .store.shards import has_size
+
+
+# Questions whose prompts are encoded at once.
+CHUNK = 256
+# Of these settings a store may have others: fingerprints tell models and data apart.
+DESCRIPTIONS = {"model", "revision", "data"}
+# These decide how a collection goes on, not what a complete one holds.
+BATCHING = {"batch_size", "max_tokens_per_batch"}
+
+
+def settings_of(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Dataset, arguments: CollectArguments
+) -> dict[str, Any]:
+    """All that the contents of a store follow from.
+
+    Raises:
+        ValueError: the model, the data or the arguments cannot be collected, whatever the rows are.
+    """
+    check_contrast_set(data)
+    check_independent_of_padding(model)
+    bare, prompt_format = unwrap(model), resolve_prompt_format(tokenizer, arguments.prompt_format)
+    modules = {
+        site: find_sites(model, site, layers=arguments.layers, target_modules=arguments.target_modules)
+        for site in arguments.site
+    }
+    return {
+        "sites": arguments.site,
+        "tokens": arguments.tokens,
+        "neutral": arguments.neutral,
+        "answers": arguments.answers,
+        "prompt_format": prompt_format,
+        "max_new_tokens": arguments.max_new_tokens,
+        "truncate": arguments.truncate,
+        "dtype": arguments.dtype,
+        "seed": arguments.seed,
+        "hidden_size": _width(bare, modules),
+        "modules": {site: {str(layer): name for layer, name in names.items()} for site, names in modules.items()},
+        "model": getattr(bare.config, "_name_or_path", None),
+        "revision": getattr(bare.config, "_commit_hash", None),
+        "fingerprint": fingerprint(model),
+        "active_adapters": active_adapters(model),
+        "adapters_fingerprint": adapters_fingerprint(model),
+        "data": {"name": data.info.dataset_name, "split": data.split and str(data.split), "rows": len(data)},
+        "data_fingerprint": _data_fingerprint(data, tokenizer, prompt_format),
+        "batch_size": arguments.batch_size,
+        "max_tokens_per_batch": arguments.max_tokens_per_batch,
+    }
+
+
+def _width(model: nn.Module, modules: dict[str, dict[int, str]]) -> int:
+    """Width of the rows of all sites."""
+    found = (model.get_submodule(name) for names in modules.values() for name in names.values())
+    widths = {out_features(m) if is_linear(m) else text_config(model).hidden_size for m in found}
+    if len(widths) > 1:
+        raise ArgumentError(
+            *("the ", Argument("target_modules"), " are of different widths, "),
+            f"{sorted(widths)}: collect them one by one",
+        )
+    return widths.pop()
+
+
+def _data_fingerprint(data: Dataset, tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> str:
+    """Hash of the texts, and of the prompts' token ids: those of another tokenizer or chat template differ."""
+    digest = hashlib.sha256()
+    data = data.select_columns(["id", "prompt", "positives", "negatives", "neutral", "mc1_choices", "messages"])
+    for first in range(0, len(data), CHUNK):
+        rows = data[first : first + CHUNK]
+        columns = {"messages": rows["messages"], "row_ids": rows["id"], "choices": listed_choices(rows)}
+        prompts = encode_prompts(tokenizer, rows["prompt"], prompt_format=prompt_format, **columns)
+        del rows["mc1_choices"]  # which count where they stand in the prompts
+        digest.update(json.dumps([prompts, rows], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+class Progress(Enum):
+    """How far a collection into a folder is."""
+
+    NEW = auto()
+    BEGUN = auto()  # the settings are written
+    INDEXED = auto()  # the index too, and some of the shards
+    COMPLETE = auto()
+
+    @property
+    def has_index(self) -> bool:
+        return self in (Progress.INDEXED, Progress.COMPLETE)
+
+
+def progress_of(path: Path, settings: dict[str, Any], resume: bool) -> Progress:
+    """How far the collection into `path` is. A complete store goes back where its files are gone or too short.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    check_folder(path)
+    if not (path / META).exists():
+        return Progress.NEW
+    if not resume:
+        read_manifest(path)  # raises where it is no store's: it is replaced
+        return Progress.NEW
+    metadata = read_metadata(path)
+    ignored = DESCRIPTIONS | BATCHING if metadata["complete"] else DESCRIPTIONS
+    changed = [name for name in settings if name not in ignored and metadata.get(name) != settings[name]]
+    if changed:
+        what: list[str | Argument] = []
+        for name in changed[:3]:
+            what += ["; "] if what else []
+            what += [Argument(name) if hasattr(CollectArguments, name) else name]
+            what += [f" is {metadata.get(name)!r} there, {settings[name]!r} here"]
+        raise ArgumentError(
+            *(f"{path} holds a store collected with other arguments (", *what, "): choose another folder, or pass "),
+            *(Argument("resume", False), " to replace it"),
+        )
+    if not (path / INDEX).exists():
+        return Progress.BEGUN
+    shape = StoreShape.of(metadata)
+    whole = all(has_size(path / shard["file"], shape, shard["rows"]) for shard in metadata["shards"])
+    return Progress.COMPLETE if metadata["complete"] and whole else Progress.INDEXED

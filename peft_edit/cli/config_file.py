@@ -1,0 +1,101 @@
+"""Options of a command from a YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..arguments import Argument, ArgumentError, choices_of
+from .options import Option
+from .values import kind_of, parse, to_text
+
+
+# How a value must be written, where it is not.
+WRITTEN = {
+    "layers": "layers such as 0-3,7, or a list of numbers",
+    "texts": "text or a list of texts",
+    "repeated": "a path or a list of paths",
+}
+
+
+def read_config(file: Path, options: Sequence[Option]) -> dict[str, Any]:
+    """The options that a file gives, by name, as the command line would: text, flags, and lists of repeated options.
+
+    Args:
+        file: a mapping from names of options, without the dashes before them, to values.
+        options: those of the command.
+
+    Raises:
+        ValueError: it is no such file, or it has a key that is no option or a value that the option cannot have.
+    """
+    given: dict[str, Any] = {}
+    by_name = {option.name: option for option in options}
+    for key, value in _read(file).items():
+        name = str(key).replace("-", "_")
+        if name not in by_name:
+            raise ValueError(f"{file}: {key!r} is no option of this command{_nearest(name, list(by_name))}")
+        if name in given:
+            raise ValueError(f"{file}: {key} is given twice: leave one out")
+        option = by_name[name]
+        try:
+            text = _as_text(value, option)
+            if text is not None:
+                option.check(parse(text, option.hint, name, option.metadata), name)
+        except ArgumentError as error:
+            raise ValueError(f"{file}: {error.message(_spell)}") from error
+        if text is not None:
+            given[name] = text
+    return given
+
+
+def _read(file: Path) -> Mapping[Any, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {file} with options") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"{file} must be a mapping from options to values, such as 'layers: 0-3', got {type(content).__name__}"
+        )
+    return content
+
+
+def _as_text(value: Any, option: Option) -> Any:
+    """A value as the command line would give it; None where it is null, which leaves the option's default."""
+    kind, name = kind_of(option.hint, option.metadata), option.name
+    if value is None and (option.default is None or None in choices_of(option.hint)):
+        return None if option.default is None else "none"
+    listed = isinstance(value, list) and all(isinstance(part, (str, int)) for part in value)
+    if kind is bool:
+        option.check(value, name)
+        return value
+    if kind in WRITTEN:
+        if kind == "repeated" and listed:
+            return [str(part) for part in value]
+        if isinstance(value, str):
+            return [value] if kind == "repeated" else value
+        if not (listed or (kind == "layers" and isinstance(value, int))) or isinstance(value, bool):
+            raise ArgumentError(Argument(name), f" must be {WRITTEN[kind]}, got {value!r}")
+    elif kind in (int, float):
+        if not isinstance(value, (str, Real)) or isinstance(value, bool):  # YAML takes 5e-4 for text
+            option.check(value, name)
+    elif not isinstance(value, str):
+        what = "one of the choices" if kind == "choice" else "text"
+        raise ArgumentError(Argument(name), f" must be {what}, got {value!r}: put it in quotes")
+    return to_text(value)
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = get_close_matches(name, names, n=1)
+    return f": did you mean {close[0]}?" if close else f", which has {', '.join(sorted(names))}"
+
+
+def _spell(argument: Argument) -> str:
+    return f"{argument.name}: {argument.value}" if argument.has_value else argument.name

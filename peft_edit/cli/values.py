@@ -1,0 +1,116 @@
+"""Values of options as text: a field's type says how they are read from the command line and how they are written."""
+
+from __future__ import annotations
+
+import collections.abc
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin
+
+from ..arguments import Argument, ArgumentError, alternatives, choices_of
+
+
+# Types of several values.
+COLLECTIONS = (list, tuple, collections.abc.Iterable, collections.abc.Sequence)
+# What None is called where it is a choice beside texts.
+NONE = "none"
+
+
+def kind_of(hint: Any, metadata: Mapping[str, Any] | None = None) -> Any:
+    """How values of a type are written: "choice", "layers" (0-3,7), "texts" (with commas), "repeated", or as a bool, a
+    number, text or a path, of which it is the type."""
+    if (metadata or {}).get("repeated"):
+        return "repeated"
+    if choices_of(hint):
+        return "choice"
+    kinds = set(alternatives(hint)) - {NoneType}
+    members = {get_args(kind)[0] for kind in kinds if get_origin(kind) in COLLECTIONS}
+    if members:
+        return "layers" if int in members else "texts"
+    return next((kind for kind in (bool, float, int, Path) if kind in kinds), str)
+
+
+def parse(text: Any, hint: Any, name: str, metadata: Mapping[str, Any] | None = None) -> Any:
+    """The value that a text stands for. Text that is no value of the type stays as it is, for the check of the value.
+
+    Args:
+        text: None for an option that was not given, a flag, or a list of a repeated option.
+        hint: the type.
+        name: of the argument.
+        metadata: of the field.
+    """
+    kind = kind_of(hint, metadata)
+    if text is None or kind is bool:
+        return text
+    if kind == "repeated":
+        return [Path(part) for part in text] or None
+    if kind == "choice":
+        written = {NONE if choice is None else str(choice): choice for choice in choices_of(hint)}
+        return written.get(text, text)
+    if kind == "layers":
+        return parse_layers(text, name)
+    if kind == "texts":
+        return text.split(",")
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+def to_text(value: Any) -> str:
+    """How the command line writes a value that is not None."""
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        values = list(value)
+        numbers = values and all(isinstance(part, int) for part in values)
+        return format_layers(sorted(values)) if numbers else ",".join(map(str, values))
+    return str(value)
+
+
+def to_json(value: Any, hint: Any, metadata: Mapping[str, Any] | None = None) -> Any:
+    """A value as results record it, and as a file of `--config` may give it."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    kind = kind_of(hint, metadata)
+    if kind in ("texts", "repeated") and not isinstance(value, str):
+        return [str(part) for part in value]
+    return to_text(value)
+
+
+def shown_type(hint: Any, metadata: Mapping[str, Any]) -> str:
+    """What `--help` shows after an option: the kind of value."""
+    kinds = {int: "int", float: "float", Path: "path", "repeated": "path", "layers": "layers", "texts": "str,..."}
+    return kinds.get(kind_of(hint, metadata), "str")
+
+
+def help_of(hint: Any, metadata: Mapping[str, Any]) -> str:
+    """An option's help, with its choices where it does not name them."""
+    told = metadata["help"]
+    names = [str(choice) for choice in choices_of(hint) if choice is not None]
+    if all(re.search(rf"\b{name}\b", told) for name in names):
+        return told
+    *first, last = [*names, NONE] if None in choices_of(hint) else names
+    return f"{told.removesuffix('.')}: {', '.join(first)} or {last}."
+
+
+def parse_layers(text: str, name: str = "layers") -> list[int]:
+    """ "0-3,7" -> [0, 1, 2, 3, 7]."""
+    layers: set[int] = set()
+    for part in text.split(","):
+        bounds = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if bounds is None or int(bounds[2] or bounds[1]) < int(bounds[1]):
+            raise ArgumentError(Argument(name), f" must be numbers and rising ranges such as 0-3,7, got {text!r}")
+        layers.update(range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1))
+    return sorted(layers)
+
+
+def format_layers(layers: list[int]) -> str:
+    """[0, 1, 2, 3, 7] -> "0-3,7"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -1,0 +1,31 @@
+"""Names of data sets for the public: in model cards, and of what an adapter was fitted on."""
+
+from pathlib import Path
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from .known import KNOWN
+from .reading import FILE_TYPES
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this can be an id on the Hub, and is no file or folder here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def data_id(name: str | None) -> str | None:
+    """The id on the Hub of a data set; None where it is none, or not known."""
+    if name is None:
+        return None
+    if name in KNOWN:
+        return KNOWN[name].repository
+    return name if "/" in name and not name.endswith(FILE_TYPES) and is_hub_id(name) else None
+
+
+def data_name(name: str) -> str:
+    """Name of a data set for the public: of a local file without its folders."""
+    return Path(name).name if Path(name).exists() or name.endswith(FILE_TYPES) else name
