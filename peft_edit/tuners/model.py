@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -97,6 +98,13 @@ class EditModel(BaseTuner):
             old, new = f"{child}.{self.prefix}", f".{self.prefix}"
             state_dict = {key.replace(old, new): value for key, value in state_dict.items()}
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args, **kwargs) -> dict[str, Tensor]:
+        # An adapter of another method that was added later may lie around the layer, which the file must not tell.
+        tensors = super()._get_adapter_state_dict(*args, **kwargs)
+        around = re.compile(rf"(\.base_layer)+(?=\.({cls.prefix.removesuffix('_')}\.)?{cls.prefix})")
+        return {around.sub("", key): value for key, value in tensors.items()}
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self.prepare_merge(adapter_names, safe_merge, stacklevel=3)

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import re
 import warnings
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -73,12 +71,6 @@ class SEAModel(EditModel):
             )
         # Not by `_replace_module`, which moves the factors to the weights, for offloaded ones to meta.
         setattr(parent, target_name, SEALinear(target, adapter_name, config, site=current_key))
-
-    @classmethod
-    def _get_adapter_state_dict(cls, *args, **kwargs) -> dict[str, torch.Tensor]:
-        # An adapter of another method that was added later may lie around the layer, which the file must not tell.
-        tensors = super()._get_adapter_state_dict(*args, **kwargs)
-        return {re.sub(r"(\.base_layer)+(?=\.sea_)", "", key): value for key, value in tensors.items()}
 
     def inexact_merge(self, adapter_name: str, errors: dict[str, float]) -> Note:
         worst = max(errors, key=errors.get)
