@@ -204,7 +204,8 @@ def test_what_the_card_of_every_method_says(method):
     config = method.config(base_model_name_or_path=LLAMA, fitted_on={"data": "truthful_qa", "questions": 7})
     card = model_card(config)
     text, data = str(card), card.data
-    assert f"# {method.name} adapter for Llama-2-7b-hf\n" in text and "import peft_edit" in text
+    assert f"\n# {method.short[0].upper()}{method.short[1:]} adapter for Llama-2-7b-hf\n" in text
+    assert "import peft_edit" in text
     assert data.base_model == LLAMA and data.library_name == "peft" and data.datasets == ["truthfulqa/truthful_qa"]
     assert {method.name.lower(), "activation-editing", "peft-edit"} <= set(data.tags)
     assert all(f"| `{name}` | `{json.dumps(getattr(config, name))}` |" in text for name in method.card_settings(config))

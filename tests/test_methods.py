@@ -10,6 +10,7 @@ import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 import peft
 import pytest
@@ -136,7 +137,7 @@ SHARED = {
 
 def other_values(config_cls):
     """Values, not the default ones, of a configuration's choices, flags and numbers."""
-    hints = peft_edit.arguments.hints_of(config_cls)
+    hints = get_type_hints(config_cls)
     for field in fields(config_cls):
         if field.name in SHARED or field.name in {own.name for own in fields(PeftConfig)}:
             continue
@@ -929,7 +930,7 @@ def learn_by_function(edit):
 def fit(edit, model, folder):
     generator = torch.Generator().manual_seed(0)
     rows = {i: torch.randn(12, HIDDEN, generator=generator) for i in range(3)}
-    negative, neutral = ({i: row.roll(shift, 0) + shift for i, row in rows.items()} for shift in (1, 2))
+    negative, neutral = ({i: factor * row for i, row in rows.items()} for factor in (-1, 2))
     store = ActivationStore.from_tensors(
         folder / "store", positive=rows, negative=negative, neutral=neutral, site=at(edit)
     )

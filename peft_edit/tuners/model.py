@@ -103,8 +103,8 @@ class EditModel(BaseTuner):
     def _get_adapter_state_dict(cls, *args, **kwargs) -> dict[str, Tensor]:
         # An adapter of another method that was added later may lie around the layer, which the file must not tell.
         tensors = super()._get_adapter_state_dict(*args, **kwargs)
-        inner = re.compile(rf"(\.base_layer)+(?=\.({cls.prefix.removesuffix('_')}\.)?{cls.prefix})")
-        return {inner.sub("", key): value for key, value in tensors.items()}
+        around = re.compile(rf"(\.base_layer)+(?=\.({cls.prefix.removesuffix('_')}\.)?{cls.prefix})")
+        return {around.sub("", key): value for key, value in tensors.items()}
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self.prepare_merge(adapter_names, safe_merge, stacklevel=3)
