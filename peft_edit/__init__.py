@@ -9,9 +9,9 @@ from .evaluation import evaluate_multiple_choice, perplexity
 from .merging import merge_checkpoint
 from .models.fingerprint import fingerprint
 from .tuners.config import EditConfig
-from .tuners.layer import edit_strength
 from .tuners.method import methods
 from .tuners.registration import write_cards_with
+from .tuners.strength import edit_strength
 from .version import __version__
 
 

@@ -46,7 +46,7 @@ def evaluate(
     Example: peft-edit evaluate meta-llama/Llama-2-7b-hf truthful_qa --split test --adapter sea-truthful
     """
     from .. import evaluation
-    from ..tuners.layer import edit_strength
+    from ..tuners.strength import edit_strength
 
     texts, adapter, strength = None, options.adapter, options.strength
     if (file := options.perplexity) is not None:

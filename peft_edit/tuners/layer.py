@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 
 import torch
 from accelerate.utils import align_module_device
@@ -224,86 +221,6 @@ class EditLayer(BaseTunerLayer):
         return (None if parameter is None or parameter.is_meta else parameter.device), None
 
 
-class BlockEditLayer(EditLayer):
-    """An edit of the output of any module: a child of that module and a forward hook on it."""
-
-    def attach(self, block: nn.Module) -> None:
-        """Hook the edit to the block whose child this layer becomes."""
-        # In a tuple, so that the block does not become a child of its own child.
-        self._block = (block,)
-        # First of the hooks, so that what records hidden states sees the edit.
-        self._hook = block.register_forward_hook(partial(edit_block_output, type(self)), prepend=True)
-
-    def detach(self) -> None:
-        """Take the hook off the block."""
-        self._hook.remove()
-
-    def get_base_layer(self) -> nn.Module:
-        return self._block[0]
-
-    def enable_adapters(self, enabled: bool) -> None:
-        if not enabled and self.merged:
-            self.unmerge()
-        super().enable_adapters(enabled)
-
-    def remove_adapter(self, adapter_name: str) -> None:
-        """Delete the modules of an adapter here, while it goes on to edit other blocks. A layer that is left without
-        any removes itself from its block."""
-        for part in self.adapter_layer_names:
-            del getattr(self, part)[adapter_name]
-        del self.configs[adapter_name]
-        if not self.configs:
-            self.detach()
-            block = self.get_base_layer()
-            delattr(block, next(name for name, child in block.named_children() if child is self))
-
-
-def check_alone(layer: BlockEditLayer, adapter_name: str) -> None:
-    """Raise ValueError where another adapter, or accelerate, has a hand in the weights of a block that is to be merged
-    into."""
-    for part in layer.get_base_layer().modules():
-        if isinstance(part, BaseTunerLayer) and part is not layer:
-            raise ValueError(
-                f"cannot merge adapter {adapter_name!r} at {layer.site}: another adapter, {type(part).__name__}, "
-                "lies inside it; merge that one first"
-            )
-        if getattr(getattr(part, "_hf_hook", None), "offload", False):
-            raise ValueError(
-                f"cannot merge adapter {adapter_name!r} at {layer.site}: its weights are offloaded; load the model "
-                "without offloading, or merge the checkpoint with peft_edit.merge_checkpoint"
-            )
-
-
-def check_not_on_disk(model: nn.Module, block: nn.Module, name: str) -> None:
-    """Raise ValueError for a block with weights offloaded to disk: its edit could not be a child of it."""
-    device_map = getattr(model, "hf_device_map", None) or {}
-    parts = [key for key, device in device_map.items() if device == "disk"]
-    by_map = any(not key or f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for key in parts)
-    hooks = (getattr(module, "_hf_hook", None) for module in block.modules())
-    # PEFT drops the device map of some models, but not the hooks.
-    by_hook = any(torch.device("meta") in (getattr(hook, "original_devices", None) or {}).values() for hook in hooks)
-    if by_map or by_hook:
-        raise ArgumentError(
-            f"{name} is offloaded to disk, where the output of a whole block cannot be edited: use ",
-            *(Argument("site", "mlp"), ", or a ", Argument("device_map"), " without disk"),
-        )
-
-
-def edit_block_output(
-    kind: type, block: nn.Module, args: tuple, output: Tensor | tuple | list
-) -> Tensor | tuple | list:
-    """Forward hook of a module whose edits are children and not wrappers, so that its attributes and key names stay.
-
-    Each method has a layer of its own kind and a hook here. The hook of the oldest edits for all, in the order in which
-    they were added.
-    """
-    layers = [child for child in block.children() if isinstance(child, BlockEditLayer)]
-    if layers and type(layers[0]) is kind:
-        for layer in layers:
-            output = layer.edit_output(output)
-    return output
-
-
 def edit_layers(model: nn.Module) -> list[EditLayer]:
     return [module for module in model.modules() if isinstance(module, EditLayer)]
 
@@ -318,32 +235,3 @@ def check_independent_of_padding(model: nn.Module) -> None:
                     "padding: set ",
                     *(Argument("token_scope", "all"), " in its configuration, or by select"),
                 )
-
-
-@contextmanager
-def edit_strength(model: nn.Module, strength: float) -> Iterator[None]:
-    """Multiply the strength of every active edit of `model` inside the `with` block.
-
-    Args:
-        model: a model with adapters of editing methods.
-        strength: 0 is the base model, 1 the edit as configured, more is allowed.
-
-    Raises:
-        ValueError: strength below 0, not finite, or a model without edits or with merged ones. Merging inside the
-            block is refused.
-    """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < float("inf"):
-        raise ArgumentError(Argument("strength"), f" must be a number of 0 or more and finite, got {strength!r}")
-    layers = edit_layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no edit whose strength could be set: load an adapter that edits")
-    if any(layer.merged for layer in layers):
-        raise ValueError("cannot change the strength of merged adapters: call unmerge_adapter first")
-    before = [(layer.strength_factor, layer.in_edit_strength) for layer in layers]
-    try:
-        for layer in layers:
-            layer.strength_factor, layer.in_edit_strength = layer.strength_factor * strength, True
-        yield
-    finally:
-        for layer, state in zip(layers, before, strict=True):
-            layer.strength_factor, layer.in_edit_strength = state

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..arguments import Argument, ArgumentError
 from ..models.sites import find_sites, is_linear, layer_index, matches, out_features, target_modules, text_config
+from .block import BlockEditLayer, check_not_on_disk
 from .config import EditConfig
-from .layer import BlockEditLayer, EditLayer, check_not_on_disk, edit_layers
+from .layer import EditLayer, edit_layers
 
 
 class EditModel(BaseTuner):

@@ -9,7 +9,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ...models.sites import layer_index
-from ..layer import BlockEditLayer
+from ..block import BlockEditLayer
 from .config import HPRConfig
 from .maths import edit, reflection_angle
 

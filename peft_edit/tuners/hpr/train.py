@@ -5,85 +5,28 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ...activations.store import ActivationStore, Store, open_pairs
 from ...adapters.match import check_store, describe_data, find_adapter, replace_config
-from ...adapters.read import read_config
 from ...arguments import Argument, ArgumentError
 from ...files import replaced
-from ...models.sites import layer_index
+from .arguments import HPRTrainingArguments
+from .checkpoint import load_checkpoint
 from .config import HPRConfig
 from .layer import HPRLayer
 from .maths import Loss, loss
 from .stacked import StackedHPR
-
-
-# Fields of the configuration that decide which tensors an adapter has.
-SHAPE_FIELDS = ("num_angle_layers", "angle_hidden_size")
-
-
-@dataclass
-class HPRTrainingArguments(TrainingArguments):
-    """
-    Arguments of a [`HPRTrainer`]: those of `transformers.TrainingArguments` with the defaults of the HPR paper: 5
-    epochs of batches of 16 token pairs, AdamW, learning rate 5e-4, cosine schedule with 5 % warm-up, and the epoch with
-    the most accurate probes kept.
-
-    Of epochs with equally accurate probes the first is kept. Where the accuracy reaches 1 early, that leaves the angle
-    networks hardly trained: pass `metric_for_best_model="loss"`.
-
-    `max_grad_norm` is the bound for the gradient of each decoder block by itself: the blocks train together but
-    independently of each other.
-    """
-
-    num_train_epochs: float = field(default=5.0, metadata={"help": "Number of training epochs."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Token pairs in a batch, on each device."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Token pairs in a batch of the evaluation."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Highest learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up; below 1 a share of all steps."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Bound for the norm of each block's gradient."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch, best."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep besides the best."})
-    load_best_model_at_end: bool | None = field(
-        default=None, metadata={"help": "Keep the best checkpoint's weights. Default: where there is an evaluation."}
-    )
-    metric_for_best_model: str | None = field(default="probe_accuracy", metadata={"help": "What is best."})
-    greater_is_better: bool | None = field(
-        default=None, metadata={"help": "Whether the best is the greatest. Default: not for losses and angle errors."}
-    )
-    logging_steps: float = field(default=100, metadata={"help": "Steps between logs; below 1 a share of all steps."})
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Page-locked batches. Default: where CUDA is."}
-    )
-    # A loss that is not finite stops the training.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not used: such a loss is an error."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: activations have no columns."})
-
-    def __post_init__(self):
-        if self.load_best_model_at_end is None:
-            together = self.save_strategy in (self.eval_strategy, "best")
-            self.load_best_model_at_end = self.eval_strategy != "no" and together
-        if self.greater_is_better is None and self.metric_for_best_model is not None:
-            self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "angle_error"))
-        super().__post_init__()
-        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-            # They watch the same metric, by default one that falls.
-            mode = "max" if self.greater_is_better else "min"
-            self.lr_scheduler_kwargs = {"mode": mode, **(self.lr_scheduler_kwargs or {})}
 
 
 class TokenPairs(Dataset):
@@ -353,52 +296,6 @@ class HPRTrainer(Trainer):
                 base_model_fingerprint=store.metadata["fingerprint"],
                 fitted_on={**describe_data(store), "token_pairs": len(store)},
             )
-
-
-def load_checkpoint(
-    path: Path, adapter_name: str, config: HPRConfig, layers: dict[int, HPRLayer], fingerprint: str | None = None
-) -> None:
-    """Load an adapter's weights from a checkpoint of `HPRTrainer`.
-
-    Args:
-        path: folder of the checkpoint.
-        adapter_name, config, layers: of the adapter.
-        fingerprint: of the model whose activations it must have been trained on; None for any.
-
-    Raises:
-        ValueError: it is none, or of an adapter with other layers or networks, or of another model.
-    """
-    # PEFT saves an adapter that is not named "default" in a folder of its own.
-    folder = path / adapter_name if (path / adapter_name / SAFETENSORS_WEIGHTS_NAME).exists() else path
-    if not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-        raise ValueError(f"{path} is no checkpoint of HPRTrainer: it has no {SAFETENSORS_WEIGHTS_NAME}")
-    saved = read_config(folder)
-    of_checkpoint = getattr(saved, "base_model_fingerprint", None)
-    if None not in (fingerprint, of_checkpoint) and of_checkpoint != fingerprint:
-        raise ArgumentError(
-            f"{path} was trained on activations of another model (fingerprint {of_checkpoint}, the store has "
-            f"{fingerprint}): start in another ",
-            *(Argument("output_dir"), ", or pass ", Argument("allow_fingerprint_mismatch", True)),
-        )
-    tensors = load_peft_weights(str(folder), device="cpu")
-    tensors = {key: tensor for key, tensor in tensors.items() if ".hpr.hpr_" in key}
-    of_checkpoint = {"layers": sorted({layer_index(key) for key in tensors})}
-    of_adapter = {"layers": list(layers)}
-    for name in SHAPE_FIELDS:
-        of_checkpoint[name], of_adapter[name] = getattr(saved, name, None), getattr(config, name)
-    for name, expected in of_adapter.items():
-        if of_checkpoint[name] != expected:
-            raise ArgumentError(
-                f"{path} is a checkpoint of another configuration (",
-                *(Argument(name), f" is {of_checkpoint[name]} there, {expected} here): "),
-                "resume with the configuration that it was made with, or start in another ",
-                Argument("output_dir"),
-            )
-    for layer in layers.values():
-        for part in HPRLayer.adapter_layer_names:
-            start = f".{layer.site}.hpr.{part}."
-            state = {key.partition(start)[2]: tensor for key, tensor in tensors.items() if start in key}
-            getattr(layer, part)[adapter_name].load_state_dict(state)
 
 
 def _check_best_metric(metric: str, stores: list[str]) -> None:

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from ...models.outputs import OutputTensor, linear_outputs
 from ...models.sites import is_linear
+from ..block import BlockEditLayer, check_alone
 from ..frozen import FrozenWeight
-from ..layer import BlockEditLayer, check_alone
 from .config import MeanDifferenceConfig
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ...arguments import Argument, ArgumentError
 from ...models.outputs import OutputTensor, linear_outputs, mixture_outputs, why_inexact
 from ...models.sites import out_features
+from ..block import BlockEditLayer, check_alone
 from ..frozen import FrozenWeight
-from ..layer import BlockEditLayer, EditLayer, check_alone
+from ..layer import EditLayer
 from .config import SEAConfig
 from .maths import edit, merge, merge_pieces, project
 

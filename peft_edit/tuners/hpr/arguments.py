@@ -1,0 +1,60 @@
+"""Options of a training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+
+@dataclass
+class HPRTrainingArguments(TrainingArguments):
+    """
+    Arguments of a [`HPRTrainer`]: those of `transformers.TrainingArguments` with the defaults of the HPR paper: 5
+    epochs of batches of 16 token pairs, AdamW, learning rate 5e-4, cosine schedule with 5 % warm-up, and the epoch with
+    the most accurate probes kept.
+
+    Of epochs with equally accurate probes the first is kept. Where the accuracy reaches 1 early, that leaves the angle
+    networks hardly trained: pass `metric_for_best_model="loss"`.
+
+    `max_grad_norm` is the bound for the gradient of each decoder block by itself: the blocks train together but
+    independently of each other.
+    """
+
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Number of training epochs."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Token pairs in a batch, on each device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Token pairs in a batch of the evaluation."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Highest learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up; below 1 a share of all steps."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Bound for the norm of each block's gradient."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch, best."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep besides the best."})
+    load_best_model_at_end: bool | None = field(
+        default=None, metadata={"help": "Keep the best checkpoint's weights. Default: where there is an evaluation."}
+    )
+    metric_for_best_model: str | None = field(default="probe_accuracy", metadata={"help": "What is best."})
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Whether the best is the greatest. Default: not for losses and angle errors."}
+    )
+    logging_steps: float = field(default=100, metadata={"help": "Steps between logs; below 1 a share of all steps."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Page-locked batches. Default: where CUDA is."}
+    )
+    # A loss that is not finite stops the training.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not used: such a loss is an error."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: activations have no columns."})
+
+    def __post_init__(self):
+        if self.load_best_model_at_end is None:
+            together = self.save_strategy in (self.eval_strategy, "best")
+            self.load_best_model_at_end = self.eval_strategy != "no" and together
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "angle_error"))
+        super().__post_init__()
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            # They watch the same metric, by default one that falls.
+            mode = "max" if self.greater_is_better else "min"
+            self.lr_scheduler_kwargs = {"mode": mode, **(self.lr_scheduler_kwargs or {})}
