@@ -20,8 +20,8 @@ from transformers import (
     XLMConfig,
 )
 
-from peft_edit import SEAConfig, fingerprint
-from peft_edit.models.sites import decoder_blocks, describe_sites, find_sites, layer_index
+from peft_edit import HPRConfig, SEAConfig, fingerprint
+from peft_edit.models.sites import decoder_blocks, describe_sites, find_sites, layer_index, unwrap
 from peft_edit.tuners.sea import SEALayer
 
 
@@ -468,3 +468,13 @@ def test_fingerprint_of_a_half_precision_checkpoint_is_that_of_any_load(llama, d
     assert (
         len({fingerprint(copy.deepcopy(checkpoint).to(d)) for d in (torch.float32, torch.float16, torch.bfloat16)}) == 1
     )
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel], ids=["compiled", "DataParallel"])
+def test_names_are_those_of_the_model_whatever_is_around_it(wrap):
+    model = tiny_model()
+    adapted = get_peft_model(tiny_model(), HPRConfig())
+    for site in ("mlp", "block"):
+        assert find_sites(wrap(model), site) == find_sites(wrap(adapted), site) == find_sites(model, site)
+    assert unwrap(wrap(model)) is model and unwrap(wrap(adapted)) is adapted.get_base_model()
+    assert fingerprint(wrap(model)) == fingerprint(model)
