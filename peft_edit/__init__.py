@@ -4,13 +4,14 @@ from .activations.collect import collect_activations
 from .activations.store import ActivationStore
 from .adapters.card import write_card
 from .adapters.hub import push_to_hub
+from .adapters.save import replaced_adapters
 from .data import load_contrast_set
 from .evaluation import evaluate_multiple_choice, perplexity
 from .merging import merge_checkpoint
 from .models.fingerprint import fingerprint
 from .tuners.config import EditConfig
 from .tuners.method import methods
-from .tuners.registration import write_cards_with
+from .tuners.registration import save_into, write_cards_with
 from .tuners.strength import edit_strength
 from .version import __version__
 
@@ -24,6 +25,7 @@ from .tuners.mean_difference import *
 
 
 write_cards_with(EditConfig, write_card)
+save_into(EditConfig, replaced_adapters)
 
 __all__ = [
     "ActivationStore",

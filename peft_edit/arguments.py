@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -179,7 +180,8 @@ def _is_number(value: Any, kinds: set[type], metadata: Mapping[str, Any]) -> boo
     if isinstance(value, bool) or not isinstance(value, (int, float) if float in kinds else int):
         return False
     within = metadata.get("minimum", float("-inf")) <= value <= metadata.get("maximum", float("inf"))
-    return within and abs(value) < float("inf") and value > metadata.get("above", float("-inf"))
+    # JSON and Python have integers that no float holds.
+    return within and abs(value) <= sys.float_info.max and value > metadata.get("above", float("-inf"))
 
 
 @contextmanager

@@ -6,9 +6,12 @@ that both are on one filesystem, also where the place is a symbolic link to anot
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,8 @@ from filelock import FileLock, Timeout
 
 
 LOCK = ".lock"
+# Where the new files of a folder are until all are written.
+NEW = ".peft_edit.new"
 
 
 @contextmanager
@@ -52,11 +57,15 @@ def locked(folder: Path, busy: str, name: str = LOCK) -> Iterator[None]:
 def written(path: Path) -> Iterator[Path]:
     """A hidden path to write a file to, which gets its name `path` when the `with` block ends without an error.
 
-    Through a symbolic link the file that it points to is replaced, and the link stays.
+    Each call has a path of its own, so that two writers of one file do not mix. Through a symbolic link the file that
+    it points to is replaced, and the link stays.
     """
     final = path.resolve()
-    temporary = hidden(final)
-    mode = _begin(temporary)
+    if final.exists() and not final.is_file():  # a device, for example, would be gone
+        raise ValueError(f"{path} is no file that can be replaced: choose another path")
+    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
     try:
         yield temporary
         temporary.chmod(mode)  # a library may have put a file of its own there: safetensors writes 0600
@@ -78,7 +87,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def hidden(path: Path) -> Path:
-    """Name of a file while it is being written."""
+    """Name of a file while its only writer writes it."""
     return path.with_name(f".{path.name}.tmp")
 
 
@@ -91,9 +100,9 @@ def publish(temporary: Path, final: Path) -> None:
 
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt" and path.is_dir():
+    if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -102,50 +111,85 @@ def sync(path: Path) -> None:
 
 def give_usual_permissions(path: Path) -> None:
     """Give a file that a library has written for its user alone the permissions that the umask gives."""
-    probe = hidden(path)
-    path.chmod(_begin(probe))
+    probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    probe.touch()
+    path.chmod(probe.stat().st_mode)
     probe.unlink()
-
-
-def _begin(temporary: Path) -> int:
-    """Make an empty file; returns the permissions that the umask gives it."""
-    if temporary.exists():  # a killed run has left it, with permissions of its own
-        temporary.unlink()
-    temporary.touch()
-    return temporary.stat().st_mode
 
 
 @contextmanager
 def replaced(folder: Path, last: str) -> Iterator[Path]:
-    """A hidden folder, whose files move to `folder` when the `with` block ends without an error.
+    """A hidden folder, whose files move to `folder` when the `with` block ends without an error, those in folders in it
+    to folders of the same names.
+
+    One process of a user at a time replaces a folder on this machine; the lock's file is with the temporary ones, so
+    that none stays in a folder that others get.
 
     Args:
         folder: created where it is missing; other files in it stay.
-        last: name of the file without which the others are nothing. The old one goes before the first new file comes,
-            and the new one comes last. So an interruption leaves the old files, or the new ones, or files without that
-            one: never new files with the old one.
+        last: name of the file without which the others of a folder are nothing. The old one goes before the first new
+            file comes, and the new one comes last. So an interruption leaves the old files, or the new ones, or files
+            without that one: never new files with the old one.
 
     Raises:
-        ValueError: another run is writing into the folder.
+        ValueError: another run is writing into the folder, or it cannot be written to.
     """
-    with locked(folder, f"another run is writing {folder}: wait for it, or choose another folder"):
-        work = folder / ".new"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME")
+    place = hashlib.sha256(f"{user} {folder.resolve()}".encode()).hexdigest()[:16]
+    busy = f"another run is writing {folder}: wait for it, or choose another folder"
+    with locked(Path(tempfile.gettempdir()), busy, f"peft_edit-{place}.lock"):
+        made, work = not folder.exists(), folder / NEW
+        try:
+            folder.mkdir(exist_ok=True)
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be written to ({error.strerror}): choose another folder") from error
         try:
             yield work
-            files = sorted(work.iterdir(), key=lambda file: file.name == last)
-            for file in files:
-                give_usual_permissions(file)
-                sync(file)
-            if (work / last).exists():
-                (folder / last).unlink(missing_ok=True)
-                sync(folder)
-            for file in files:
-                os.replace(file, (folder / file.name).resolve())
-            sync(folder)
+            _move(work, folder, last)
         finally:
             shutil.rmtree(work)
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _move(work: Path, folder: Path, last: str) -> None:
+    """Move the files of a folder into another; see `replaced` for their order."""
+    new = sorted((file for file in work.rglob("*") if file.is_file()), key=lambda file: file.name == last)
+    targets = {file: (folder / file.relative_to(work)).resolve() for file in new}
+    staged: dict[Path, Path] = {}
+    try:
+        for file, target in targets.items():
+            if target.is_dir():
+                raise ValueError(f"{target} is a folder, where a file is to be written: move it away")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            give_usual_permissions(file)
+            staged[target] = hidden(target)  # beside its place, which a link may have put on another filesystem
+            shutil.move(file, staged[target])
+            sync(staged[target])
+    except BaseException:
+        for temporary in staged.values():
+            temporary.unlink(missing_ok=True)
+        raise
+    try:
+        _publish_all(staged, last)
+    except KeyboardInterrupt:  # now all are there, or soon
+        _publish_all(staged, last)
+        raise
+
+
+def _publish_all(staged: dict[Path, Path], last: str) -> None:
+    """Give written files their names, in this order; called again, it goes on."""
+    for target, temporary in staged.items():
+        if target.name == last and temporary.exists():
+            target.unlink(missing_ok=True)
+            sync(target.parent)
+    for target, temporary in staged.items():
+        if temporary.exists():
+            os.replace(temporary, target)
+            sync(target.parent)
 
 
 @contextmanager
@@ -158,13 +202,14 @@ def growing_folder(path: Path, identity: dict[str, Any]) -> Iterator[Path]:
     .NAME.partial.lock   see `locked`
 
     Args:
-        path: absolute; nothing is there, or an empty folder.
+        path: nothing is there, or an empty folder.
         identity: all that the contents follow from, as JSON holds it. Files that an earlier run of the same has
             finished are in the folder, see `publish`; those of another are removed.
 
     Raises:
         ValueError: something is at `path`, or another run is writing it.
     """
+    path = path.resolve()
     work = path.parent / f".{path.name}.partial"
     record = work.with_name(f"{work.name}.json")
     busy = f"another run is writing {path}: wait for it, or choose another folder"
@@ -202,3 +247,12 @@ def check_free(path: Path) -> None:
     above = next(parent for parent in path.parents if parent.exists())
     if not os.access(above, os.W_OK):
         raise ValueError(f"{above} cannot be written to: choose another folder")
+
+
+def check_writable(path: Path, what: str = "") -> None:
+    """Raise ValueError where nothing can be written at a path, before the work is done."""
+    above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not above.is_dir() and above != path:
+        raise ValueError(f"{what or path} lies below the file {above}: choose another path")
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"{what or path} cannot be written to: choose another path")

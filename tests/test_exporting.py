@@ -317,7 +317,6 @@ def test_exporting_again_replaces_the_export_and_keeps_the_users_card(tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 8
     assert {p.name for p in tmp_path.iterdir()} == {
-        ".lock",
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",

@@ -1,16 +1,19 @@
 """Files appear complete, with usual permissions, also through links; folders are replaced so that nothing is mixed."""
 
+import contextlib
+import itertools
 import os
 import stat
-import subprocess
-import sys
-import textwrap
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from edits import EDITS, edited_model
 from safetensors.torch import save_file
 
 from peft_edit import files
+from peft_edit.adapters.save import save_adapter
 
 
 def usual(path):
@@ -44,10 +47,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         temporary.write_text("half")
         raise ZeroDivisionError
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and file.read_text() == "old"
-    files.hidden(file).write_text("of a killed run")
-    files.hidden(file).chmod(0o600)
-    files.write_text(file, "new")
-    assert file.read_text() == "new" and usual(file)
+    with files.written(file) as one, files.written(file) as other:  # two writers do not mix
+        one.write_text("one")
+        other.write_text("other")
+    assert file.read_text() == "one" and usual(file) and [path.name for path in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="folder is no file that can be replaced: choose another path"):
+        files.write_text(tmp_path / "folder", "new")
 
 
 def test_a_link_stays_and_its_target_is_replaced_in_its_own_folder(tmp_path, monkeypatch):
@@ -64,60 +70,128 @@ def test_a_link_stays_and_its_target_is_replaced_in_its_own_folder(tmp_path, mon
     (tmp_path / "folder").symlink_to("far")
     with files.replaced(tmp_path / "folder", last="config") as work:
         (work / "config").write_text("config")
+        (work / "folder").mkdir()
+        (work / "folder" / "config").write_text("inner")
         assert work.resolve().parent == (tmp_path / "far").resolve()
+    assert (tmp_path / "far" / "folder" / "config").read_text() == "inner"
     assert (tmp_path / "far" / "config").read_text() == "config" and (tmp_path / "folder").is_symlink()
 
 
-@pytest.mark.parametrize("killed_at", range(8))
-def test_an_interrupted_save_mixes_nothing(tmp_path, killed_at):
-    """Killed before each change of a name: old files, new files, or files without a configuration."""
-    (tmp_path / "weights").write_text("old")
-    (tmp_path / "config").write_text("old")
-    (tmp_path / "mine").write_text("mine")
-    script = f"""
-        import os
-        from pathlib import Path
-        from peft_edit import files
+def test_files_of_a_folder_may_be_links_to_another_filesystem(tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as far:
+        for name in ("weights", "config"):
+            Path(far, name).write_text("old")
+            (tmp_path / name).symlink_to(Path(far, name))
+        with files.replaced(tmp_path, last="config") as work:
+            for name in ("weights", "config"):
+                (work / name).write_text("new")
+        assert all((tmp_path / name).is_symlink() for name in ("weights", "config"))
+        assert {file.name: file.read_text() for file in Path(far).iterdir()} == {"weights": "new", "config": "new"}
 
-        calls = 0
 
-        def kill_or(function):
-            def call(*args, **kwargs):
-                global calls
-                if calls == {killed_at}:
-                    os._exit(1)
-                calls += 1
-                return function(*args, **kwargs)
-            return call
+def old_folder(path):
+    for name in ("weights", "config"):
+        (path / name).write_text("old")
+    (path / "mine").write_text("mine")
 
-        with files.replaced(Path({str(tmp_path)!r}), last="config") as work:
-            (work / "config").write_text("new")
-            (work / "weights").write_text("new")
-            os.replace, os.unlink, os.fsync = map(kill_or, (os.replace, os.unlink, os.fsync))
-            Path.unlink = kill_or(Path.unlink)
-    """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment, check=False)
+
+def replace_until(path, count, stop):
+    """Replace a folder's files, and stop before the change of a name, or wait for the disk, of this number."""
+    calls = itertools.count()
+    with pytest.MonkeyPatch.context() as patch, files.replaced(path, last="config") as work:
+        for name in ("weights", "config"):
+            (work / name).write_text("new")
+        for holder, name in ((os, "replace"), (os, "fsync"), (os, "rename"), (Path, "unlink")):
+            function = getattr(holder, name)
+
+            def or_stop(*args, function=function, **kwargs):
+                return stop() if next(calls) == count else function(*args, **kwargs)
+
+            patch.setattr(holder, name, or_stop)
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("killed_at", range(16))
+def test_a_killed_save_mixes_nothing(tmp_path, killed_at):
+    """There are the old files, or the new ones, or files without a configuration."""
+    old_folder(tmp_path)
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            replace_until(tmp_path, killed_at, lambda: os._exit(1))
+        os._exit(0)
+    os.waitpid(child, 0)
     found = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file() and path.name[0] != "."}
     assert found.pop("mine") == "mine"
     assert "config" not in found or found == dict.fromkeys(("config", "weights"), found["config"])
     with files.replaced(tmp_path, last="config") as work:
         assert list(work.iterdir()) == []
         (work / "config").write_text("again")
-    assert (tmp_path / "config").read_text() == "again" and not (tmp_path / ".new").exists()
+    assert (tmp_path / "config").read_text() == "again" and not (tmp_path / files.NEW).exists()
+
+
+@pytest.mark.parametrize("interrupted_at", range(14))
+def test_an_interrupt_leaves_the_old_files_or_the_new_ones(tmp_path, interrupted_at):
+    old_folder(tmp_path)
+    with contextlib.suppress(KeyboardInterrupt):
+        replace_until(tmp_path, interrupted_at, interrupt)
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found.pop("mine") == "mine" and len(set(found.values())) == 1 and set(found) == {"weights", "config"}
+
+
+def test_a_folder_in_the_place_of_a_file_is_said_before_anything_moves(tmp_path):
+    (tmp_path / "config").write_text("old")
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(ValueError, match="weights is a folder"), files.replaced(tmp_path, last="config") as work:
+        for name in ("weights", "config"):
+            (work / name).write_text("new")
+    assert (tmp_path / "config").read_text() == "old"
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_adapter_is_saved_by_peft_whole_or_not_at_all(edit, tmp_path, monkeypatch):
+    """PEFT writes the weights first, and the configuration after them."""
+    model = edited_model(edit)
+    model.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(model.peft_config["default"]), "save_pretrained", interrupt)
+        edited_model(edit, seed=1).save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    (tmp_path / "README.md").write_text("mine")
+    model.add_adapter("other", EDITS[edit]())
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine" and (tmp_path / "other" / "README.md").exists()
+    assert {file.name for file in tmp_path.iterdir()} == {*before, "other"}
+
+
+def test_what_a_killed_save_has_left_is_saved_over(tmp_path):
+    model = edited_model(next(iter(EDITS)))
+    save_adapter(model, tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    save_adapter(model, tmp_path)
+    assert (tmp_path / "adapter_config.json").exists()
 
 
 def test_files_that_others_hold_and_errors_are_left_alone(tmp_path):
     with pytest.raises(ZeroDivisionError), files.replaced(tmp_path / "a", last="config") as work:
         (work / "config").write_text("half")
         raise ZeroDivisionError
-    assert [path.name for path in (tmp_path / "a").iterdir()] == [files.LOCK]
-    with files.locked(tmp_path / "a", "busy"):
-        inode = (tmp_path / "a" / files.LOCK).stat().st_ino
-        with pytest.raises(ValueError, match=r"^another run is writing .*a: wait for it"):  # noqa: SIM117
-            with files.replaced(tmp_path / "a", last="config"):
-                pass
-    assert (tmp_path / "a" / files.LOCK).stat().st_ino == inode, "two runs would have a lock each"
+    assert not (tmp_path / "a").exists()
+    with (
+        files.replaced(tmp_path / "a", last="config"),
+        pytest.raises(ValueError, match=r"^another run is writing .*a: wait for it"),
+        files.replaced(tmp_path / "a", last="config"),
+    ):
+        pass
+    with files.locked(tmp_path, "busy"):
+        inode = (tmp_path / files.LOCK).stat().st_ino
+        with pytest.raises(ValueError, match=r"^busy$"), files.locked(tmp_path, "busy"):
+            pass
+    assert (tmp_path / files.LOCK).stat().st_ino == inode, "two runs would have a lock each"
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):

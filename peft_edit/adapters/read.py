@@ -44,7 +44,8 @@ def load_adapter_config(adapter: str) -> PeftConfig:
 
 def load_adapter(model: PreTrainedModel, adapter: str, allow_fingerprint_mismatch: bool = False) -> PeftModel:
     """The base model with an adapter; stricter than PEFT: an adapter of another model and extra tensors are refused."""
-    config, folder = load_adapter_config(adapter), local_adapter(adapter)
+    folder = local_adapter(adapter)
+    config = read_config(Path(folder), adapter)
     of_adapter = getattr(config, "base_model_fingerprint", None)
     of_model = fingerprint(model)
     if not allow_fingerprint_mismatch and None not in (of_adapter, of_model) and of_adapter != of_model:

@@ -61,7 +61,8 @@ def main() -> None:
         program = error.ctx.command_path if error.ctx is not None else "peft-edit"
         _fail(f"{error.format_message().rstrip('.')}: see {program} --help")
     except (ValueError, OSError, SafetensorError) as error:
-        _fail(str(error))
+        of_file = isinstance(error, OSError) and error.strerror and error.filename
+        _fail(f"{error.filename}: {error.strerror}; check the path" if of_file else str(error))
     except typer.Abort:
         sys.exit(130)
     sys.exit(status if isinstance(status, int) else 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -85,7 +84,7 @@ class Output:
 
     def __post_init__(self):
         if self.json is not None:
-            _check_writable(self.json)
+            _check_json(self.json)
 
     def write(self, results: dict[str, Any]) -> None:
         """Write results, completely or not at all."""
@@ -94,14 +93,14 @@ class Output:
             files.write_json(self.json, results)
 
 
-def _check_writable(path: Path) -> None:
+def _check_json(path: Path) -> None:
     """Raise ArgumentError where results could not be written, before the work is done."""
-    if path.is_dir():
-        raise ArgumentError(Argument("json"), f" must be a file, {path} is a folder")
-    if any(parent.exists() and not parent.is_dir() for parent in path.parents):
-        raise ArgumentError(Argument("json"), f" {path} lies below a file: choose another path")
-    if not os.access(next(parent for parent in path.absolute().parents if parent.exists()), os.W_OK):
-        raise ArgumentError(Argument("json"), f" {path} cannot be written there: choose another path")
+    if path.exists() and not path.is_file():
+        raise ArgumentError(Argument("json"), f" must be a file, {path} is {'a folder' if path.is_dir() else 'none'}")
+    try:
+        files.check_writable(path)
+    except ValueError as error:
+        raise ArgumentError(Argument("json"), f" {error}") from error
 
 
 def load_model(options: LoadedModelOptions):

@@ -204,6 +204,7 @@ def command(function: Callable, elsewhere: Sequence[Option] = ()) -> Callable:
             for o in options:
                 if values[o.name] != o.default:
                     o.check(values[o.name], o.field or o.parameter)
+            _check_apart(options, values)
             recorded = {o.name: to_json(values[o.name], o.hint, o.metadata) for o in options if not o.is_secret}
             function(**_arguments(function, options, values, Run(command_name(function), recorded, spell)))
         except ArgumentError as error:
@@ -218,6 +219,20 @@ def command(function: Callable, elsewhere: Sequence[Option] = ()) -> Callable:
     run.__signature__ = Signature(parameters)
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _check_apart(options: Sequence[Option], values: Mapping[str, Any]) -> None:
+    """Raise ArgumentError where results would be written into, or over, what the command reads or makes."""
+    results = values.get("json")
+    for option in options if results is not None else ():
+        place = values[option.name]
+        if option.is_positional and isinstance(place, (str, Path)) and str(place):
+            place, target = Path(place).resolve(), Path(results).resolve()
+            if target == place or place in target.parents:
+                raise ArgumentError(
+                    Argument("json"),
+                    f" {results} is, or lies in, the {option.name} {values[option.name]}: choose another path",
+                )
 
 
 def command_name(function: Callable) -> str:

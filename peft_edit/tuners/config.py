@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ..arguments import Argument, ArgumentError, check_options
+from ..arguments import Argument, ArgumentError, check_options, check_value, hints_of
 from ..files import give_usual_permissions
 from ..models.sites import LayerIndices, check_names, normalise_layers
 from .registration import peft_type
@@ -79,12 +79,40 @@ class EditConfig(PeftConfig):
                 setattr(self, name, set(value))
             check_names(name, getattr(self, name))
         self.layers_to_transform = normalise_layers(self.layers_to_transform)
-        if not isinstance(self.fitted_on, dict):
+        data = self.fitted_on.get("data") if isinstance(self.fitted_on, dict) else 0
+        if data is not None and not isinstance(data, str):
             raise ArgumentError(
-                Argument("fitted_on"), f" must be a dict, written by the fit, got {self.fitted_on!r}: fit it again"
+                *(Argument("fitted_on"), f" must be a dict, written by the fit, got {self.fitted_on!r}: fit it again")
+            )
+        if not isinstance(self.base_model_name_or_path, (str, os.PathLike, type(None))):
+            raise ArgumentError(
+                Argument("base_model_name_or_path"), f" must be text, or None, got {self.base_model_name_or_path!r}"
             )
         of_peft = {field.name for field in fields(PeftConfig)}
         check_options(self, tuple(field.name for field in fields(self) if field.name not in of_peft))
+
+        self._is_checked = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check values that are set later as those that are given: gate and strength may be changed at run time."""
+        if "_is_checked" in self.__dict__ and name in (own := {field.name: field for field in fields(self)}):
+            check_value(name, value, hints_of(type(self))[name], own[name].metadata)
+        super().__setattr__(name, value)
+
+    def check_written(self, name: str, keys: tuple[str, ...] | None = None) -> None:
+        """Raise ArgumentError unless a field that a fit or a training writes is what it can write.
+
+        Args:
+            name: of the field.
+            keys: None for a dict of numbers; else for a dict of dicts, which hold at least these numbers.
+        """
+        value = getattr(self, name)
+        inner = [value] if keys is None else list(value.values()) if isinstance(value, dict) else []
+        dicts = isinstance(value, dict) and all(isinstance(item, dict) for item in inner)
+        if not dicts or not all(set(keys or ()) <= set(item) and _are_numbers(item.values()) for item in inner):
+            raise ArgumentError(
+                Argument(name), f" must be a dict, as the fit or the training writes it, got {value!r}: make it again"
+            )
 
     def layers_with_modules(self) -> list[int] | None:
         """Indices of the decoder blocks that get modules of the adapter; None for all."""
@@ -99,3 +127,7 @@ class EditConfig(PeftConfig):
             give_usual_permissions(weights)
         if EditConfig.card_writer is not None:
             EditConfig.card_writer(Path(save_directory), self)
+
+
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)

@@ -81,8 +81,13 @@ _METHODS: dict[str, Method] = {}
 
 
 def register(method: Method) -> None:
-    """Make a method known to this package and to PEFT. Registering it again changes nothing."""
-    _METHODS.setdefault(method.name, method)
+    """Make a method known to this package and to PEFT. Registering it again changes nothing.
+
+    Raises:
+        ValueError: another method has the name.
+    """
+    if _METHODS.setdefault(method.name, method).config is not method.config:
+        raise ValueError(f"there is a method {method.name} already: give this one another name")
     register_with_peft(method.name.lower(), method.config, method.model)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft import PeftConfig, PeftModel, PeftType
@@ -59,3 +62,30 @@ def write_cards_with(config_cls: type[EditConfig], writer: Callable) -> None:
             of_peft(self, output_dir)
 
     PeftModel.create_or_update_model_card = create_or_update_model_card
+
+
+def save_into(config_cls: type[EditConfig], replaced: Callable[[Path], AbstractContextManager[Path]]) -> None:
+    """Let adapters whose configurations are of this class be saved whole or not at all. Doing it again changes nothing.
+
+    PEFT writes the weights into their place, and the configuration after them: an interruption would leave new weights
+    with an old configuration.
+
+    Args:
+        config_cls: base class of the configurations.
+        replaced: gives, for a folder, another one whose files move there at the end of a `with` block.
+    """
+    of_peft = PeftModel.save_pretrained
+    if of_peft.__module__ == __name__:
+        return
+
+    @wraps(of_peft, assigned=("__doc__", "__name__", "__qualname__"))
+    def save_pretrained(self: PeftModel, save_directory: str, *args, is_main_process: bool = True, **kwargs) -> None:
+        edits = any(isinstance(config, config_cls) for config in self.peft_config.values())
+        # PEFT itself refuses a file.
+        if not edits or not is_main_process or os.path.isfile(save_directory):
+            of_peft(self, save_directory, *args, is_main_process=is_main_process, **kwargs)
+            return
+        with replaced(Path(save_directory)) as folder:
+            of_peft(self, str(folder), *args, **kwargs)
+
+    PeftModel.save_pretrained = save_pretrained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,7 +24,7 @@ def edit_strength(model: nn.Module, strength: float) -> Iterator[None]:
         ValueError: strength below 0, not finite, or a model without edits or with merged ones. Merging inside the
             block is refused.
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < float("inf"):
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= sys.float_info.max:
         raise ArgumentError(Argument("strength"), f" must be a number of 0 or more and finite, got {strength!r}")
     layers = edit_layers(model)
     if not layers:

@@ -35,7 +35,9 @@ REQUIRED = (
 )
 # A file of a store, or a hidden one that was being written when a run was killed. Generated answers are there only
 # until the index is.
-STORE_FILE = re.compile(r"(\.)?(meta\.json|(index|shard-\d+)\.safetensors|generated-\d+\.json)(?(1)\.tmp)|\.lock")
+STORE_FILE = re.compile(
+    r"(\.)?(meta\.json|(index|shard-\d+)\.safetensors|generated-\d+\.json)(?(1)(\.[0-9a-f]{8})?\.tmp)|\.lock"
+)
 AGAIN = ("collect again with ", Argument("resume", False))
 
 

@@ -80,6 +80,9 @@ class HPRConfig(EditConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.check_written("probe_accuracy")
+        if bad := [index for index in self.probe_accuracy if not str(index).isdigit()]:
+            raise ArgumentError(Argument("probe_accuracy"), f" must be of indices of layers, got {bad[0]!r}")
         if self.selected_layers is not None:
             empty = isinstance(self.selected_layers, Sized) and len(self.selected_layers) == 0
             self.selected_layers = [] if empty else normalise_layers(self.selected_layers)

@@ -3,14 +3,13 @@ adapter alone."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -19,8 +18,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from ...activations.store import ActivationStore, Store, open_pairs
 from ...adapters.match import check_store, describe_data, find_adapter, replace_config
+from ...adapters.save import replaced_adapters
 from ...arguments import Argument, ArgumentError
-from ...files import replaced
 from .arguments import HPRTrainingArguments
 from .checkpoint import load_checkpoint
 from .config import HPRConfig
@@ -255,18 +254,14 @@ class HPRTrainer(Trainer):
             torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
 
     def _save_adapter(self, folder: Path) -> None:
-        name, of_peft = self.adapter_name, isinstance(self.adapted_model, PeftModel)
-        # PEFT saves an adapter that is not named "default" in a folder of its own.
-        with replaced(folder / name if of_peft and name != "default" else folder, last=CONFIG_NAME) as work:
-            if of_peft:
-                self.adapted_model.save_pretrained(work, selected_adapters=[name], save_embedding_layers=False)
-                for file in (work / name).glob("*"):
-                    file.rename(work / file.name)
-                shutil.rmtree(work / name, ignore_errors=True)
-                return
-            # A Transformers model saves its active adapter, and making this one active would unfreeze others.
-            tensors = get_peft_model_state_dict(self.adapted_model, adapter_name=name, save_embedding_layers=False)
-            tensors = {f"base_model.model.{key}": tensor.contiguous().cpu() for key, tensor in tensors.items()}
+        name = self.adapter_name
+        if isinstance(self.adapted_model, PeftModel):
+            self.adapted_model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+            return
+        # A Transformers model saves its active adapter, and making this one active would unfreeze others.
+        tensors = get_peft_model_state_dict(self.adapted_model, adapter_name=name, save_embedding_layers=False)
+        tensors = {f"base_model.model.{key}": tensor.contiguous().cpu() for key, tensor in tensors.items()}
+        with replaced_adapters(folder) as work:
             save_file(tensors, work / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             self.adapter_config.save_pretrained(work)
 

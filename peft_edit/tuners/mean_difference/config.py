@@ -3,7 +3,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from ...arguments import Argument, ArgumentError
 from ...models.sites import Site
 from ..config import EditConfig
 
@@ -54,8 +53,4 @@ class MeanDifferenceConfig(EditConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.fit_statistics, dict):
-            raise ArgumentError(
-                Argument("fit_statistics"),
-                f" must be a dict, written by the fit, got {self.fit_statistics!r}: fit this adapter again",
-            )
+        self.check_written("fit_statistics", keys=("norm", "rms"))

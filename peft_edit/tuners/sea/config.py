@@ -89,11 +89,12 @@ class SEAConfig(EditConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("rank_pattern", "fit_statistics"):
-            if not isinstance(value := getattr(self, name), dict):
-                raise ArgumentError(
-                    Argument(name), f" must be a dict, written by the fit, got {value!r}: fit this adapter again"
-                )
+        if not isinstance(self.rank_pattern, dict):
+            raise ArgumentError(
+                *(Argument("rank_pattern"), f" must be a dict, written by the fit, got {self.rank_pattern!r}"),
+                ": fit this adapter again",
+            )
+        self.check_written("fit_statistics", keys=())
         self.rank_pattern = {site: _ranks(site, ranks) for site, ranks in self.rank_pattern.items()}
         check_energy("positive_energy", self.positive_energy)
         check_energy("negative_energy", self.negative_energy)
