@@ -286,7 +286,7 @@ def test_results_that_cannot_be_written_are_refused_before_the_work(fitted, run,
     (tmp_path / "file").write_text("mine")
     line = refused(run, "fit-sea", MODEL, fitted / "store", tmp_path / "out", "--json", tmp_path)
     assert "is a folder" in line and not (tmp_path / "out").exists()
-    assert "lies below a file" in refused(run, "evaluate", MODEL, TEST, "--json", tmp_path / "file" / "x.json")
+    assert "lies below the file" in refused(run, "evaluate", MODEL, TEST, "--json", tmp_path / "file" / "x.json")
     assert "is a file" in refused(run, "demo", "--out", tmp_path / "file")
     assert "is a file" in refused(run, "fit-sea", MODEL, fitted / "store", tmp_path / "file")
     assert "no CUDA device" in refused(run, "evaluate", MODEL, TEST, "--device-map", "cuda:7")

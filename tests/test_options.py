@@ -338,7 +338,9 @@ def test_results_beside_an_adapter_record_the_options(fitted):
 def test_a_token_is_never_recorded(run, tmp_path, monkeypatch):
     commit = SimpleNamespace(repo_url=SimpleNamespace(repo_id="user/name"), oid="0", commit_url="u", pr_url=None)
     monkeypatch.setattr(hub, "push_folder", lambda *args, **kwargs: commit)
-    assert run("push", tmp_path, "user/name", "--token", "hf_secret", "--json", tmp_path / "push.json")[0] == 0
+    assert (
+        run("push", tmp_path / "adapter", "user/name", "--token", "hf_secret", "--json", tmp_path / "push.json")[0] == 0
+    )
     text = (tmp_path / "push.json").read_text()
     assert "hf_secret" not in text and json.loads(text)["options"]["repo_id"] == "user/name"
 
