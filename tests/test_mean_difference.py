@@ -1,13 +1,21 @@
 """Mean-difference steering: what is special to it. What every method must do is in test_methods.py."""
 
+import json
+import sys
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from stores import write_pair_store
+from test_prompts import byte_tokenizer
 from tiny import logits, tiny_model, token_ids, vivid_model
 
+import peft_edit.processes
 from peft_edit import ActivationStore, MeanDifferenceConfig, edit_strength, fit_mean_difference, merge_checkpoint
 from peft_edit.adapters.card import model_card
+from peft_edit.cli import main
+from peft_edit.demo import ASSETS
+from peft_edit.processes import Processes
 from peft_edit.tuners.mean_difference import MeanDifferenceLayer
 from peft_edit.tuners.mean_difference import fit as module
 
@@ -210,12 +218,9 @@ def test_the_card_says_where_it_merges(tmp_path):
     assert "**It has not been fitted: it edits nothing.**" in str(model_card(MeanDifferenceConfig()))
 
 
-def test_commands_make_an_adapter(tmp_path, capsys, monkeypatch):
-    import json
-    import sys
-
-    from peft_edit.cli import main
-    from peft_edit.demo import ASSETS
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a command: its exit status, and what it printed."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["peft-edit", *map(str, arguments)])
@@ -223,6 +228,21 @@ def test_commands_make_an_adapter(tmp_path, capsys, monkeypatch):
             main()
         return stopped.value.code or 0, capsys.readouterr()
 
+    return run
+
+
+def test_one_of_several_processes_saves_the_adapter(tmp_path, run, monkeypatch):
+    vivid_model().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    store_of(tmp_path / "store")
+    fit = ("fit-mean-difference", tmp_path / "model", tmp_path / "store", tmp_path / "adapter")
+    for index, saves in ((1, False), (0, True)):
+        monkeypatch.setattr(peft_edit.processes, "processes", lambda index=index: Processes(index))
+        status, printed = run(*fit)
+        assert status == 0 and (tmp_path / "adapter").exists() == bool(printed.out) == saves, printed.err
+
+
+def test_commands_make_an_adapter(tmp_path, run):
     model, data = ASSETS / "model", ASSETS / "demonstrations.jsonl"
     status, printed = run("collect", model, data, tmp_path / "store", "--site", "block", "--limit", 40)
     assert status == 0, printed.err

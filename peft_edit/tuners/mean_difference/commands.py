@@ -39,6 +39,7 @@ def fit_mean_difference(
 
     from ...activations.store import ActivationStore
     from ...adapters.save import check_adapter_folder, save_adapter
+    from ...processes import processes
     from .fit import fit_mean_difference
 
     check_adapter_folder(out, MeanDifferenceConfig.method)
@@ -49,6 +50,8 @@ def fit_mean_difference(
     base, _ = common.load_model(model)
     adapted = get_peft_model(base, config)
     fit = fit_mean_difference(adapted, opened, allow_fingerprint_mismatch=allow_fingerprint_mismatch)
+    if not processes().is_main:
+        return
     results = run.record(fit.to_dict())
     save_adapter(adapted, out, {"mean_difference_fit.json": json.dumps(results, indent=2) + "\n"})
     output.write(results)
