@@ -136,6 +136,7 @@ def test_selected_layers_become_a_sorted_list(layers, expected):
         ({"selected_layers": ["1"]}, ["layers", "'1'"]),
         ({"selected_layers": "5"}, ["layers", "'5'"]),
         ({"selected_layers": 1.5}, ["layers", "1.5"]),
+        ({"selected_layers": [-1]}, ["selected_layers must be", "[-1]"]),
         ({"selected_layers": [1, 5], "layers_to_transform": [0, 1]}, ["selected_layers", "[0, 1]", "[5]"]),
     ],
 )

@@ -26,8 +26,12 @@ LayerIndices = int | Iterable[int] | None
 Site = Literal["mlp", "block"]
 
 
-def normalise_layers(layers: LayerIndices) -> list[int] | None:
+def normalise_layers(layers: LayerIndices, name: str = "layers") -> list[int] | None:
     """Sorted list of distinct block indices, which JSON can hold; None stays None (all blocks).
+
+    Args:
+        layers: block indices, 0 the first.
+        name: of the argument or field that holds them, for the error.
 
     Raises:
         ValueError: an index is not an integer of 0 or more, or there is none.
@@ -37,7 +41,7 @@ def normalise_layers(layers: LayerIndices) -> list[int] | None:
     indices = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     if not indices or any(isinstance(i, bool) or not isinstance(i, SupportsIndex) or i < 0 for i in indices):
         raise ArgumentError(
-            Argument("layers"), f" must be block indices of 0 or more, got {layers!r}: pass an int, a list or a range"
+            Argument(name), f" must be block indices of 0 or more, got {layers!r}: pass an int, a list or a range"
         )
     return sorted({operator.index(i) for i in indices})
 

@@ -78,7 +78,7 @@ class EditConfig(PeftConfig):
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))
             check_names(name, getattr(self, name))
-        self.layers_to_transform = normalise_layers(self.layers_to_transform)
+        self.layers_to_transform = normalise_layers(self.layers_to_transform, "layers_to_transform")
         if not isinstance(self.fitted_on, dict):
             raise ArgumentError(
                 Argument("fitted_on"), f" must be a dict, written by the fit, got {self.fitted_on!r}: fit it again"

@@ -82,7 +82,7 @@ class HPRConfig(EditConfig):
         super().__post_init__()
         if self.selected_layers is not None:
             empty = isinstance(self.selected_layers, Sized) and len(self.selected_layers) == 0
-            self.selected_layers = [] if empty else normalise_layers(self.selected_layers)
+            self.selected_layers = [] if empty else normalise_layers(self.selected_layers, "selected_layers")
             outside = set(self.selected_layers) - set(self.layers_to_transform or self.selected_layers)
             if outside:
                 raise ArgumentError(
