@@ -242,6 +242,16 @@ def test_one_of_several_processes_saves_the_adapter(tmp_path, run, monkeypatch):
         assert status == 0 and (tmp_path / "adapter").exists() == bool(printed.out) == saves, printed.err
 
 
+@pytest.mark.parametrize("command", ["fit-sea", "fit-mean-difference"])
+def test_fits_take_the_first_site_of_a_store(tmp_path, run, command):
+    model, data = ASSETS / "model", ASSETS / "demonstrations.jsonl"
+    status, printed = run("collect", model, data, tmp_path / "store", "--site", "block,mlp", "--limit", 10)
+    assert status == 0, printed.err
+    status, printed = run(command, model, tmp_path / "store", tmp_path / "adapter")
+    assert status == 0 and json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["site"] == "block"
+    assert "Default: its first." in " ".join(run(command, "--help")[1].out.split())
+
+
 def test_commands_make_an_adapter(tmp_path, run):
     model, data = ASSETS / "model", ASSETS / "demonstrations.jsonl"
     status, printed = run("collect", model, data, tmp_path / "store", "--site", "block", "--limit", 40)

@@ -15,7 +15,7 @@ FIELDS = Fields(
     *("site", "target_modules", "layers_to_transform", "token_scope", "scale_to_rms", "strength"),
     of=MeanDifferenceConfig,
     changes={
-        "site": {"default": None, "help": "Of a store with several: mlp or block. Default: its first."},
+        "site": common.SITE,
         "target_modules": common.MODULES,
         "layers_to_transform": common.LAYERS,
     },
