@@ -23,7 +23,6 @@ from ..arguments import Argument, ArgumentError
 # What of a decoder block is edited or collected: the output of its MLP's output projection, or its own.
 Site = Literal["mlp", "block"]
 LayerIndices = int | Iterable[int] | None
-Site = Literal["mlp", "block"]
 
 
 def normalise_layers(layers: LayerIndices, name: str = "layers") -> list[int] | None:
