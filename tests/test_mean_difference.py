@@ -115,6 +115,16 @@ def test_strength_is_linear_in_a_layer(tmp_path):
         assert layer.edit(h, "default") is h
 
 
+def test_a_negative_strength_steers_the_other_way(tmp_path):
+    layers = [layers_of(fitted(tmp_path / str(sign), strength=sign))[0] for sign in (-1.0, 1)]
+    h = torch.randn(4, HIDDEN)
+    steps = [layer.edit(h, "default") - h for layer in layers]
+    torch.testing.assert_close(steps[0], -steps[1])
+    for strength in (float("inf"), float("-inf"), float("nan"), "1", True):
+        with pytest.raises(ValueError, match=f"^strength must be a number that is finite, got {strength!r}$"):
+            MeanDifferenceConfig(strength=strength)
+
+
 def test_last_token_only(tmp_path):
     """In the last block, where no later token can carry the edit back."""
     model = fitted(tmp_path, layers_to_transform=2, token_scope="last")
@@ -124,9 +134,9 @@ def test_last_token_only(tmp_path):
     assert torch.equal(edited[:, :-1], base[:, :-1]) and not torch.equal(edited[:, -1], base[:, -1])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_it_merges_into_the_bias(tmp_path, family):
-    model = fitted(tmp_path / "store", family, site="mlp", strength=1.5)
+@pytest.mark.parametrize("family, strength", [("gpt2", 1.5), ("opt", 1.5), ("gpt2", -1.0)])
+def test_it_merges_into_the_bias(tmp_path, family, strength):
+    model = fitted(tmp_path / "store", family, site="mlp", strength=strength)
     expected = logits(model)
     weights = {name: value.clone() for name, value in model.get_base_model().state_dict().items()}
     model.merge_adapter()
@@ -259,11 +269,11 @@ def test_commands_make_an_adapter(tmp_path, run):
     out = tmp_path / "adapter"
     status, printed = run(
         *("fit-mean-difference", model, tmp_path / "store", out, "--layers", "1-2", "--scale-to-rms"),
-        *("--strength", 0.5, "--json", tmp_path / "fit.json"),
+        *("--strength", -0.5, "--json", tmp_path / "fit.json"),
     )
     assert status == 0 and "fitted to 40 demonstrations" in printed.out, printed.err
     saved = json.loads((out / "adapter_config.json").read_text())
-    assert saved["peft_type"] == "MEAN_DIFFERENCE" and saved["strength"] == 0.5 and saved["scale_to_rms"]
+    assert saved["peft_type"] == "MEAN_DIFFERENCE" and saved["strength"] == -0.5 and saved["scale_to_rms"]
     assert [layer["layer"] for layer in json.loads((tmp_path / "fit.json").read_text())["layers"]] == [1, 2]
     test = ASSETS / "test.jsonl"
     status, printed = run("evaluate", model, test, "--adapter", out, "--limit", 5, "--batch-size", 64)
