@@ -97,7 +97,10 @@ def test_every_answer_token(tmp_path, monkeypatch):
 
 
 def test_scaled_to_the_rms_of_the_site(tmp_path):
-    model = fitted(tmp_path, scale_to_rms=True)
+    """The recorded norm is that of the difference of the means, which scaling would hide."""
+    model, plain = fitted(tmp_path / "scaled", scale_to_rms=True), fitted(tmp_path / "plain")
+    statistics = [m.peft_config["default"].fit_statistics for m in (model, plain)]
+    assert statistics[0] == statistics[1]
     for layer in layers_of(model):
         vector = layer.mean_difference_vector["default"].weight
         rms = model.peft_config["default"].fit_statistics[layer.site]["rms"]
@@ -225,6 +228,8 @@ def test_the_card_says_where_it_merges(tmp_path):
     assert "| 0 | `model.layers.0` | 3" in blocks and "the output of a whole decoder block has no bias" in blocks
     mlp = str(model_card(fitted(tmp_path / "b", site="mlp", scale_to_rms=True).peft_config["default"]))
     assert "where the edited linear layer has a bias" in mlp and "| `scale_to_rms` | `true` |" in mlp
+    before = "The norm is that before each vector is scaled to the RMS."
+    assert "| 2 | `model.layers.2.mlp.down_proj` | 3" in mlp and f" |\n\n{before}\n" in mlp and before not in blocks
     assert "**It has not been fitted: it edits nothing.**" in str(model_card(MeanDifferenceConfig()))
 
 

@@ -56,7 +56,7 @@ def fit_mean_difference(
     save_adapter(adapted, out, {"mean_difference_fit.json": json.dumps(results, indent=2) + "\n"})
     output.write(results)
     rows = [[str(site.layer), f"{site.norm:.3g}", f"{site.rms:.3g}"] for site in fit.layers]
-    print(common.table(["layer", "norm of the vector", "RMS of activations"], rows))
+    print(common.table(["layer", "norm of the difference", "RMS of activations"], rows))
     counted = "token pairs" if opened.tokens == "answer" else "demonstrations"
     print(f"Adapter, fitted to {fit.demonstrations} {counted}, {common.size_of(out)}: {out}")
 

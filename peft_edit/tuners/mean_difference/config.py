@@ -27,8 +27,8 @@ class MeanDifferenceConfig(EditConfig):
         strength (`float`):
             Factor on the vectors, any finite number. 0 is the base model; a negative one steers the other way.
         fit_statistics (`dict[str, dict[str, float]]`):
-            Written by the fit: site to the norm of its vector and the RMS of its activations. A site without an entry
-            edits nothing.
+            Written by the fit: site to the norm of the difference of its means, before any scaling, and the RMS of its
+            activations. A site without an entry edits nothing.
 
     The other fields are those of [`EditConfig`]. `init_weights=False` makes a random vector at every site.
     """
@@ -49,7 +49,7 @@ class MeanDifferenceConfig(EditConfig):
         metadata={"help": "Factor on the vectors, below 0 the other way.", "allowed": "that is finite"},
     )
     fit_statistics: dict[str, dict[str, float]] = field(
-        default_factory=dict, metadata={"help": "Site to norm of its vector and RMS. Written by the fit."}
+        default_factory=dict, metadata={"help": "Site to norm of its difference and RMS. Written by the fit."}
     )
 
     def __post_init__(self):

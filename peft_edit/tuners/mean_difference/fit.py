@@ -21,12 +21,12 @@ CHUNK_PAIRS = 16_384
 
 @dataclass(frozen=True)
 class SiteFit:
-    """The vector of one site.
+    """What the fit found at one site.
 
     Attributes:
         layer: index of the decoder block.
         site: name of the module.
-        norm: length of the vector.
+        norm: length of the difference of the means, before `scale_to_rms` scales it.
         rms: root mean square of the site's activations, positive and negative ones.
     """
 
@@ -99,10 +99,11 @@ def fit_mean_difference(
                 f"layer {index}: positive and negative activations have the same mean, so that there is nothing to "
                 "add: check the data"
             )
+        norm = float(vector.norm())
         if config.scale_to_rms:
             vector = vector * (rms / vector.square().mean().sqrt())
         vectors[index] = vector.float()
-        fits.append(SiteFit(index, layer.site, norm=float(vector.norm()), rms=rms))
+        fits.append(SiteFit(index, layer.site, norm=norm, rms=rms))
     for index, layer in layers.items():
         device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
         layer.set_vector(adapter_name, vectors[index].to(device), checked=True)
