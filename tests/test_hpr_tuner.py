@@ -540,7 +540,7 @@ def test_norms_are_kept_at_every_strength(rotation, strength):
 
 
 def test_merging_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match=r"^adapter 'default' cannot be merged: HPR rotates each token by an angle"):
+    with pytest.raises(ValueError, match=r"^adapter 'default' cannot be merged: it rotates each token by an angle"):
         edited_model().merge_adapter()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -79,6 +79,12 @@ def find_adapter(
                 )
             layers[index] = layer
     return adapter_name, config, dict(sorted(layers.items()))
+
+
+def check_unmerged(layers: Iterable[EditLayer], doing: str) -> None:
+    """Raise ValueError where adapters are merged at any of the layers. `doing` is what cannot be done: "fit"."""
+    if any(layer.merged for layer in layers):
+        raise ValueError(f"cannot {doing} while adapters are merged: call unmerge_adapter first")
 
 
 def replace_config(model: nn.Module, adapter_name: str, **changes: Any) -> PeftConfig:

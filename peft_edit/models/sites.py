@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
-from typing import Literal, SupportsIndex
+from typing import Literal, SupportsIndex, TypeVar
 
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..arguments import Argument, ArgumentError
 
+
+T = TypeVar("T")
 
 # What of a decoder block is edited or collected: the output of its MLP's output projection, or its own.
 Site = Literal["mlp", "block"]
@@ -89,6 +91,11 @@ def text_config(model: nn.Module):
 def layer_index(name: str) -> int | None:
     """Index of the decoder block in a module's name: its first numeric component."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def by_layer(values: Mapping[str, T]) -> list[tuple[str, T]]:
+    """Names of modules with their values, in the order of the decoder blocks. In a file they are sorted as texts."""
+    return sorted(values.items(), key=lambda item: (layer_index(item[0]) or 0, item[0]))
 
 
 def decoder_blocks(model: nn.Module) -> dict[int, str]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...activations.store import ActivationStore, Store
-from ...adapters.match import check_store, describe_data, find_adapter, replace_config
+from ...activations.store import ActivationStore, Store, open_store
+from ...adapters.match import check_store, check_unmerged, describe_data, find_adapter, replace_config
 from .config import MeanDifferenceConfig
 from .layer import MeanDifferenceLayer
 
@@ -78,11 +78,9 @@ def fit_mean_difference(
         ValueError: the store does not fit the adapter (model, site, layers, hidden size), is empty, has activations
             that are not finite or means that are equal; the adapter is merged, missing or of another method.
     """
-    if not isinstance(store, ActivationStore):
-        store = ActivationStore(store)
+    store = open_store(store)
     adapter_name, config, layers = find_adapter(model, adapter_name, MeanDifferenceConfig, MeanDifferenceLayer)
-    if any(layer.merged for layer in layers.values()):
-        raise ValueError("cannot fit while adapters are merged: call unmerge_adapter first")
+    check_unmerged(layers.values(), "fit")
     if len(store) == 0:
         raise ValueError(f"{store.path} holds no demonstration: collect some")
     store = check_store(model, store, config.site, layers, allow_fingerprint_mismatch)
