@@ -191,7 +191,8 @@ def _layers_to_merge(adapted: PeftModel, adapter: str, device: torch.device) -> 
     adapted.base_model.prepare_merge(None, stacklevel=4)
     layers = [layer for layer in edit_layers(adapted) if layer.is_fitted(ADAPTER)]
     if not layers:
-        raise ValueError(f"{adapter} edits nothing: fit it first")
+        learnt_by = method_of(adapted.active_peft_config).learnt_by
+        raise ValueError(f"{adapter} edits nothing: fit it first ({learnt_by})")
     for layer in layers:
         for part in layer.adapter_layer_names:
             getattr(layer, part)[ADAPTER].to(device)

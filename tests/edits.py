@@ -4,13 +4,11 @@ A new method is tested by them without any change here.
 """
 
 import functools
-from typing import get_type_hints
 
 import torch
 from peft import get_peft_model
 from tiny import logits, vivid_model
 
-from peft_edit.arguments import choices_of
 from peft_edit.models.sites import find_sites, unwrap
 from peft_edit.tuners.layer import edit_layers
 from peft_edit.tuners.method import methods
@@ -19,11 +17,6 @@ from peft_edit.tuners.method import methods
 # Fields with which the tests see more of an edit: one that merges exactly, and a gate that some of the tokens pass.
 FIELDS = {"SEA at the MLP": {"rescale": "none"}, "HPR": {"gate": 0.6}}
 PLACES = {"mlp": "MLP", "block": "block"}
-
-
-def _sites(method):
-    """The sites among which a configuration lets users choose; none where it has a single one."""
-    return choices_of(get_type_hints(method.config)["site"])
 
 
 def _factory(method, label, fixed):
@@ -36,7 +29,7 @@ def _factory(method, label, fixed):
 # Label to the method, and to what makes a configuration of a random edit, given more fields.
 METHOD_OF, EDITS = {}, {}
 for _method in methods().values():
-    for _site in _sites(_method) or (None,):
+    for _site in _method.sites if len(_method.sites) > 1 else (None,):
         _label = _method.name + (f" at the {PLACES[_site]}" if _site else "")
         METHOD_OF[_label] = _method
         EDITS[_label] = _factory(_method, _label, {"site": _site} if _site else {})

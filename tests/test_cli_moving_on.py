@@ -124,4 +124,5 @@ def test_what_convert_refuses(run, bases, tmp_path):
     assert "--rescale is for SEA" in refused(run, "convert", bases[4], hpr, out, "--rescale", "none")
     assert "got 'mean'" in refused(run, "convert", bases[3], sea, out, "--rescale", "mean")
     assert "--layers must be numbers" in refused(run, "convert", bases[3], sea, out, "--layers", "last")
+    assert refused(run, "convert", bases[3], sea, out, "--layers", 7).endswith("got 7: lower --layers")
     assert not out.exists()

@@ -8,10 +8,11 @@ from itertools import product
 import pytest
 import torch
 from datasets import Dataset
+from edits import EDITS, at, edited_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_prompts import TEMPLATE, byte_tokenizer, word_tokenizer
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, base_logits, logits, tiny_model, vivid_model
 from transformers import GenerationConfig
 
 import peft_edit.files
@@ -547,6 +548,20 @@ def test_with_an_active_edit_rows_are_what_the_edit_receives(tmp_path, site):
         disabled = collect_activations(model, TOKENIZER, data, tmp_path / "off", site=site, neutral="text")
     assert disabled.metadata["active_adapters"] == []
     close(disabled.positive(2), before.positive(2))
+
+
+@pytest.mark.parametrize("around", [True, False], ids=["below LoRA", "alone"])
+@pytest.mark.parametrize("edit", [edit for edit in EDITS if at(edit) == "mlp"])
+def test_rows_are_unedited_where_lora_lies_around_the_edit(tmp_path, edit, around):
+    """The LoRA adapter is the identity, so that the first site's rows are those of the bare model."""
+    model = edited_model(edit)
+    model = get_peft_model(model.get_base_model(), LoraConfig(target_modules=["down_proj"])) if around else model
+    rows = [
+        collect_activations(adapted, TOKENIZER, contrast(), tmp_path / name, neutral="text", layers=0)
+        for name, adapted in (("plain", vivid_model()), ("edited", model))
+    ]
+    close(rows[1].positive(0), rows[0].positive(0))
+    assert not torch.allclose(logits(model), base_logits(), atol=1e-3)
 
 
 def test_another_methods_adapter_is_part_of_what_an_edit_receives(tmp_path, llama):

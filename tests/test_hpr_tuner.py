@@ -136,6 +136,7 @@ def test_selected_layers_become_a_sorted_list(layers, expected):
         ({"selected_layers": ["1"]}, ["layers", "'1'"]),
         ({"selected_layers": "5"}, ["layers", "'5'"]),
         ({"selected_layers": 1.5}, ["layers", "1.5"]),
+        ({"selected_layers": [-1]}, ["selected_layers must be", "[-1]"]),
         ({"selected_layers": [1, 5], "layers_to_transform": [0, 1]}, ["selected_layers", "[0, 1]", "[5]"]),
     ],
 )
@@ -539,7 +540,7 @@ def test_norms_are_kept_at_every_strength(rotation, strength):
 
 
 def test_merging_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match=r"^adapter 'default' cannot be merged: HPR rotates each token by an angle"):
+    with pytest.raises(ValueError, match=r"^adapter 'default' cannot be merged: it rotates each token by an angle"):
         edited_model().merge_adapter()
 
 

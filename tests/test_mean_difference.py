@@ -1,13 +1,21 @@
 """Mean-difference steering: what is special to it. What every method must do is in test_methods.py."""
 
+import json
+import sys
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from stores import write_pair_store
+from test_prompts import byte_tokenizer
 from tiny import logits, tiny_model, token_ids, vivid_model
 
+import peft_edit.processes
 from peft_edit import ActivationStore, MeanDifferenceConfig, edit_strength, fit_mean_difference, merge_checkpoint
 from peft_edit.adapters.card import model_card
+from peft_edit.cli import main
+from peft_edit.demo import ASSETS
+from peft_edit.processes import Processes
 from peft_edit.tuners.mean_difference import MeanDifferenceLayer
 from peft_edit.tuners.mean_difference import fit as module
 
@@ -89,7 +97,10 @@ def test_every_answer_token(tmp_path, monkeypatch):
 
 
 def test_scaled_to_the_rms_of_the_site(tmp_path):
-    model = fitted(tmp_path, scale_to_rms=True)
+    """The recorded norm is that of the difference of the means, which scaling would hide."""
+    model, plain = fitted(tmp_path / "scaled", scale_to_rms=True), fitted(tmp_path / "plain")
+    statistics = [m.peft_config["default"].fit_statistics for m in (model, plain)]
+    assert statistics[0] == statistics[1]
     for layer in layers_of(model):
         vector = layer.mean_difference_vector["default"].weight
         rms = model.peft_config["default"].fit_statistics[layer.site]["rms"]
@@ -107,6 +118,16 @@ def test_strength_is_linear_in_a_layer(tmp_path):
         assert layer.edit(h, "default") is h
 
 
+def test_a_negative_strength_steers_the_other_way(tmp_path):
+    layers = [layers_of(fitted(tmp_path / str(sign), strength=sign))[0] for sign in (-1.0, 1)]
+    h = torch.randn(4, HIDDEN)
+    steps = [layer.edit(h, "default") - h for layer in layers]
+    torch.testing.assert_close(steps[0], -steps[1])
+    for strength in (float("inf"), float("-inf"), float("nan"), "1", True):
+        with pytest.raises(ValueError, match=f"^strength must be a number that is finite, got {strength!r}$"):
+            MeanDifferenceConfig(strength=strength)
+
+
 def test_last_token_only(tmp_path):
     """In the last block, where no later token can carry the edit back."""
     model = fitted(tmp_path, layers_to_transform=2, token_scope="last")
@@ -116,9 +137,9 @@ def test_last_token_only(tmp_path):
     assert torch.equal(edited[:, :-1], base[:, :-1]) and not torch.equal(edited[:, -1], base[:, -1])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_it_merges_into_the_bias(tmp_path, family):
-    model = fitted(tmp_path / "store", family, site="mlp", strength=1.5)
+@pytest.mark.parametrize("family, strength", [("gpt2", 1.5), ("opt", 1.5), ("gpt2", -1.0)])
+def test_it_merges_into_the_bias(tmp_path, family, strength):
+    model = fitted(tmp_path / "store", family, site="mlp", strength=strength)
     expected = logits(model)
     weights = {name: value.clone() for name, value in model.get_base_model().state_dict().items()}
     model.merge_adapter()
@@ -207,15 +228,14 @@ def test_the_card_says_where_it_merges(tmp_path):
     assert "| 0 | `model.layers.0` | 3" in blocks and "the output of a whole decoder block has no bias" in blocks
     mlp = str(model_card(fitted(tmp_path / "b", site="mlp", scale_to_rms=True).peft_config["default"]))
     assert "where the edited linear layer has a bias" in mlp and "| `scale_to_rms` | `true` |" in mlp
+    before = "The norm is that before each vector is scaled to the RMS."
+    assert "| 2 | `model.layers.2.mlp.down_proj` | 3" in mlp and f" |\n\n{before}\n" in mlp and before not in blocks
     assert "**It has not been fitted: it edits nothing.**" in str(model_card(MeanDifferenceConfig()))
 
 
-def test_commands_make_an_adapter(tmp_path, capsys, monkeypatch):
-    import json
-    import sys
-
-    from peft_edit.cli import main
-    from peft_edit.demo import ASSETS
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a command: its exit status, and what it printed."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["peft-edit", *map(str, arguments)])
@@ -223,17 +243,42 @@ def test_commands_make_an_adapter(tmp_path, capsys, monkeypatch):
             main()
         return stopped.value.code or 0, capsys.readouterr()
 
+    return run
+
+
+def test_one_of_several_processes_saves_the_adapter(tmp_path, run, monkeypatch):
+    vivid_model().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    store_of(tmp_path / "store")
+    fit = ("fit-mean-difference", tmp_path / "model", tmp_path / "store", tmp_path / "adapter")
+    for index, saves in ((1, False), (0, True)):
+        monkeypatch.setattr(peft_edit.processes, "processes", lambda index=index: Processes(index))
+        status, printed = run(*fit)
+        assert status == 0 and (tmp_path / "adapter").exists() == bool(printed.out) == saves, printed.err
+
+
+@pytest.mark.parametrize("command", ["fit-sea", "fit-mean-difference"])
+def test_fits_take_the_first_site_of_a_store(tmp_path, run, command):
+    model, data = ASSETS / "model", ASSETS / "demonstrations.jsonl"
+    status, printed = run("collect", model, data, tmp_path / "store", "--site", "block,mlp", "--limit", 10)
+    assert status == 0, printed.err
+    status, printed = run(command, model, tmp_path / "store", tmp_path / "adapter")
+    assert status == 0 and json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["site"] == "block"
+    assert "Default: its first." in " ".join(run(command, "--help")[1].out.split())
+
+
+def test_commands_make_an_adapter(tmp_path, run):
     model, data = ASSETS / "model", ASSETS / "demonstrations.jsonl"
     status, printed = run("collect", model, data, tmp_path / "store", "--site", "block", "--limit", 40)
     assert status == 0, printed.err
     out = tmp_path / "adapter"
     status, printed = run(
         *("fit-mean-difference", model, tmp_path / "store", out, "--layers", "1-2", "--scale-to-rms"),
-        *("--strength", 0.5, "--json", tmp_path / "fit.json"),
+        *("--strength", -0.5, "--json", tmp_path / "fit.json"),
     )
     assert status == 0 and "fitted to 40 demonstrations" in printed.out, printed.err
     saved = json.loads((out / "adapter_config.json").read_text())
-    assert saved["peft_type"] == "MEAN_DIFFERENCE" and saved["strength"] == 0.5 and saved["scale_to_rms"]
+    assert saved["peft_type"] == "MEAN_DIFFERENCE" and saved["strength"] == -0.5 and saved["scale_to_rms"]
     assert [layer["layer"] for layer in json.loads((tmp_path / "fit.json").read_text())["layers"]] == [1, 2]
     test = ASSETS / "test.jsonl"
     status, printed = run("evaluate", model, test, "--adapter", out, "--limit", 5, "--batch-size", 64)

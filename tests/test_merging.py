@@ -556,5 +556,5 @@ def test_the_text_tower_of_a_vision_language_model(tmp_path):
 
 def test_a_base_that_is_no_language_model(tmp_path):
     CLIPVisionConfig(hidden_size=32, num_attention_heads=4).save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match="base is a clip_vision_model model, which is none of language"):
+    with pytest.raises(ValueError, match="base is a clip_vision_model model, which is no language model"):
         load_structure(str(tmp_path / "base"))

@@ -176,12 +176,12 @@ NAMES = "must be a list of names or a regular expression, got"
 @pytest.mark.parametrize(
     "fields, parts",
     [
-        ({"layers_to_transform": -1}, ["layers", "0 or more", "-1"]),
-        ({"layers_to_transform": []}, ["layers", "[]"]),
-        ({"layers_to_transform": [True]}, ["layers", "True"]),
-        ({"layers_to_transform": 1.5}, ["layers", "1.5"]),
-        ({"layers_to_transform": "all"}, ["layers", "all"]),
-        ({"layers_to_transform": ["1"]}, ["layers", "'1'"]),
+        ({"layers_to_transform": -1}, ["layers_to_transform must", "0 or more", "-1"]),
+        ({"layers_to_transform": []}, ["layers_to_transform must", "[]"]),
+        ({"layers_to_transform": [True]}, ["layers_to_transform must", "True"]),
+        ({"layers_to_transform": 1.5}, ["layers_to_transform must", "1.5"]),
+        ({"layers_to_transform": "all"}, ["layers_to_transform must", "all"]),
+        ({"layers_to_transform": ["1"]}, ["layers_to_transform must", "'1'"]),
         ({"init_weights": "no"}, ["init_weights", "True or False", "'no'"]),
         ({"base_model_fingerprint": 1}, ["base_model_fingerprint", "text", "1"]),
         ({"fitted_on": "truthful_qa"}, ["fitted_on must be a dict", "'truthful_qa'"]),

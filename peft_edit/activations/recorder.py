@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..arguments import Argument, ArgumentError
+from ..tuners.block import BlockEditLayer
 from ..tuners.layer import EditLayer
 
 
@@ -72,10 +73,16 @@ class Recorder:
 
 
 def _before_edit(module: nn.Module) -> nn.Module:
-    """The module whose output the edit of a site receives: what the edit wraps, other methods' adapters included."""
-    inner = module
-    while isinstance(inner, BaseTunerLayer):
+    """The module whose output the first edit of a site receives: what the edit wraps, or whose child it is.
+
+    Adapters of other methods may lie around the edit: the innermost edit acts first.
+    """
+    found = inner = module
+    while True:
+        if any(isinstance(child, BlockEditLayer) for child in inner.children()):
+            found = inner
+        if not isinstance(inner, BaseTunerLayer):
+            return found
         if isinstance(inner, EditLayer):
-            return inner.base_layer
+            found = inner.base_layer
         inner = inner.base_layer
-    return module

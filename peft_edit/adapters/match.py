@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -81,6 +81,12 @@ def find_adapter(
     return adapter_name, config, dict(sorted(layers.items()))
 
 
+def check_unmerged(layers: Iterable[EditLayer], doing: str) -> None:
+    """Raise ValueError where adapters are merged at any of the layers. `doing` is what cannot be done: "fit"."""
+    if any(layer.merged for layer in layers):
+        raise ValueError(f"cannot {doing} while adapters are merged: call unmerge_adapter first")
+
+
 def replace_config(model: nn.Module, adapter_name: str, **changes: Any) -> PeftConfig:
     """Give an adapter a new configuration with some fields changed. The old one may be an object of the user's, who
     passes it again, and stays as it is.
@@ -105,7 +111,8 @@ def check_store(
     layers: Mapping[int, EditLayer],
     allow_fingerprint_mismatch: bool = False,
 ) -> ActivationStore:
-    """The store, read at the site of an adapter. Raises ValueError unless its activations are of this model there.
+    """The store, read at the site of an adapter. Raises ValueError unless its activations are of this model there, and
+    of tokens that the adapter's method learns from.
 
     Args:
         model: with the adapter.
@@ -114,6 +121,16 @@ def check_store(
         layers: block index to the adapter's layers.
         allow_fingerprint_mismatch: accept a store of a model with other weights.
     """
+    method = next(m for m in methods().values() if all(isinstance(layer, m.layer) for layer in layers.values()))
+    if store.tokens not in method.tokens:
+        holds = "every answer token" if store.tokens == "answer" else "one row an answer"
+        raise ArgumentError(
+            *(
+                f"{store.path} holds {holds}: collect with ",
+                Argument("tokens", method.tokens[0]),
+                f" for {method.short}",
+            )
+        )
     if site not in store.sites:
         held = " and ".join(map(repr, store.sites))
         raise ValueError(f"{store.path} holds the output of {held}, the adapter edits {site!r}: collect that site")

@@ -14,7 +14,13 @@ from ..arguments import Argument, ArgumentError, check_options, renamed
 
 ADAPTER = {"help": "Adapter to load: local folder, or id on the Hub, user/name or user/name@revision."}
 # Fields of configurations that name the edited decoder blocks and modules.
-LAYERS = {"option": "--layers", "help": "Decoder blocks, such as 0-3,7. Default: all.", "arguments": ("layers",)}
+LAYERS = {
+    "option": "--layers",
+    "help": "Decoder blocks, such as 0-3,7. Default: all.",
+    "arguments": ("layers_to_transform",),
+}
+# The site of a store to which an adapter is fitted.
+SITE = {"default": None, "help": "Of a store with several: mlp or block. Default: its first."}
 MODULES = {"help": "Comma-separated names of other modules, as given to collect."}
 
 Out = Folder = Annotated[Path, {"help": "Folder of the adapter.", "positional": True}]

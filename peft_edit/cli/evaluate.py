@@ -4,8 +4,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..activations.arguments import PromptFormat
 from ..arguments import Argument, ArgumentError
+from ..data.prompts import PromptFormat
 from . import common
 from .options import Run
 

@@ -20,7 +20,7 @@ def auto_class(name: str, revision: str | None = None):
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in auto._model_mapping:
             return auto, config
-    raise ValueError(f"{name} is a {config.model_type} model, which is none of language: pass a causal language model")
+    raise ValueError(f"{name} is a {config.model_type} model, which is no language model: pass a causal language model")
 
 
 def load_structure(name: str, revision: str | None = None) -> PreTrainedModel:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
-from typing import Literal, SupportsIndex
+from typing import Literal, SupportsIndex, TypeVar
 
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
@@ -20,14 +20,19 @@ from transformers.pytorch_utils import Conv1D
 from ..arguments import Argument, ArgumentError
 
 
+T = TypeVar("T")
+
 # What of a decoder block is edited or collected: the output of its MLP's output projection, or its own.
 Site = Literal["mlp", "block"]
 LayerIndices = int | Iterable[int] | None
-Site = Literal["mlp", "block"]
 
 
-def normalise_layers(layers: LayerIndices) -> list[int] | None:
+def normalise_layers(layers: LayerIndices, name: str = "layers") -> list[int] | None:
     """Sorted list of distinct block indices, which JSON can hold; None stays None (all blocks).
+
+    Args:
+        layers: block indices, 0 the first.
+        name: of the argument or field that holds them, for the error.
 
     Raises:
         ValueError: an index is not an integer of 0 or more, or there is none.
@@ -37,7 +42,7 @@ def normalise_layers(layers: LayerIndices) -> list[int] | None:
     indices = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     if not indices or any(isinstance(i, bool) or not isinstance(i, SupportsIndex) or i < 0 for i in indices):
         raise ArgumentError(
-            Argument("layers"), f" must be block indices of 0 or more, got {layers!r}: pass an int, a list or a range"
+            Argument(name), f" must be block indices of 0 or more, got {layers!r}: pass an int, a list or a range"
         )
     return sorted({operator.index(i) for i in indices})
 
@@ -86,6 +91,11 @@ def text_config(model: nn.Module):
 def layer_index(name: str) -> int | None:
     """Index of the decoder block in a module's name: its first numeric component."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def by_layer(values: Mapping[str, T]) -> list[tuple[str, T]]:
+    """Names of modules with their values, in the order of the decoder blocks. In a file they are sorted as texts."""
+    return sorted(values.items(), key=lambda item: (layer_index(item[0]) or 0, item[0]))
 
 
 def decoder_blocks(model: nn.Module) -> dict[int, str]:

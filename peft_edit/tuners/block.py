@@ -82,8 +82,8 @@ def edit_block_output(
 ) -> Tensor | tuple | list:
     """Forward hook of a module whose edits are children and not wrappers, so that its attributes and key names stay.
 
-    Each method has a layer of its own kind and a hook here. The hook of the oldest edits for all, in the order in which
-    they were added.
+    Each method has a layer of its own kind, with a hook of its own. The hook of the first layer runs all edits of the
+    block in the order in which they were added; the other hooks do nothing.
     """
     layers = [child for child in block.children() if isinstance(child, BlockEditLayer)]
     if layers and type(layers[0]) is kind:

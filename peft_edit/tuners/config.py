@@ -78,7 +78,7 @@ class EditConfig(PeftConfig):
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))
             check_names(name, getattr(self, name))
-        self.layers_to_transform = normalise_layers(self.layers_to_transform)
+        self.layers_to_transform = normalise_layers(self.layers_to_transform, "layers_to_transform")
         data = self.fitted_on.get("data") if isinstance(self.fitted_on, dict) else 0
         if data is not None and not isinstance(data, str):
             raise ArgumentError(

@@ -134,7 +134,14 @@ class EditLayer(BaseTunerLayer):
 
     @abstractmethod
     def check_mergeable(self, adapter_name: str) -> None:
-        """Raise ValueError, with the reason, for an adapter that edits here and cannot be merged."""
+        """Raise ValueError, with the reason, for an adapter that edits here and cannot be merged.
+
+        A method that merges says its own reasons, and calls this too.
+        """
+        if self.in_edit_strength:
+            raise ValueError(
+                "cannot merge inside edit_strength: set the strength in the configuration and merge outside"
+            )
 
     def merge_error(self, adapter_name: str) -> float | None:
         """Relative error of merging an adapter here, as its fit measured it; None where merging is exact."""

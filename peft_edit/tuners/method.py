@@ -11,6 +11,7 @@ from typing import Any
 
 from peft import PeftConfig
 
+from ..arguments import choices_of, hints_of
 from .config import EditConfig
 from .layer import EditLayer
 from .model import EditModel
@@ -23,12 +24,11 @@ class Method:
 
     Attributes:
         short: its short name in a sentence, "SEA".
-        title: its name in words, "Spectral Editing of Activations".
         config: class of its configurations, which know its short name, the fields and their defaults.
         model: its tuner.
         layer: class of its layers.
         tokens: what of a store it learns from, values of `ActivationStore.tokens`, the usual one first.
-        learnt_by: the command that makes an adapter of it, "fit-sea"; for messages.
+        learnt_by: the command that makes an adapter of it, "fit-sea", for messages.
         commands: module with its commands, see `peft_edit.cli`; it is imported when the command line is.
         card_settings: configuration to the names of the fields that its model card shows.
         card_layers: configuration to what the card's template `card.md` in the method's folder shows of each layer.
@@ -44,7 +44,6 @@ class Method:
     """
 
     short: str
-    title: str
     config: type[EditConfig]
     model: type[EditModel]
     layer: type[EditLayer]
@@ -66,6 +65,11 @@ class Method:
     def name(self) -> str:
         """Its name in upper case, that of the `PeftType`."""
         return self.config.method
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Sites that it learns from and edits, values of `ActivationStore.site`."""
+        return choices_of(hints_of(self.config).get("site")) or (self.config.site,)
 
     @property
     def folder(self) -> Path:

@@ -24,7 +24,7 @@ from .layout import (
     read_metadata,
     read_token_ids,
 )
-from .reader import ActivationStore, Store, open_pairs
+from .reader import ActivationStore, Store, open_pairs, open_store
 from .shards import Shard, ShardFile, has_size
 from .writer import StoreWriter
 
@@ -46,6 +46,7 @@ __all__ = [
     "is_whole",
     "locked",
     "open_pairs",
+    "open_store",
     "read_index",
     "read_manifest",
     "read_metadata",

@@ -257,10 +257,14 @@ class ActivationStore:
 Store = ActivationStore | str | os.PathLike
 
 
+def open_store(store: Store) -> ActivationStore:
+    """The store, opened where it is the folder of one."""
+    return store if isinstance(store, ActivationStore) else ActivationStore(store)
+
+
 def open_pairs(store: Store) -> ActivationStore:
     """The store, opened; raises ValueError unless it holds token pairs."""
-    if not isinstance(store, ActivationStore):
-        store = ActivationStore(store)
+    store = open_store(store)
     if store.tokens != "answer":
         raise ArgumentError(
             *(f"{store.path} holds one row an answer (", Argument("tokens", store.tokens), "): collect with "),

@@ -85,7 +85,7 @@ class HPRConfig(EditConfig):
             raise ArgumentError(Argument("probe_accuracy"), f" must be of indices of layers, got {bad[0]!r}")
         if self.selected_layers is not None:
             empty = isinstance(self.selected_layers, Sized) and len(self.selected_layers) == 0
-            self.selected_layers = [] if empty else normalise_layers(self.selected_layers)
+            self.selected_layers = [] if empty else normalise_layers(self.selected_layers, "selected_layers")
             outside = set(self.selected_layers) - set(self.layers_to_transform or self.selected_layers)
             if outside:
                 raise ArgumentError(

@@ -84,8 +84,8 @@ def _check_guidance(
         guidance["target_layers"] = list(range(config.num_hidden_layers))
     selected = guidance.get("selected_layers")
     try:
-        guidance["target_layers"] = normalise_layers(guidance["target_layers"])
-        numbers = [] if not selected else normalise_layers([int(layer) for layer in selected])
+        guidance["target_layers"] = normalise_layers(guidance["target_layers"], "target_layers")
+        numbers = normalise_layers([int(layer) for layer in selected], "selected_layers") if selected else []
         if isinstance(selected, dict):
             selected = {str(int(layer)): float(accuracy) for layer, accuracy in selected.items()}
     except (TypeError, ValueError) as error:

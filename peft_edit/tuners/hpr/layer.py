@@ -14,6 +14,11 @@ from .config import HPRConfig
 from .maths import edit, reflection_angle
 
 
+# Why an adapter is no linear update.
+OWN_ANGLE = "it rotates each token by an angle of its own"
+NO_MERGE = f"{OWN_ANGLE}, which no weight of the model can do"
+
+
 def angle_network(features: int, num_layers: int = 4, hidden_size: int | None = None) -> nn.Sequential:
     """Network f of g(a) = pi sigmoid(f(a)): linear layers with GELU between, (..., d) -> (..., 1).
 
@@ -96,10 +101,7 @@ class HPRLayer(nn.Module, BlockEditLayer):
         return edit(h, w, angle, gate=config.gate, alpha=alpha)
 
     def check_mergeable(self, adapter_name: str) -> None:
-        raise ValueError(
-            f"adapter {adapter_name!r} cannot be merged: HPR rotates each token by an angle of its own, which no "
-            "weight of the model can do; keep it as an adapter"
-        )
+        raise ValueError(f"adapter {adapter_name!r} cannot be merged: {NO_MERGE}; keep it as an adapter")
 
     def __repr__(self) -> str:
         return "hpr." + super().__repr__()

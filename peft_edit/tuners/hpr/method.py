@@ -8,7 +8,7 @@ from typing import Any
 from ..method import Method
 from .config import HPRConfig
 from .convert import GUIDANCE_CONFIG, convert_hpr
-from .layer import HPRLayer
+from .layer import NO_MERGE, OWN_ANGLE, HPRLayer
 from .model import HPRModel
 
 
@@ -28,7 +28,6 @@ def holds_guidance(folder: Path) -> bool:
 
 METHOD = Method(
     short="HPR",
-    title="Householder Pseudo-Rotation",
     config=HPRConfig,
     model=HPRModel,
     layer=HPRLayer,
@@ -37,8 +36,8 @@ METHOD = Method(
     commands="peft_edit.tuners.hpr.commands",
     card_settings=card_settings,
     card_layers=card_layers,
-    no_merge="it rotates each token by an angle of its own, which no weight of the model can do",
-    no_lora="it rotates each token by an angle of its own, which no LoRA adapter can do",
+    no_merge=NO_MERGE,
+    no_lora=f"{OWN_ANGLE}, which no LoRA adapter can do",
     published=holds_guidance,
     convert=convert_hpr,
     published_files=GUIDANCE_CONFIG,

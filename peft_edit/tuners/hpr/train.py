@@ -205,7 +205,7 @@ class HPRTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad(), self.compute_loss_context_manager():
             value, (logits, angles, target) = self.compute_loss(model, self._prepare_inputs(inputs), True)
-        # Without a loss: Trainer's mean over batches counts those twice that fill up the last one of several processes.
+        # No loss here: Trainer averages over batches, and several processes repeat samples to fill the last one.
         return (value, None, None) if prediction_loss_only else (None, (logits, angles), target)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:

@@ -15,7 +15,7 @@ FIELDS = Fields(
     *("site", "target_modules", "layers_to_transform", "token_scope", "scale_to_rms", "strength"),
     of=MeanDifferenceConfig,
     changes={
-        "site": {"default": None, "help": "Of a store with several: mlp or block. Default: its first."},
+        "site": common.SITE,
         "target_modules": common.MODULES,
         "layers_to_transform": common.LAYERS,
     },
@@ -39,6 +39,7 @@ def fit_mean_difference(
 
     from ...activations.store import ActivationStore
     from ...adapters.save import check_adapter_folder, save_adapter
+    from ...processes import processes
     from .fit import fit_mean_difference
 
     check_adapter_folder(out, MeanDifferenceConfig.method)
@@ -49,11 +50,13 @@ def fit_mean_difference(
     base, _ = common.load_model(model)
     adapted = get_peft_model(base, config)
     fit = fit_mean_difference(adapted, opened, allow_fingerprint_mismatch=allow_fingerprint_mismatch)
+    if not processes().is_main:
+        return
     results = run.record(fit.to_dict())
     save_adapter(adapted, out, {"mean_difference_fit.json": json.dumps(results, indent=2) + "\n"})
     output.write(results)
     rows = [[str(site.layer), f"{site.norm:.3g}", f"{site.rms:.3g}"] for site in fit.layers]
-    print(common.table(["layer", "norm of the vector", "RMS of activations"], rows))
+    print(common.table(["layer", "norm of the difference", "RMS of activations"], rows))
     counted = "token pairs" if opened.tokens == "answer" else "demonstrations"
     print(f"Adapter, fitted to {fit.demonstrations} {counted}, {common.size_of(out)}: {out}")
 

@@ -24,10 +24,10 @@ class MeanDifferenceConfig(EditConfig):
             Whether the fit scales each vector to the root mean square of the site's activations, so that a strength
             means the same in every layer: 1 adds a vector that is as long as activations are.
         strength (`float`):
-            Factor on the vectors. 0 is the base model.
+            Factor on the vectors, any finite number. 0 is the base model; a negative one steers the other way.
         fit_statistics (`dict[str, dict[str, float]]`):
-            Written by the fit: site to the norm of its vector and the RMS of its activations. A site without an entry
-            edits nothing.
+            Written by the fit: site to the norm of the difference of its means, before any scaling, and the RMS of its
+            activations. A site without an entry edits nothing.
 
     The other fields are those of [`EditConfig`]. `init_weights=False` makes a random vector at every site.
     """
@@ -45,10 +45,10 @@ class MeanDifferenceConfig(EditConfig):
     )
     strength: float = field(
         default=1.0,
-        metadata={"help": "Factor on the vectors.", "minimum": 0, "allowed": "of 0 or more and finite"},
+        metadata={"help": "Factor on the vectors, below 0 the other way.", "allowed": "that is finite"},
     )
     fit_statistics: dict[str, dict[str, float]] = field(
-        default_factory=dict, metadata={"help": "Site to norm of its vector and RMS. Written by the fit."}
+        default_factory=dict, metadata={"help": "Site to norm of its difference and RMS. Written by the fit."}
     )
 
     def __post_init__(self):

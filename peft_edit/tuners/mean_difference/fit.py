@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...activations.store import ActivationStore, Store
-from ...adapters.match import check_store, describe_data, find_adapter, replace_config
+from ...activations.store import ActivationStore, Store, open_store
+from ...adapters.match import check_store, check_unmerged, describe_data, find_adapter, replace_config
 from .config import MeanDifferenceConfig
 from .layer import MeanDifferenceLayer
 
@@ -21,12 +21,12 @@ CHUNK_PAIRS = 16_384
 
 @dataclass(frozen=True)
 class SiteFit:
-    """The vector of one site.
+    """What the fit found at one site.
 
     Attributes:
         layer: index of the decoder block.
         site: name of the module.
-        norm: length of the vector.
+        norm: length of the difference of the means, before `scale_to_rms` scales it.
         rms: root mean square of the site's activations, positive and negative ones.
     """
 
@@ -78,11 +78,9 @@ def fit_mean_difference(
         ValueError: the store does not fit the adapter (model, site, layers, hidden size), is empty, has activations
             that are not finite or means that are equal; the adapter is merged, missing or of another method.
     """
-    if not isinstance(store, ActivationStore):
-        store = ActivationStore(store)
+    store = open_store(store)
     adapter_name, config, layers = find_adapter(model, adapter_name, MeanDifferenceConfig, MeanDifferenceLayer)
-    if any(layer.merged for layer in layers.values()):
-        raise ValueError("cannot fit while adapters are merged: call unmerge_adapter first")
+    check_unmerged(layers.values(), "fit")
     if len(store) == 0:
         raise ValueError(f"{store.path} holds no demonstration: collect some")
     store = check_store(model, store, config.site, layers, allow_fingerprint_mismatch)
@@ -99,10 +97,11 @@ def fit_mean_difference(
                 f"layer {index}: positive and negative activations have the same mean, so that there is nothing to "
                 "add: check the data"
             )
+        norm = float(vector.norm())
         if config.scale_to_rms:
             vector = vector * (rms / vector.square().mean().sqrt())
         vectors[index] = vector.float()
-        fits.append(SiteFit(index, layer.site, norm=float(vector.norm()), rms=rms))
+        fits.append(SiteFit(index, layer.site, norm=norm, rms=rms))
     for index, layer in layers.items():
         device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
         layer.set_vector(adapter_name, vectors[index].to(device), checked=True)

@@ -78,10 +78,7 @@ class MeanDifferenceLayer(nn.Module, BlockEditLayer):
             reason = f"it adds a vector to the output of {self.site}, which has no bias to hold it"
         if reason:
             raise ValueError(f"adapter {adapter_name!r} cannot be merged: {reason}; keep it as an adapter")
-        if self.in_edit_strength:
-            raise ValueError(
-                "cannot merge inside edit_strength: set the strength in the configuration and merge outside"
-            )
+        super().check_mergeable(adapter_name)
         check_alone(self, adapter_name)
         self.check_weights(adapter_name)
         self.mean_difference_vector[adapter_name].check()

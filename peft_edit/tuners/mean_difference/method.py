@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...activations.store import ROW_TOKENS
-from ...models.sites import layer_index
+from ...models.sites import by_layer, layer_index
 from ..method import Method
 from .config import MeanDifferenceConfig
 from .layer import MeanDifferenceLayer
@@ -17,13 +17,13 @@ def card_settings(config: MeanDifferenceConfig) -> list[str]:
 
 
 def card_layers(config: MeanDifferenceConfig) -> list[dict[str, Any]]:
-    sites = sorted(config.fit_statistics.items(), key=lambda item: (layer_index(item[0]) or 0, item[0]))
-    return [{"index": layer_index(site), "site": site, **statistics} for site, statistics in sites]
+    return [
+        {"index": layer_index(site), "site": site, **statistics} for site, statistics in by_layer(config.fit_statistics)
+    ]
 
 
 METHOD = Method(
     short="mean-difference",
-    title="mean-difference steering",
     config=MeanDifferenceConfig,
     model=MeanDifferenceModel,
     layer=MeanDifferenceLayer,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...activations.store import ActivationStore
-from ...adapters.match import check_store, find_adapter, find_config
+from ...activations.store import Store, open_store
+from ...adapters.match import check_store, check_unmerged, find_adapter, find_config
 from ...arguments import Argument, ArgumentError
 from ...models.sites import layer_index, target_modules, unwrap
 from .config import SEAConfig
@@ -27,7 +26,7 @@ def combine_sea(
     model: nn.Module,
     adapters: Sequence[str],
     adapter_name: str | None = None,
-    store: ActivationStore | str | os.PathLike | None = None,
+    store: Store | None = None,
 ) -> str:
     """Make one SEA adapter of several fitted ones, that does what each of them does.
 
@@ -83,13 +82,12 @@ def combine_sea(
             *(Argument("store"), ", with neutral activations"),
         )
     if store is not None:
-        store = store if isinstance(store, ActivationStore) else ActivationStore(store)
+        store = open_store(store)
         for name in adapters:
             store = check_store(model, store, config.site, find_adapter(model, name, SEAConfig, SEALayer)[2])
 
     layers = [m for m in model.modules() if isinstance(m, SEALayer) and any(map(m.is_fitted, adapters))]
-    if any(layer.merged for layer in layers):
-        raise ValueError("cannot combine while adapters are merged: call unmerge_adapter first")
+    check_unmerged(layers, "combine")
     factors, statistics = {}, {}
     for layer in tqdm(layers, desc="combining", unit="layer", leave=None):
         fitted = [layer.factors(name) for name in adapters if layer.is_fitted(name)]

@@ -16,7 +16,7 @@ FIELDS = Fields(
     *("feature_map", "feature_space", "input_scale", "rescale", "projections", "strength"),
     of=SEAConfig,
     changes={
-        "site": {"default": None, "help": "Of a store with several: mlp or block. Default: mlp."},
+        "site": common.SITE,
         "target_modules": common.MODULES,
         "layers_to_transform": common.LAYERS,
         "centered": {"negatable": True},

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ...adapters.card import with_marker
-from ...adapters.match import find_config
+from ...adapters.match import check_unmerged, find_config
 from ...adapters.save import adapter_folder, check_adapter_folder
 from ...arguments import Argument, ArgumentError, Note, parts_of
 from ...models.sites import layer_index, target_modules, unwrap
@@ -201,8 +201,7 @@ def check_lora(config: SEAConfig, out_dir: Path) -> None:
 
 
 def _check_layer(layer: SEALayer, adapter_name: str) -> None:
-    if layer.merged:
-        raise ValueError("cannot export while adapters are merged: call unmerge_adapter first")
+    check_unmerged([layer], "export")
     if not isinstance(layer, SEALinear):
         raise ValueError(
             f"cannot export as LoRA: adapter {adapter_name!r} edits the output of {layer.site}, which is no linear "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...activations.store import ActivationStore
-from ...adapters.match import check_store, describe_data, find_adapter, replace_config
-from ...arguments import Argument, ArgumentError, parts_of
+from ...activations.store import ActivationStore, Store, open_store
+from ...adapters.match import check_store, check_unmerged, describe_data, find_adapter, replace_config
+from ...arguments import ArgumentError, parts_of
 from ...processes import processes
 from .config import SEAConfig
 from .layer import SEALayer
@@ -81,7 +80,7 @@ class SEAFit:
 
 def fit_sea(
     model: nn.Module,
-    store: ActivationStore | str | os.PathLike,
+    store: Store,
     adapter_name: str | None = None,
     allow_fingerprint_mismatch: bool = False,
 ) -> SEAFit:
@@ -101,16 +100,9 @@ def fit_sea(
         ValueError: the store does not fit the adapter (model, site, layers, hidden size, tokens), has fewer than two
             demonstrations or activations that are not finite; the adapter is merged, missing or no SEA adapter.
     """
-    if not isinstance(store, ActivationStore):
-        store = ActivationStore(store)
+    store = open_store(store)
     adapter_name, config, layers = find_adapter(model, adapter_name, SEAConfig, SEALayer)
-    if any(layer.merged for layer in layers.values()):
-        raise ValueError("cannot fit while adapters are merged: call unmerge_adapter first")
-    if store.tokens == "answer":
-        raise ArgumentError(
-            f"{store.path} holds every answer token: collect with ",
-            *(Argument("tokens", "last"), ", 'mean' or 'random' for SEA"),
-        )
+    check_unmerged(layers.values(), "fit")
     store = check_store(model, store, config.site, layers, allow_fingerprint_mismatch)
 
     together = processes()

@@ -137,10 +137,7 @@ class SEALayer(EditLayer):
                 "keep it as an adapter or fit with ",
                 Argument("feature_map", None),
             )
-        if self.in_edit_strength:
-            raise ValueError(
-                "cannot merge inside edit_strength: set the strength in the configuration and merge outside"
-            )
+        super().check_mergeable(adapter_name)
         if config.rescale in ("token", "mean"):
             self._mean_rescale(config)
         self.sea_positive[adapter_name].check()

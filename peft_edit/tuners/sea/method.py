@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...activations.store import ROW_TOKENS
-from ...models.sites import layer_index
+from ...models.sites import by_layer, layer_index
 from ..method import Method
 from .config import SEAConfig
 from .convert import convert_sea
@@ -26,10 +26,9 @@ def card_settings(config: SEAConfig) -> list[str]:
 
 
 def card_layers(config: SEAConfig) -> list[dict[str, Any]]:
-    # In a file the sites are sorted as texts.
     return [
         {"index": layer_index(site), "site": site, "ranks": ranks, **config.fit_statistics.get(site, {})}
-        for site, ranks in sorted(config.rank_pattern.items(), key=lambda item: (layer_index(item[0]) or 0, item[0]))
+        for site, ranks in by_layer(config.rank_pattern)
     ]
 
 
@@ -39,7 +38,6 @@ def holds_projections(folder: Path) -> bool:
 
 METHOD = Method(
     short="SEA",
-    title="Spectral Editing of Activations",
     config=SEAConfig,
     model=SEAModel,
     layer=SEALayer,

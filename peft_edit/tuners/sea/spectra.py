@@ -179,8 +179,8 @@ def _verified(
     """The first k of k + 1 eigenvectors, orthonormal, (d, k); None unless they are the leading ones to the tolerance.
 
     The coupling of the last block misses what rounding hid from it, so the residuals are taken afresh: each over the
-    distance to the other side of the cut, which bounds the error of the projector. What residuals cannot see is more
-    copies of one singular value than a block has columns: it finds as many of them as its width.
+    distance to the other side of the cut, which bounds the error of the projector. Residuals do not show a singular
+    value with more copies than a block has columns: the iteration finds only that many.
     """
     k = len(values) - 1
     gap = values[k - 1] - values[k]
