@@ -655,7 +655,7 @@ def test_an_edit_that_depends_on_padding_is_not_evaluated(stores, last_token, ru
 
 def test_messages_tell_which_store_to_collect(stores, run, tmp_path):
     line = refused(run, "train-hpr", MODEL, stores / "last", tmp_path / "out")
-    assert "--site block" in line and "--tokens answer" in line and "tokens='answer'" not in line
+    assert "collect with --tokens answer" in line and "tokens='answer'" not in line
 
 
 def test_messages_advise_options_that_the_command_has(stores, pipeline, last_token, run, tmp_path):

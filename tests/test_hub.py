@@ -27,6 +27,8 @@ from peft import LoraConfig, get_peft_model
 
 from peft_edit import methods
 from peft_edit.adapters.card import is_generated
+from peft_edit.adapters.unfinished import UNFINISHED
+from peft_edit.tuners.hpr import resuming
 
 
 TOKENS = {"hf_write": ("user", "write"), "hf_read": ("user", "read"), "hf_other": ("other", "write")}
@@ -430,7 +432,8 @@ def test_what_is_no_adapter_stays_here(hub, client, folders, tmp_path):
     for name in ("checkpoint-10", ".cache", "runs/today"):
         shutil.copytree(folders / "HPR", tmp_path / "trained" / name)
     (tmp_path / "trained" / "train_hpr.json").write_text("{}")
-    (tmp_path / "trained" / "train_hpr.unfinished.json").write_text("{}")
+    for name in (resuming.UNFINISHED, f"another_method{UNFINISHED}"):
+        (tmp_path / "trained" / name).write_text("{}")
     assert client(push_folder, tmp_path / "trained", "user/trained", **WRITE) == "done"
     known = {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "train_hpr.json"}
     assert set(repository(hub, "user/trained").files) == known

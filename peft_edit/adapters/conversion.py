@@ -6,36 +6,42 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+
+Result = TypeVar("Result", bound="Conversion")
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Result of `convert_sea` and `convert_hpr`.
+    """Result of a method's `convert`, which may have a class of its own that says more.
 
     Attributes:
         method: name of the method.
         layers: indices of the decoder blocks that the adapter edits.
-        ranks: of each layer, where the method has ranks.
-        deviation: largest entry of a stored matrix minus what the adapter makes of it; 0 where nothing is rounded.
         notes: what differs from the published behaviour.
     """
 
     method: str
     layers: list[int]
-    ranks: list[list[int]]
-    deviation: float
     notes: list[str]
+
+    def table(self) -> tuple[list[str], list[list[str]]] | None:
+        """Header and rows, one for each layer; None where there is nothing to tell of each."""
+        return None
+
+    def remarks(self) -> list[str]:
+        """Sentences for people, of the whole adapter."""
+        return [f"Layers: {', '.join(map(str, self.layers))}"]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return asdict(self)
 
 
-def finish(conversion: Conversion) -> Conversion:
+def finish(conversion: Result) -> Result:
     """Log the notes."""
     for note in conversion.notes:
         logger.warning("%s", note)

@@ -23,6 +23,7 @@ from .card import README, for_repository, has_own_readme, index_card, is_generat
 from .card_results import Results
 from .hub_errors import plain_errors
 from .read import read_config
+from .unfinished import is_unfinished
 
 
 logger = logging.getLogger(__name__)
@@ -213,8 +214,8 @@ def _check_weights(place: Path) -> None:
 
 
 def _stays(path: Path) -> bool:
-    """Whether a file or folder of an adapter's folder is not for others: hidden, or a checkpoint of a training."""
-    return path.name.startswith(".") or path.name.startswith("checkpoint-") or path.name.endswith(".unfinished.json")
+    """Whether a file or folder of an adapter's folder is not for others: hidden, or of a run that was interrupted."""
+    return path.name.startswith(".") or is_unfinished(path)
 
 
 def _operations(

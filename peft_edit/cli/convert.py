@@ -49,12 +49,10 @@ def convert(
         )
     logging.getLogger(conversion.__name__).setLevel(logging.ERROR)  # the notes are printed below
     converted = method.convert(source, out, base_model=model.model, **given)
-    if converted.ranks:
-        rows = [[str(layer), *map(str, ranks)] for layer, ranks in zip(converted.layers, converted.ranks, strict=True)]
-        print(common.table(["layer", "rank +", "rank -"], rows))
-        print(f"The projections are those of their factors to {converted.deviation:.1g}.")
-    else:
-        print(f"Layers: {', '.join(map(str, converted.layers))}")
+    if (table := converted.table()) is not None:
+        print(common.table(*table))
+    for remark in converted.remarks():
+        print(remark)
     output.write(run.record(converted.to_dict()))
     for note in converted.notes:
         print(f"Note: {run.tell(note)}.")

@@ -268,7 +268,7 @@ def open_pairs(store: Store) -> ActivationStore:
     if store.tokens != "answer":
         raise ArgumentError(
             *(f"{store.path} holds one row an answer (", Argument("tokens", store.tokens), "): collect with "),
-            *(Argument("site", "block"), " and ", Argument("tokens", "answer")),
+            Argument("tokens", "answer"),
         )
     if len(store) == 0:
         raise ValueError(f"{store.path} holds no token pair: no two answers differ in a token that both have")

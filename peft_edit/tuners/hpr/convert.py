@@ -60,7 +60,7 @@ def convert_hpr(
     )
     layers = _load_guidance(adapted, path, guidance["target_layers"])
     save_adapter(adapted, out)
-    return finish(Conversion("HPR", layers, [], 0.0, _hpr_notes(guidance, selected, len(layers), str(base_model))))
+    return finish(Conversion("HPR", layers, _hpr_notes(guidance, selected, len(layers), str(base_model))))
 
 
 def _check_guidance(

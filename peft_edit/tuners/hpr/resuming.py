@@ -11,12 +11,13 @@ from zipfile import is_zipfile
 
 from safetensors import SafetensorError, safe_open
 
+from ...adapters import unfinished
 from ...arguments import Argument, ArgumentError
 from ...files import write_json
 
 
 # Settings of a training that is not finished, beside its checkpoints.
-UNFINISHED = "train_hpr.unfinished.json"
+UNFINISHED = f"train_hpr{unfinished.UNFINISHED}"
 
 
 def checkpoints(out: Path) -> list[Path]:

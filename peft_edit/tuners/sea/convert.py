@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,26 @@ PROJECTION_TOLERANCE = 1e-2
 SEA_PREFIX = "no_mean_sub_"
 
 
+@dataclass(frozen=True)
+class SEAConversion(Conversion):
+    """Result of `convert_sea`.
+
+    Attributes:
+        ranks: of each layer, those of the positive and of the negative projection.
+        deviation: largest entry of a stored matrix minus what the adapter makes of it.
+    """
+
+    ranks: list[list[int]]
+    deviation: float
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        rows = [[str(layer), *map(str, ranks)] for layer, ranks in zip(self.layers, self.ranks, strict=True)]
+        return ["layer", "rank +", "rank -"], rows
+
+    def remarks(self) -> list[str]:
+        return [f"The projections are those of their factors to {self.deviation:.1g}."]
+
+
 def convert_sea(
     source_dir: str | os.PathLike,
     out_dir: str | os.PathLike,
@@ -32,7 +53,7 @@ def convert_sea(
     base_model: str | os.PathLike,
     layers: LayerIndices = None,
     rescale: str = "token",
-) -> Conversion:
+) -> SEAConversion:
     """Turn the dense projections that the published code of SEA writes into a SEA adapter of thin factors.
 
     The projections, (L, d, d) in each file, edit the outputs of the MLPs, as in the published code. A file is refused
@@ -91,7 +112,7 @@ def convert_sea(
             module.set_factors("default", *factors[layer_index(module.site)], checked=True)
     save_adapter(adapted, out)
     notes = _sea_notes(rescale, feature_map, centred_by_sample, layers, len(sites))
-    return finish(Conversion("SEA", list(sites), list(ranks.values()), deviation, notes))
+    return finish(SEAConversion("SEA", list(sites), notes, list(ranks.values()), deviation))
 
 
 def _sea_files(source: Path) -> tuple[list[Path], bool]:
