@@ -11,7 +11,8 @@ from test_cli import MODEL, refused
 from tiny import CONFIGS, logits, vivid_model
 from transformers import AutoModelForCausalLM
 
-from peft_edit import HPRConfig, SEAConfig, cli
+from peft_edit import HPRConfig, SEAConfig
+from peft_edit.cli import common
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -59,7 +60,7 @@ def test_export_lora_tells_what_it_leaves_out(run, adapter, tmp_path):
 def test_what_export_lora_refuses_before_it_loads_the_model(run, adapter, tmp_path, monkeypatch):
     hpr = adapter("hpr", HPRConfig())
     sea = adapter("sea", SEAConfig(init_weights=False, rescale="average"))
-    monkeypatch.setattr(cli.common, "load_model", None)
+    monkeypatch.setattr(common, "load_model", None)
     out = tmp_path / "lora"
     assert "got one of HPR: it rotates each token" in refused(run, "export-lora", MODEL, hpr, out)
     assert "rescale='average' halves activations" in refused(run, "export-lora", MODEL, sea, out)

@@ -126,7 +126,7 @@ HUB_SCRIPT = """
 import json, sys
 from pathlib import Path
 from huggingface_hub import hf_hub_download, snapshot_download
-from peft_edit.contrast import CONTRAST_FEATURES, load_contrast_set
+from peft_edit.data import CONTRAST_FEATURES, load_contrast_set
 
 def attempt(name, options):
     try:
