@@ -441,7 +441,7 @@ def test_adapters_of_other_models(pair, tmp_path):
     [
         (
             lambda: HPRConfig(),
-            r"is an adapter of another method \(HPR\): only SEA or .* merges into the weights; it rotates",
+            r"is an adapter of another method \(HPR\): only SEA or .* merges .*; it rotates",
         ),
         (lambda: SEAConfig(init_weights=False, feature_map="tanh"), "its feature map 'tanh' is not linear"),
         (lambda: SEAConfig(init_weights=False, site="block"), "which is no linear layer"),
