@@ -113,19 +113,7 @@ def merge_checkpoint(
             another model or does not merge, the output folder is in use, or the disk is too small. Nothing is written.
     """
     out, target = Path(out).resolve(), _device(device)
-    config = load_adapter_config(str(adapter))
-    if (method := method_of(config)) is None or method.no_merge:
-        merging = names(lambda method: not method.no_merge)
-        reason = f"; {method.no_merge}" if method else ""
-        raise ValueError(
-            f"{adapter} is an adapter of another method ({config.peft_type.value}): only {merging} merges into the "
-            f"weights{reason}"
-        )
-    if config.modules_to_save:
-        raise ValueError(
-            f"{adapter} also holds trained modules ({', '.join(config.modules_to_save)}): "
-            "load it with its base model and call merge_and_unload"
-        )
+    _check_adapter(str(adapter))
     folder = _local(str(base), revision)
     if folder.resolve() in (out, *out.parents):
         raise ValueError(f"{out} is the base model's folder or lies in it: choose another folder")
@@ -159,6 +147,23 @@ def merge_checkpoint(
         bytes=sum((folder / file).stat().st_size for file in checkpoint.files),
         relative_error=sum(errors) / len(errors) if errors else 0.0,
     )
+
+
+def _check_adapter(adapter: str) -> None:
+    """Raise ValueError, with the reason, for an adapter of a method that does not merge, or with other modules."""
+    config = load_adapter_config(adapter)
+    if (method := method_of(config)) is None or method.no_merge:
+        merging = names(lambda method: not method.no_merge)
+        reason = f"; {method.no_merge}" if method else ""
+        raise ValueError(
+            f"{adapter} is an adapter of another method ({config.peft_type.value}): only {merging} merges into the "
+            f"weights{reason}"
+        )
+    if config.modules_to_save:
+        raise ValueError(
+            f"{adapter} also holds trained modules ({', '.join(config.modules_to_save)}): "
+            "load it with its base model and call merge_and_unload"
+        )
 
 
 def _device(name: str) -> torch.device:

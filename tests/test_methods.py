@@ -185,6 +185,8 @@ NAMES = "must be a list of names or a regular expression, got"
         ({"init_weights": "no"}, ["init_weights", "True or False", "'no'"]),
         ({"base_model_fingerprint": 1}, ["base_model_fingerprint", "text", "1"]),
         ({"fitted_on": "truthful_qa"}, ["fitted_on must be a dict", "'truthful_qa'"]),
+        ({"fitted_on": {"data": 5}}, ["fitted_on must be a dict", "5"]),
+        ({"base_model_name_or_path": 5}, ["base_model_name_or_path must be text", "5"]),
         *(
             ({field: names}, [field, NAMES])
             for field in ("target_modules", "exclude_modules")
@@ -196,6 +198,43 @@ NAMES = "must be a list of names or a regular expression, got"
 def test_bad_values_raise_one_clear_line(method, fields, parts):
     message = refusal(method.config, **fields)
     assert "\n" not in message and all(part in message for part in parts), message
+
+
+@every_method
+def test_bad_values_are_refused_when_they_are_set_later(method):
+    """As gate and strength are, at run time."""
+    config = method.config()
+    for field in fields(method.config):
+        choices, number = choices_of(get_type_hints(method.config)[field.name]), type(getattr(config, field.name))
+        if field.name in {own.name for own in fields(PeftConfig)} or not (choices or number in (int, float)):
+            continue
+        before, bad = getattr(config, field.name), "nonsense" if choices else float("nan")
+        with pytest.raises(ValueError, match=f"^{field.name} must be .*got {bad!r}"):
+            setattr(config, field.name, bad)
+        assert getattr(config, field.name) == before
+
+
+@pytest.mark.parametrize(
+    "config, fields",
+    [
+        (method.config, fields)
+        for method in methods().values()
+        for fields in (
+            {"fit_statistics": {"model.layers.0": 5}},
+            {"fit_statistics": {"model.layers.0": {"rms": "x", "norm": None}}},
+            {"fit_statistics": []},
+            {"rank_pattern": []},
+            {"probe_accuracy": [1]},
+            {"probe_accuracy": {"0": "x"}},
+            {"probe_accuracy": {"first": 0.5}},
+        )
+        if hasattr(method.config(), next(iter(fields)))
+    ],
+    ids=str,
+)
+def test_what_a_fit_writes_is_checked(config, fields):
+    message = refusal(config, **fields)
+    assert message.startswith(f"{next(iter(fields))} must be") and "\n" not in message
 
 
 @every_edit

@@ -121,20 +121,38 @@ def check_store(
         layers: block index to the adapter's layers.
         allow_fingerprint_mismatch: accept a store of a model with other weights.
     """
-    method = next(m for m in methods().values() if all(isinstance(layer, m.layer) for layer in layers.values()))
-    if store.tokens not in method.tokens:
-        holds = "every answer token" if store.tokens == "answer" else "one row an answer"
-        raise ArgumentError(
-            *(
-                f"{store.path} holds {holds}: collect with ",
-                Argument("tokens", method.tokens[0]),
-                f" for {method.short}",
-            )
-        )
+    _check_tokens(store, layers)
     if site not in store.sites:
         held = " and ".join(map(repr, store.sites))
         raise ValueError(f"{store.path} holds the output of {held}, the adapter edits {site!r}: collect that site")
     store = store.at(site)
+    _check_layers(store, layers)
+    if active := store.metadata["active_adapters"]:
+        logger.warning(
+            "%s was collected while adapters were active (%s): it suits a model that has them active too",
+            store.path,
+            ", ".join(active),
+        )
+    if not allow_fingerprint_mismatch:
+        _check_model(store, model)
+    return store
+
+
+def _check_tokens(store: ActivationStore, layers: Mapping[int, EditLayer]) -> None:
+    """Raise ArgumentError unless the method of these layers learns from the tokens of a store."""
+    for method in methods().values():
+        of_method = any(isinstance(layer, method.layer) for layer in layers.values())
+        if of_method and store.tokens not in method.tokens:
+            holds = "every answer token" if store.tokens == "answer" else "one row an answer"
+            raise ArgumentError(
+                f"{store.path} holds {holds}: collect with ",
+                Argument("tokens", method.tokens[0]),
+                f" for {method.short}",
+            )
+
+
+def _check_layers(store: ActivationStore, layers: Mapping[int, EditLayer]) -> None:
+    """Raise ValueError unless a store has the modules of these layers."""
     if missing := sorted(set(layers) - set(store.layers)):
         raise ArgumentError(
             f"{store.path} has layers {store.layers}, the adapter also edits {missing}: "
@@ -153,15 +171,13 @@ def check_store(
                 f"{store.path} has hidden size {store.hidden_size}, {layer.site} has {layer.features}: "
                 "it is of another model"
             )
-    if active := store.metadata["active_adapters"]:
-        logger.warning(
-            "%s was collected while adapters were active (%s): it suits a model that has them active too",
-            store.path,
-            ", ".join(active),
-        )
+
+
+def _check_model(store: ActivationStore, model: nn.Module) -> None:
+    """Raise ArgumentError where a store was collected from a model with other weights."""
     of_store = store.metadata["fingerprint"]
-    if of_store is None or allow_fingerprint_mismatch:
-        return store
+    if of_store is None:
+        return
     of_model = fingerprint(model)
     if of_model is None:
         logger.warning(
@@ -175,7 +191,6 @@ def check_store(
             f"this model has {of_model}): collect again, or pass ",
             Argument("allow_fingerprint_mismatch", True),
         )
-    return store
 
 
 def describe_data(store: ActivationStore) -> dict[str, Any]:

@@ -38,7 +38,8 @@ class Method:
         to_lora: (model, out_dir, rank=) writes the active adapter as a LoRA adapter; the result has `rank`, `exact`,
             `notes`, `table()` and `to_dict()`.
         published: whether a folder holds what the method's published code writes.
-        convert: (source_dir, out_dir, base_model=, ...) makes an adapter of such a folder.
+        convert: (source_dir, out_dir, base_model=, ...) makes an adapter of such a folder; the result has `notes`,
+            `table()`, `remarks()` and `to_dict()`.
         published_files: names of those files, for messages.
         evidence: module whose `show(scene)` is the method's part of the demonstration.
     """
