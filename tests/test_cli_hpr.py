@@ -632,7 +632,7 @@ def test_foreign_folders_and_files_are_left_alone(stores, pipeline, run, tmp_pat
         ("notes", [], "holds something else"),
         ("notes/notes.txt", [], "is a file"),
         ("out", ["--json", tmp_path], "is a folder"),
-        ("out", ["--json", tmp_path / "notes" / "notes.txt" / "x.json"], "lies below a file"),
+        ("out", ["--json", tmp_path / "notes" / "notes.txt" / "x.json"], "lies below the file"),
     ):
         assert expected in refused(run, name, MODEL, *start, tmp_path / out, *end, *options)
     assert contents(tmp_path) == before and names(tmp_path) == {"notes"}

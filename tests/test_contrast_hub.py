@@ -255,7 +255,7 @@ def test_preferences(hub_results):
 @pytest.mark.parametrize(
     "label, message",
     [
-        ("splits", "ValueError: 'user/splits' has the splits train, test: pass one of them as split"),
+        ("splits", "ArgumentError: 'user/splits' has the splits train, test: pass one of them as split"),
         ("other", "it has question: rename them"),
         ("unprompted", "lacks the columns prompt; it has question, chosen, rejected: rename them"),
         ("broken", "ValueError: 'user/broken' on the Hub cannot be read ("),
