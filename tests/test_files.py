@@ -161,11 +161,15 @@ def test_an_adapter_is_saved_by_peft_whole_or_not_at_all(edit, tmp_path, monkeyp
         patch.setattr(type(model.peft_config["default"]), "save_pretrained", interrupt)
         edited_model(edit, seed=1).save_pretrained(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    for others in ({"is_main_process": False}, {"save_directory": tmp_path / "none", "is_main_process": False}):
+        edited_model(edit, seed=1).save_pretrained(**{"save_directory": tmp_path, **others})
+    edited_model(edit, seed=1).save_pretrained(tmp_path, True, None, "auto", False)  # not the main process either
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
     (tmp_path / "README.md").write_text("mine")
     model.add_adapter("other", EDITS[edit]())
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine" and (tmp_path / "other" / "README.md").exists()
-    assert {file.name for file in tmp_path.iterdir()} == {*before, "other"}
+    assert {file.name for file in tmp_path.iterdir()} - {"none"} == {*before, "other"}
 
 
 def test_what_a_killed_save_has_left_is_saved_over(tmp_path):

@@ -90,7 +90,6 @@ class EditConfig(PeftConfig):
             )
         of_peft = {field.name for field in fields(PeftConfig)}
         check_options(self, tuple(field.name for field in fields(self) if field.name not in of_peft))
-
         self._is_checked = True
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,11 +80,12 @@ def save_into(config_cls: type[EditConfig], replaced: Callable[[Path], AbstractC
         return
 
     @wraps(of_peft, assigned=("__doc__", "__name__", "__qualname__"))
-    def save_pretrained(self: PeftModel, save_directory: str, *args, is_main_process: bool = True, **kwargs) -> None:
+    def save_pretrained(self: PeftModel, save_directory: str, *args, **kwargs) -> None:
+        given = signature(of_peft).bind(self, save_directory, *args, **kwargs).arguments
         edits = any(isinstance(config, config_cls) for config in self.peft_config.values())
-        # PEFT itself refuses a file.
-        if not edits or not is_main_process or os.path.isfile(save_directory):
-            of_peft(self, save_directory, *args, is_main_process=is_main_process, **kwargs)
+        # PEFT itself refuses a file, and writes nothing in other processes than the main one.
+        if not edits or not given.get("is_main_process", True) or os.path.isfile(save_directory):
+            of_peft(self, save_directory, *args, **kwargs)
             return
         with replaced(Path(save_directory)) as folder:
             of_peft(self, str(folder), *args, **kwargs)
