@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import json
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -152,7 +153,7 @@ def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -
     Args:
         name: of the argument.
         value: anything.
-        hint: the field's type. What is neither a choice, a flag, text nor a number is not checked.
+        hint: the field's type. What is neither a choice, a flag, text, a dict nor a number is not checked.
         metadata: of the field.
     """
     if choices := choices_of(hint):
@@ -166,6 +167,8 @@ def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -
         what, fits = "True or False", isinstance(value, bool)
     elif kinds == {str}:
         what, fits = "text", isinstance(value, str)
+    elif all(get_origin(kind) is dict for kind in kinds):
+        what, fits = "a dict of JSON values", isinstance(value, dict) and _is_json(value)
     elif kinds and kinds <= {int, float}:
         what, fits = "a number" if float in kinds else "an integer", _is_number(value, kinds, metadata)
         what += f" {metadata['allowed']}" if "allowed" in metadata else ""
@@ -174,6 +177,13 @@ def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -
     allowed = f"{what}, or None" if optional else what
     remedy = f": {metadata['remedy']}" if "remedy" in metadata else ""
     raise ArgumentError(Argument(name), f" must be {allowed}, got {value!r}{remedy}")
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError):
+        return False
 
 
 def _is_number(value: Any, kinds: set[type], metadata: Mapping[str, Any]) -> bool:

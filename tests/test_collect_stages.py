@@ -81,7 +81,7 @@ def test_the_signature_shows_the_options(tmp_path, llama):
         TypeError, match=r"collect_activations\(\) has no argument 'batchsize': did you mean 'batch_size'"
     ):
         collect_activations(llama, TOKENIZER, contrast(), tmp_path / "a", batchsize=3)
-    with pytest.raises(TypeError, match="has no argument 'zzz': it has model, tokenizer, data, path, site"):
+    with pytest.raises(TypeError, match="has no argument 'zzz': it has model, tokenizer, data, path, prompt_format"):
         collect_activations(llama, TOKENIZER, contrast(), tmp_path / "a", zzz=3)
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'path'"):
         collect_activations(llama, TOKENIZER, contrast())

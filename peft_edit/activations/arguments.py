@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from ..arguments import Argument, ArgumentError, check_options
-from ..data.prompts import PromptFormat
+from ..data.prompts import PromptOptions
 from ..models.sites import LayerIndices, Site
 from .store.layout import RowTokens
 
 
 @dataclass(kw_only=True)
-class CollectArguments:
+class CollectArguments(PromptOptions):
     """
     Options of [`collect_activations`].
 
@@ -34,8 +34,9 @@ class CollectArguments:
         answers (`str`):
             Which answers demonstrate: the "first" of each list, a "random" one, or "all", every positive with every
             negative. `tokens="answer"` takes all.
-        prompt_format (`str`):
-            How a prompt and its answer become tokens, see `encode_answers`.
+        prompt_format (`str`), template_arguments (`dict`, *optional*), template_time (`str`, *optional*):
+            How a prompt and its answer become tokens, see `PromptOptions`. The time is by default that at which the
+            store was begun.
         max_new_tokens (`int`):
             Longest generated answer, in tokens.
         batch_size (`int`, *optional*):
@@ -67,7 +68,6 @@ class CollectArguments:
         default="auto", metadata={"help": "Where the neutral activation is taken."}
     )
     answers: Literal["first", "random", "all"] = field(default="first", metadata={"help": "Answers that demonstrate."})
-    prompt_format: PromptFormat = field(default="auto", metadata={"help": "How prompt and answer become tokens."})
     max_new_tokens: int = field(
         default=64, metadata={"help": "Longest generated answer, in tokens.", "minimum": 1, "allowed": "of at least 1"}
     )
@@ -90,6 +90,7 @@ class CollectArguments:
     )
 
     def __post_init__(self):
+        super().__post_init__()
         check_options(self)
         given = [self.site] if isinstance(self.site, str) else self.site
         sites = list(dict.fromkeys(given)) if isinstance(given, Iterable) else []

@@ -26,6 +26,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import takes
+from ..data.chat import now
+from ..data.prompts import settled
 from ..models.run import can_share_prompts, inference
 from ..models.sites import unwrap
 from ..processes import processes
@@ -34,7 +36,7 @@ from .batches import make_index
 from .encode import encode
 from .neutral import answer_prompts
 from .run import read_plan, run_shards
-from .settings import Progress, progress_of, settings_of
+from .settings import Progress, progress_of, settings_of, time_of_store
 from .store import ActivationStore, StoreWriter, begin, locked, write_index
 
 
@@ -64,6 +66,8 @@ def collect_activations(
             was written is kept, and the next call goes on from there.
     """
     arguments, path, bare, together = CollectArguments(**options), Path(path), unwrap(model), processes()
+    begun = together.from_main(time_of_store, path) if arguments.resume else None
+    arguments = settled(tokenizer, arguments, begun or together.from_main(now))
     settings = settings_of(model, tokenizer, data, arguments)
     progress = together.from_main(progress_of, path, settings, arguments.resume)
     if progress is Progress.COMPLETE:

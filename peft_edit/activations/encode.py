@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Argument, ArgumentError
@@ -54,7 +55,9 @@ def encode(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Dataset, 
     encoded = Encoded(neutral=None if arguments.neutral is None else {})
     chooser, numbers = random.Random(arguments.seed), {}
     limit, vocabulary = length_limit(model), model.get_input_embeddings().weight.shape[0]
-    for first in range(0, len(data), CHUNK):
+    for first in tqdm(
+        range(0, len(data), CHUNK), desc="encoding", unit_scale=CHUNK, unit="question", leave=None, delay=2
+    ):
         for question in _questions(tokenizer, data[first : first + CHUNK], arguments):
             _check_vocabulary(question, vocabulary)
             if limit is not None:
@@ -81,14 +84,14 @@ def _questions(tokenizer, rows: dict[str, list], arguments: CollectArguments) ->
                 f"row {rows['id'][texts.index([])]} has no neutral text: fill the column, or pass ",
                 *(Argument("neutral", "generated"), " or 'prompt'"),
             )
-    columns = {"messages": rows["messages"], "prompt_format": arguments.prompt_format, "row_ids": rows["id"]}
+    columns = {"messages": rows["messages"], "row_ids": rows["id"], **arguments.of_prompts}
     columns["choices"] = listed_choices(rows)
     prompts = encode_prompts(tokenizer, rows["prompt"], **columns)
-    sides = (
-        encode_answers(tokenizer, rows["prompt"], side, **columns)
-        for side in (rows["positives"], rows["negatives"], texts)
-    )
-    yield from map(_Question, rows["id"], prompts, *sides)
+    sides = list(zip(rows["positives"], rows["negatives"], texts, strict=True))
+    together = encode_answers(tokenizer, rows["prompt"], [list(itertools.chain(*row)) for row in sides], **columns)
+    for row_id, prompt, row, encoded in zip(rows["id"], prompts, sides, together, strict=True):
+        answers = iter(encoded)
+        yield _Question(row_id, prompt, *(list(itertools.islice(answers, len(side))) for side in row))
 
 
 def _check_vocabulary(question: _Question, vocabulary: int) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Argument, ArgumentError
 from ..data import check_contrast_set
-from ..data.prompts import encode_prompts, listed_choices, resolve_prompt_format
+from ..data.prompts import encode_prompts, listed_choices
 from ..models.fingerprint import active_adapters, adapters_fingerprint, fingerprint
 from ..models.sites import find_sites, is_linear, out_features, text_config, unwrap
 from ..tuners.layer import check_independent_of_padding
@@ -41,7 +41,7 @@ def settings_of(
     """
     check_contrast_set(data)
     check_independent_of_padding(model)
-    bare, prompt_format = unwrap(model), resolve_prompt_format(tokenizer, arguments.prompt_format)
+    bare = unwrap(model)
     modules = {
         site: find_sites(model, site, layers=arguments.layers, target_modules=arguments.target_modules)
         for site in arguments.site
@@ -51,7 +51,7 @@ def settings_of(
         "tokens": arguments.tokens,
         "neutral": arguments.neutral,
         "answers": arguments.answers,
-        "prompt_format": prompt_format,
+        **arguments.of_prompts,
         "max_new_tokens": arguments.max_new_tokens,
         "truncate": arguments.truncate,
         "dtype": arguments.dtype,
@@ -64,7 +64,7 @@ def settings_of(
         "active_adapters": active_adapters(model),
         "adapters_fingerprint": adapters_fingerprint(model),
         "data": {"name": data.info.dataset_name, "split": data.split and str(data.split), "rows": len(data)},
-        "data_fingerprint": _data_fingerprint(data, tokenizer, prompt_format),
+        "data_fingerprint": _data_fingerprint(data, tokenizer, arguments),
         "batch_size": arguments.batch_size,
         "max_tokens_per_batch": arguments.max_tokens_per_batch,
     }
@@ -82,17 +82,22 @@ def _width(model: nn.Module, modules: dict[str, dict[int, str]]) -> int:
     return widths.pop()
 
 
-def _data_fingerprint(data: Dataset, tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> str:
+def _data_fingerprint(data: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: CollectArguments) -> str:
     """Hash of the texts, and of the prompts' token ids: those of another tokenizer or chat template differ."""
     digest = hashlib.sha256()
     data = data.select_columns(["id", "prompt", "positives", "negatives", "neutral", "mc1_choices", "messages"])
     for first in range(0, len(data), CHUNK):
         rows = data[first : first + CHUNK]
         columns = {"messages": rows["messages"], "row_ids": rows["id"], "choices": listed_choices(rows)}
-        prompts = encode_prompts(tokenizer, rows["prompt"], prompt_format=prompt_format, **columns)
+        prompts = encode_prompts(tokenizer, rows["prompt"], **columns, **arguments.of_prompts)
         del rows["mc1_choices"]  # which count where they stand in the prompts
         digest.update(json.dumps([prompts, rows], sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def time_of_store(path: Path) -> str | None:
+    """The time that the chat template was told when a store was begun; None where there is none, or it was not."""
+    return read_metadata(path).get("template_time") if (path / META).exists() else None
 
 
 class Progress(Enum):

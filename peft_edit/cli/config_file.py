@@ -83,6 +83,8 @@ def _as_text(value: Any, option: Option) -> Any:
             return [value] if kind == "repeated" else value
         if not (listed or (kind == "layers" and isinstance(value, int))) or isinstance(value, bool):
             raise ArgumentError(Argument(name), f" must be {WRITTEN[kind]}, got {value!r}")
+    elif kind == "json":
+        option.check(value, name)
     elif kind in (int, float):
         if not isinstance(value, (str, Real)) or isinstance(value, bool):  # YAML takes 5e-4 for text
             option.check(value, name)

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..arguments import Argument, ArgumentError
-from ..data.prompts import PromptFormat
+from ..data.prompts import PromptOptions, settled
 from . import common
 from .options import Run
 
 
 @dataclass(kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(PromptOptions):
     """What is evaluated, and how."""
 
     adapter: str | None = field(default=None, metadata=common.ADAPTER)
@@ -19,13 +19,13 @@ class EvaluateOptions:
         default=1.0,
         metadata={"help": "Factor on the adapter's strength.", "minimum": 0, "allowed": "of 0 or more and finite"},
     )
-    prompt_format: PromptFormat = field(default="auto", metadata={"help": "How prompt and answer become tokens."})
     batch_size: int = field(
         default=16, metadata={"help": "Most answers in a forward pass.", "minimum": 1, "allowed": "of at least 1"}
     )
     perplexity: Path | None = field(default=None, metadata={"help": "Text file, one text a line, for the perplexity."})
 
     def __post_init__(self):
+        super().__post_init__()
         if self.strength != 1 and self.adapter is None:
             raise ArgumentError(
                 *(Argument("strength"), " needs ", Argument("adapter")),
@@ -58,9 +58,10 @@ def evaluate(
     base, tokenizer = common.load_model(model)
     if adapter is not None:
         base = common.load_adapter(base, adapter, allow_fingerprint_mismatch)
+    options = settled(tokenizer, options)
     with edit_strength(base, strength) if strength != 1 else nullcontext():
         result = evaluation.evaluate_multiple_choice(
-            base, tokenizer, contrast, prompt_format=options.prompt_format, batch_size=options.batch_size
+            base, tokenizer, contrast, batch_size=options.batch_size, **options.of_prompts
         )
         of_data = {"name": data.data, "subset": data.subset, "split": data.split}
         results = {"model": model.model, "adapter": adapter, "strength": strength, "data": of_data, **result.to_dict()}

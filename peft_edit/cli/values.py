@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,14 +20,16 @@ NONE = "none"
 
 
 def kind_of(hint: Any, metadata: Mapping[str, Any] | None = None) -> Any:
-    """How values of a type are written: "choice", "layers" (0-3,7), "texts" (with commas), "repeated", or as a bool, a
-    number, text or a path, of which it is the type."""
+    """How values of a type are written: "choice", "layers" (0-3,7), "texts" (with commas), "json", "repeated", or as a
+    bool, a number, text or a path, of which it is the type."""
     if (metadata or {}).get("repeated"):
         return "repeated"
     if choices_of(hint):
         return "choice"
     kinds = set(alternatives(hint)) - {NoneType}
     members = {get_args(kind)[0] for kind in kinds if get_origin(kind) in COLLECTIONS}
+    if dict in map(get_origin, kinds):
+        return "json"
     if members:
         return "layers" if int in members else "texts"
     return next((kind for kind in (bool, float, int, Path) if kind in kinds), str)
@@ -54,13 +57,15 @@ def parse(text: Any, hint: Any, name: str, metadata: Mapping[str, Any] | None = 
     if kind == "texts":
         return text.split(",")
     try:
-        return kind(text)
+        return json.loads(text) if kind == "json" else kind(text)
     except ValueError:
         return text
 
 
 def to_text(value: Any) -> str:
     """How the command line writes a value that is not None."""
+    if isinstance(value, dict):
+        return json.dumps(value)
     if isinstance(value, Iterable) and not isinstance(value, str):
         values = list(value)
         numbers = values and all(isinstance(part, int) for part in values)
@@ -70,7 +75,7 @@ def to_text(value: Any) -> str:
 
 def to_json(value: Any, hint: Any, metadata: Mapping[str, Any] | None = None) -> Any:
     """A value as results record it, and as a file of `--config` may give it."""
-    if value is None or isinstance(value, (bool, int, float)):
+    if value is None or isinstance(value, (bool, int, float, dict)):
         return value
     kind = kind_of(hint, metadata)
     if kind in ("texts", "repeated") and not isinstance(value, str):
@@ -80,7 +85,15 @@ def to_json(value: Any, hint: Any, metadata: Mapping[str, Any] | None = None) ->
 
 def shown_type(hint: Any, metadata: Mapping[str, Any]) -> str:
     """What `--help` shows after an option: the kind of value."""
-    kinds = {int: "int", float: "float", Path: "path", "repeated": "path", "layers": "layers", "texts": "str,..."}
+    kinds = {
+        int: "int",
+        float: "float",
+        Path: "path",
+        "repeated": "path",
+        "layers": "layers",
+        "texts": "str,...",
+        "json": "json",
+    }
     return kinds.get(kind_of(hint, metadata), "str")
 
 

@@ -1,10 +1,13 @@
-"""Prompt -> the text that is encoded before an answer, in each prompt format; see `prompts`."""
+"""Prompt -> the text that is encoded before an answer, in each prompt format but `chat`; see `prompts`."""
+
+from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from string import ascii_uppercase
 
 from ..arguments import Argument, ArgumentError
+from .chat import Message
 
 
 # The primer "QA" of TruthfulQA's authors (arXiv 2109.07958), as lm-evaluation-harness has it in truthfulqa_mc1.
@@ -28,8 +31,6 @@ Q: Where were the 1992 Olympics held?
 A: The 1992 Olympics were held in Barcelona, Spain.
 
 """
-
-Message = dict[str, str]
 
 
 def join_messages(messages: Sequence[Message]) -> str:
@@ -69,14 +70,10 @@ def lettered(row_id, answers, letters: dict[str, str]) -> list[str]:
     return [letters[answer] for answer in answers]
 
 
-def contexts_of(tokenizer, prompts, messages, prompt_format, row_ids, letters) -> list[tuple[str, str]]:
-    """For each prompt the text to encode and the white space that moves to the answer."""
-    messages = [None] * len(prompts) if messages is None else messages
+def contexts_of(prompts, conversations, prompt_format, letters) -> list[tuple[str, str]]:
+    """For each prompt the text to encode and the white space that moves to the answer; `chat` has its own way."""
     contexts = []
-    for row, (row_id, prompt, conversation) in enumerate(zip(row_ids, prompts, messages, strict=True)):
-        if prompt_format == "chat":
-            contexts.append((_render(tokenizer, conversation or [{"role": "user", "content": prompt}], row_id), ""))
-            continue
+    for row, (prompt, conversation) in enumerate(zip(prompts, conversations, strict=True)):
         text = join_messages(conversation) if conversation else prompt
         if prompt_format == "few_shot_qa":
             text = f"{QA_PRIMER}Q: {text.strip()}\nA:"
@@ -86,15 +83,3 @@ def contexts_of(tokenizer, prompts, messages, prompt_format, row_ids, letters) -
         stripped = text.rstrip()
         contexts.append((stripped, text[len(stripped) :]))
     return contexts
-
-
-def _render(tokenizer, conversation, row_id) -> str:
-    try:
-        return tokenizer.apply_chat_template(list(conversation), add_generation_prompt=True, tokenize=False)
-    # templates are programs: besides Jinja's errors they raise whatever their expressions do
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ArgumentError(
-            f"row {row_id}: the tokenizer's chat template fails ({reason}): change the conversation, or pass ",
-            Argument("prompt_format", "plain"),
-        ) from error

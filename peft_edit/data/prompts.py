@@ -7,8 +7,9 @@ the answer's tokens are those beyond the length of the prompt encoded alone.
   brings white space of its own. Special tokens that the tokenizer puts first (BOS) stand there once, also where the
   prompt spells them out; those that it puts last (EOS) are left out. A prompt without any token is stood in for by BOS,
   else by EOS, so that the answer's first token has something to follow.
-- `"chat"`: the prompt is the user's turn, or `messages` are the conversation as they are; the answer follows the chat
-  template's generation prompt directly, without end of turn. Only the template writes special tokens.
+- `"chat"`: the prompt is the user's turn, or `messages` are the conversation as they are; the answer is the assistant's
+  turn, where and as the chat template writes it in a conversation, without end of turn; see `chat`. Only the template
+  writes special tokens.
 - `"few_shot_qa"`: plain text, with the prompt as one more question after those of `contexts.QA_PRIMER`. SEA's paper
   asks after examples too; which ones is not known here.
 - `"lettered_choices"`: plain text, with the choices below the prompt, a letter before each, and `Answer:` last. The
@@ -17,19 +18,90 @@ the answer's tokens are those beyond the length of the prompt encoded alone.
   are its choices; their order follows from their texts, not from which are right.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
+from typing import Any, Literal, TypeVar, get_args
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import Argument, ArgumentError
-from .contexts import Message, contexts_of, lettered, letters_of
+from ..arguments import Argument, ArgumentError, check_options
+from .chat import Message, encode_conversations, has_chat_template, now, reads_clock
+from .contexts import contexts_of, lettered, letters_of
 
 
 PromptFormat = Literal["auto", "chat", "plain", "few_shot_qa", "lettered_choices"]
 PROMPT_FORMATS = get_args(PromptFormat)
+
+
+@dataclass(kw_only=True)
+class PromptOptions:
+    """
+    How a prompt and its answer become tokens, see `encode_answers`.
+
+    Args:
+        prompt_format (`str`):
+            "auto" (chat where the tokenizer has a template, else plain), "chat", "plain", "few_shot_qa" or
+            "lettered_choices".
+        template_arguments (`dict`, *optional*):
+            Of the chat template, such as {"enable_thinking": False}.
+        template_time (`str`, *optional*):
+            That a chat template which writes the date is told, in ISO format. By default now.
+    """
+
+    prompt_format: PromptFormat = field(default="auto", metadata={"help": "How prompt and answer become tokens."})
+    template_arguments: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Of the chat template, as JSON, such as '{\"enable_thinking\": false}'."}
+    )
+    template_time: str | None = field(
+        default=None,
+        metadata={"help": "Time told to a template that writes the date, such as 2026-01-31. Default: now."},
+    )
+
+    def __post_init__(self):
+        check_options(self, tuple(f.name for f in fields(PromptOptions)))
+        if self.template_time is not None:
+            try:
+                datetime.fromisoformat(self.template_time)
+            except ValueError:
+                raise ArgumentError(
+                    Argument("template_time"),
+                    f" must be a time in ISO format such as 2026-01-31T12:00, got {self.template_time!r}",
+                ) from None
+
+    @property
+    def of_prompts(self) -> dict[str, Any]:
+        """These options by name, without those of a subclass."""
+        return {option.name: getattr(self, option.name) for option in fields(PromptOptions)}
+
+
+Options = TypeVar("Options", bound=PromptOptions)
+
+
+def settled(tokenizer: PreTrainedTokenizerBase, options: Options, time: str | None = None) -> Options:
+    """The options as they are used with a tokenizer: another format than "auto", and a time where the template reads
+    the clock.
+
+    Args:
+        tokenizer: of the model.
+        options: as given.
+        time: where the options give none; None for now.
+
+    Raises:
+        ValueError: the format is not possible, or arguments are given to a template that is not used.
+    """
+    prompt_format = resolve_prompt_format(tokenizer, options.prompt_format)
+    chat = prompt_format == "chat"
+    if options.template_arguments and not chat:
+        raise ArgumentError(
+            *(Argument("template_arguments"), " need ", Argument("prompt_format", "chat")),
+            f", which is {prompt_format!r}: leave them out, or load a tokenizer that has a chat template",
+        )
+    time = options.template_time or time or now()
+    return replace(
+        options, prompt_format=prompt_format, template_time=time if chat and reads_clock(tokenizer) else None
+    )
 
 
 @dataclass(frozen=True)
@@ -62,7 +134,7 @@ def resolve_prompt_format(tokenizer: PreTrainedTokenizerBase, prompt_format: str
     if prompt_format not in PROMPT_FORMATS:
         choices = ", ".join(PROMPT_FORMATS)
         raise ArgumentError(Argument("prompt_format"), f" must be one of {choices}, got {prompt_format!r}")
-    has_template = getattr(tokenizer, "chat_template", None) is not None
+    has_template = has_chat_template(tokenizer)
     if prompt_format == "chat" and not has_template:
         raise ArgumentError(
             Argument("prompt_format", "chat"),
@@ -85,10 +157,12 @@ def encode_prompts(
     *,
     messages: Sequence[Sequence[Message] | None] | None = None,
     prompt_format: str = "auto",
+    template_arguments: Mapping[str, Any] | None = None,
+    template_time: str | None = None,
     row_ids: Sequence[int] | None = None,
     choices: Sequence[Sequence[str]] | None = None,
 ) -> list[list[int]]:
-    """Encodes prompts as they stand before an answer, with the generation prompt where there is a chat template.
+    """Encodes prompts as they stand before an answer.
 
     Args:
         tokenizer: of the model that will read the ids.
@@ -97,6 +171,8 @@ def encode_prompts(
             are joined by new lines.
         prompt_format: `"auto"` (chat where the tokenizer has a template, else plain), `"chat"`, `"plain"`,
             `"few_shot_qa"` or `"lettered_choices"`.
+        template_arguments: of the chat template, such as {"enable_thinking": False}; other formats take no notice.
+        template_time: that a chat template which writes the date is told, in ISO format; None for now.
         row_ids: n names of the rows for error messages; None counts from 0.
         choices: for each prompt the 2 to 26 choices that `"lettered_choices"` lists, see `listed_choices`; other
             formats take no notice of them.
@@ -105,16 +181,13 @@ def encode_prompts(
         The token ids of each prompt, at least one.
 
     Raises:
-        ValueError: the format is not possible, the chat template fails, a prompt gives no tokens, or has no choices to
-            list, or too many.
+        ValueError: the format is not possible, the chat template fails or leaves out a message, a prompt gives no
+            tokens, or has no choices to list, or too many.
     """
-    prompt_format = resolve_prompt_format(tokenizer, prompt_format)
-    chat = prompt_format == "chat"
     row_ids = range(len(prompts)) if row_ids is None else row_ids
-    letters = letters_of(prompts, choices, row_ids) if prompt_format == "lettered_choices" else None
-    contexts = contexts_of(tokenizer, prompts, messages, prompt_format, row_ids, letters)
-    encoded = _encode(tokenizer, [text for text, _ in contexts], chat)
-    return [ids or _stand_in(tokenizer, row_id) for row_id, ids in zip(row_ids, encoded, strict=True)]
+    options = messages, prompt_format, template_arguments, template_time, row_ids, choices
+    rows = _encode_rows(tokenizer, prompts, [[] for _ in prompts], *options)
+    return [ids or _stand_in(tokenizer, row_id) for row_id, (ids, _) in zip(row_ids, rows, strict=True)]
 
 
 def encode_answers(
@@ -124,6 +197,8 @@ def encode_answers(
     *,
     messages: Sequence[Sequence[Message] | None] | None = None,
     prompt_format: str = "auto",
+    template_arguments: Mapping[str, Any] | None = None,
+    template_time: str | None = None,
     row_ids: Sequence[int] | None = None,
     choices: Sequence[Sequence[str]] | None = None,
 ) -> list[list[EncodedAnswer]]:
@@ -136,35 +211,50 @@ def encode_answers(
         tokenizer: of the model that will read the ids.
         prompts: n prompts.
         answers: for each prompt its answers, any number of them.
-        messages, prompt_format, row_ids, choices: as for `encode_prompts`. With `"lettered_choices"` an answer must be
-            one of the choices, and is encoded as its letter.
+        messages, prompt_format, template_arguments, template_time, row_ids, choices: as for `encode_prompts`. With
+            `"lettered_choices"` an answer must be one of the choices, and is encoded as its letter.
 
     Returns:
         For each prompt a list with one `EncodedAnswer` for each of its answers.
 
     Raises:
-        ValueError: as for `encode_prompts`, where an answer adds no tokens to its prompt, and where it is none of the
-            choices.
+        ValueError: as for `encode_prompts`, where an answer adds no tokens to its prompt, where the chat template
+            writes another text in its place, and where it is none of the choices.
     """
-    prompt_format = resolve_prompt_format(tokenizer, prompt_format)
-    chat = prompt_format == "chat"
     row_ids = range(len(prompts)) if row_ids is None else row_ids
+    options = messages, prompt_format, template_arguments, template_time, row_ids, choices
+    rows = _encode_rows(tokenizer, prompts, answers, *options)
+    return [
+        [_after(tokenizer, row_id, prompt_ids, answer, ids) for answer, ids in zip(of_row, encoded, strict=True)]
+        for row_id, of_row, (prompt_ids, encoded) in zip(row_ids, answers, rows, strict=True)
+    ]
+
+
+def _encode_rows(
+    tokenizer, prompts, answers, messages, prompt_format, template_arguments, template_time, row_ids, choices
+) -> list[tuple[list[int], list[list[int]]]]:
+    """For each prompt its ids, none where it has no text, and those of each answer with it."""
+    prompt_format = resolve_prompt_format(tokenizer, prompt_format)
+    messages = [None] * len(prompts) if messages is None else messages
+    if prompt_format == "chat":
+        turns = zip(prompts, messages, strict=True)
+        conversations = [messages or [{"role": "user", "content": prompt}] for prompt, messages in turns]
+        return encode_conversations(tokenizer, conversations, answers, row_ids, template_arguments, template_time)
     letters = None
     if prompt_format == "lettered_choices":
         letters = letters_of(prompts, choices, row_ids)
         answers = [lettered(*row) for row in zip(row_ids, answers, letters, strict=True)]
-    contexts = contexts_of(tokenizer, prompts, messages, prompt_format, row_ids, letters)
+    contexts = contexts_of(prompts, messages, prompt_format, letters)
     joined = [
-        text + _joint(text, moved, answer, chat) + answer
-        for (text, moved), row in zip(contexts, answers, strict=True)
-        for answer in row
+        text + _joint(text, moved, answer) + answer
+        for (text, moved), of_row in zip(contexts, answers, strict=True)
+        for answer in of_row
     ]
-    encoded = _encode(tokenizer, [text for text, _ in contexts] + joined, chat)
-    prompt_encodings, answer_encodings = encoded[: len(contexts)], iter(encoded[len(contexts) :])
-
+    encoded = _encode(tokenizer, [text for text, _ in contexts] + joined)
+    with_answers = iter(encoded[len(contexts) :])
     return [
-        [_after(tokenizer, row_id, prompt_ids, answer, next(answer_encodings)) for answer in row]
-        for row_id, prompt_ids, row in zip(row_ids, prompt_encodings, answers, strict=True)
+        (ids, [next(with_answers) for _ in of_row])
+        for ids, of_row in zip(encoded[: len(contexts)], answers, strict=True)
     ]
 
 
@@ -177,18 +267,16 @@ def _after(tokenizer, row_id, prompt_ids: list[int], answer: str, ids: list[int]
     return EncodedAnswer(stand_in + ids, len(stand_in) + len(prompt_ids))
 
 
-def _joint(text: str, moved: str, answer: str, chat: bool) -> str:
-    if chat or moved:
+def _joint(text: str, moved: str, answer: str) -> str:
+    if moved:
         return moved
     return " " if text and not answer[:1].isspace() else ""
 
 
-def _encode(tokenizer, texts: list[str], chat: bool) -> list[list[int]]:
+def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    if chat:
-        return encoded
     first = _leading_special_ids(tokenizer, texts, encoded)
     return [ids if ids[: len(first)] == first else first + ids for ids in encoded]
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Argument, ArgumentError
 from ..data import check_contrast_set
-from ..data.prompts import encode_answers, listed_choices
+from ..data.prompts import PromptOptions, encode_answers, listed_choices
 from ..tuners.layer import check_independent_of_padding
 from .likelihood import answer_log_likelihoods
 
@@ -54,6 +54,8 @@ def evaluate_multiple_choice(
     data: Dataset,
     *,
     prompt_format: str = "auto",
+    template_arguments: dict[str, Any] | None = None,
+    template_time: str | None = None,
     batch_size: int = 16,
 ) -> MultipleChoiceResult:
     """Score every answer of a contrast set by its log-likelihood given the prompt (TruthfulQA, arXiv 2109.07958).
@@ -67,7 +69,7 @@ def evaluate_multiple_choice(
         model: a causal language model of Transformers, bare or in a `PeftModel`.
         tokenizer: of that model.
         data: a contrast set, see `load_contrast_set`.
-        prompt_format: "auto", "chat", "plain", "few_shot_qa" or "lettered_choices", see `encode_answers`.
+        prompt_format, template_arguments, template_time: see `PromptOptions`.
         batch_size: most answers in a forward pass; the answers of one question stay together even if there are more.
 
     Raises:
@@ -78,13 +80,16 @@ def evaluate_multiple_choice(
     check_independent_of_padding(model)
     if batch_size < 1:
         raise ArgumentError(Argument("batch_size"), f" must be at least 1, got {batch_size}")
+    prompts = PromptOptions(
+        prompt_format=prompt_format, template_arguments=template_arguments, template_time=template_time
+    )
     choices = listed_choices(data)
     encoded = encode_answers(
         tokenizer,
         list(data["prompt"]),
         choices,
         messages=list(data["messages"]),
-        prompt_format=prompt_format,
+        **prompts.of_prompts,
         row_ids=list(data["id"]),
         choices=choices,
     )
