@@ -126,8 +126,8 @@ def test_dialogues_hold_their_prompt_with_and_without_one_beside_them(start, pro
         ),
         (
             {"chosen": DIALOGUE + " yes", "rejected": "no"},
-            r"row 0: there is no prompt, and rejected is no dialogue of the form '\\n\\nHuman: .*' that holds one: fill "
-            "the prompt in",
+            r"row 0: there is no prompt, and rejected is no dialogue of the form '\\n\\nHuman: .*' that holds one: "
+            "fill the prompt in",
         ),
         (
             {"prompt": "another", "chosen": DIALOGUE + " yes", "rejected": DIALOGUE + " no"},
@@ -172,13 +172,14 @@ def test_conversations_load_in_each_of_trls_forms(prompt, shared, explicit, part
     if explicit != "implicit":
         record["prompt"] = prompt
     if parts:
+        halves = (slice(2), slice(2, None))
         record = {
             column: [
-                {**turn, "content": [{"type": "text", "text": turn["content"][:2]}, {"type": "text", "text": turn["content"][2:]}]}
+                {**turn, "content": [{"type": "text", "text": turn["content"][part]} for part in halves]}
                 for turn in turns
             ]
             for column, turns in record.items()
-        }  # fmt: skip
+        }
     (row,) = load_jsonl(tmp_path_factory.getbasetemp(), record)
     assert row["messages"] == [*prompt, *shared]
     assert (row["positives"], row["negatives"]) == (["yes"], ["no"])

@@ -207,8 +207,9 @@ def _split_shared_prompt(row_id: int, prompt: str | None, chosen: list[Message],
 def _only_answer(messages: list[Message], row_id: int, column: str) -> str:
     roles = [message["role"] for message in messages]
     if roles != ["assistant"]:
+        got = ", ".join(roles) or "none"
         raise ValueError(
-            f"row {row_id}: {column} must have one assistant message after the prompt, got {', '.join(roles) or 'none'}: "
+            f"row {row_id}: {column} must have one assistant message after the prompt, got {got}: "
             "end both conversations after the first answer in which they differ, or leave the row out"
         )
     return messages[0]["content"]
