@@ -23,9 +23,10 @@ NAMES = {
 }
 
 
-def byte_llama():
-    """The model that the file holds: a wider one, as blocks of Q8_0 have 32 values."""
-    return tiny_model("llama", vocab_size=len(TOKENS), intermediate_size=64, max_position_embeddings=512)
+def byte_llama(**changes):
+    """The model that the file holds. Its MLPs are wider than usual here, as blocks of Q8_0 have 32 values."""
+    sizes = {"vocab_size": len(TOKENS), "intermediate_size": 64, "max_position_embeddings": 512}
+    return tiny_model("llama", **sizes, **changes)
 
 
 def write_gguf(path, model, quantised=False):
@@ -74,9 +75,9 @@ def _permuted(name, tensor, config):
 
 
 @torch.no_grad()
-def gguf_folder(folder, quantised=False):
+def gguf_folder(folder, quantised=False, **changes):
     """A folder with `tiny.gguf`; returns the model that is in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = byte_llama()
+    model = byte_llama(**changes)
     write_gguf(folder / "tiny.gguf", model, quantised)
     return model

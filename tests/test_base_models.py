@@ -7,14 +7,17 @@ import sys
 
 import pytest
 import torch
+import typer
 from conftest import ASSETS
 from gguf_files import gguf_folder
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_cli import refused
 from test_cli import run as run  # a fixture
+from test_conversion import HPR, SEA, base
 from tiny import logits
 from transformers import AutoModelForCausalLM
+from transformers.utils import import_utils as availability
 
 from peft_edit import SEAConfig, cli, fingerprint, merge_checkpoint
 from peft_edit.models.load import BaseModel, load_model, load_structure, load_tokenizer
@@ -62,14 +65,16 @@ class OwnForCausalLM(LlamaForCausalLM):
 @pytest.fixture
 def own_code(tmp_path):
     """A folder with the demonstration model as one of custom code, which leaves a witness when it runs."""
-    folder = tmp_path / "own"
-    shutil.copytree(ASSETS / "model", folder)
+    return with_own_code(shutil.copytree(ASSETS / "model", tmp_path / "own"), tmp_path / "witness")
+
+
+def with_own_code(folder, witness):
     config = json.loads((folder / "config.json").read_text())
     classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": classes}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "configuration_own.py").write_text(CONFIGURATION)
-    (folder / "modeling_own.py").write_text(MODELING.format(witness=tmp_path / "witness"))
+    (folder / "modeling_own.py").write_text(MODELING.format(witness=witness))
     return folder
 
 
@@ -106,8 +111,6 @@ def test_own_code_runs_when_it_is_trusted_and_never_else(own_code, run, tmp_path
 
 
 def test_every_command_with_a_model_can_trust_it_and_read_gguf():
-    import typer
-
     for name, command in typer.main.get_command(cli.application()).commands.items():
         options = {opt for parameter in command.params for opt in (parameter.name, *parameter.opts)}
         loads = {"model", "base"} & options
@@ -122,6 +125,20 @@ def test_merge_checkpoint_trusts_as_it_is_told(own_code, tmp_path):
         merge_checkpoint(own_code, tmp_path / "adapter", tmp_path / "merged")
     merge_checkpoint(own_code, tmp_path / "adapter", tmp_path / "merged", trust_remote_code=True)
     assert (tmp_path / "merged" / "modeling_own.py").exists()
+
+
+@pytest.mark.parametrize("published, layers", [(SEA, 3), (HPR, 4)], ids=["SEA", "HPR"])
+def test_converting_trusts_and_reads_gguf_as_it_is_told(published, layers, run, tmp_path):
+    own = with_own_code(base(tmp_path / "own", layers), tmp_path / "witness")
+    assert "--trust-remote-code" in refused(run, "convert", own, published, tmp_path / "out")
+    assert not (tmp_path / "witness").exists() and not (tmp_path / "out").exists()
+    done(run, "convert", own, published, tmp_path / "out", "--trust-remote-code")
+    gguf_folder(tmp_path / "gguf", hidden_size=64, num_hidden_layers=layers, head_dim=16)
+    gguf = ("--gguf-file", "tiny.gguf")
+    done(run, "convert", tmp_path / "gguf", published, tmp_path / "of-gguf", *gguf)
+    tensors = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "of-gguf")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
 # GGUF files
@@ -204,8 +221,6 @@ def test_what_is_wrong_with_a_gguf_file(gguf_model, run, tmp_path, preferences, 
 
 
 def test_without_the_package_gguf_one_line_says_what_to_install(gguf_model, run, preferences, monkeypatch):
-    import transformers.utils.import_utils as availability
-
     monkeypatch.setitem(sys.modules, "gguf", None)
     original = builtins.__import__
 
@@ -263,7 +278,8 @@ def test_a_checkpoint_without_some_tensors_is_refused(run, tmp_path):
     assert f"{folder} has 1 tensors too few, the first is model.norm.weight, which would be random" in line
 
 
-def test_a_name_that_is_not_there(run):
+def test_a_name_that_is_not_there(run, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # which may have been read before it was set
     line = refused(run, "evaluate", "user/missing", ASSETS / "test.jsonl")
     assert "user/missing cannot be loaded: " in line and line.endswith("the token (hf auth login)")
 

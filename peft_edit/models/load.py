@@ -73,7 +73,8 @@ def load_model(base: BaseModel, **options: Any) -> PreTrainedModel:
         options["quantization_config"] = gguf_config(dequantize=True)
     with _plain_errors(base):
         model, found = auto.from_pretrained(base.name, **base.options, **options, output_loading_info=True)
-    if missing := sorted(found["missing_keys"]):
+    missing = sorted(found["missing_keys"])
+    if missing and not getattr(model, "is_quantized", False):  # whose own tensors have other names
         raise ValueError(
             f"{base.name} has {len(missing)} tensors too few, the first is {missing[0]}, which would be random: "
             f"{REMEDY}"
@@ -171,7 +172,7 @@ def _plain_errors(base: BaseModel, what: str = "") -> Iterator[None]:
     """Say in one line what Transformers says in several, or in the words of other libraries."""
     try:
         yield
-    except ArgumentError:
+    except (ArgumentError, MemoryError, torch.OutOfMemoryError):
         raise
     except SafetensorError as error:
         raise ValueError(f"the weights of {base.name} are damaged ({error}): download or save them again") from error
