@@ -10,7 +10,7 @@ import torch
 import typer
 from conftest import ASSETS
 from gguf_files import gguf_folder
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_cli import refused
 from test_cli import run as run  # a fixture
@@ -305,3 +305,21 @@ def test_names_are_printed_in_one_line_as_python_writes_them(strange, run, tmp_p
         ("push", tmp_path / strange, "user/name"),
     ):
         assert shown in refused(run, *arguments)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"target_modules": ["nowhere"]}, "does not fit the model: Target modules {'nowhere'} not found"),
+        ({"r": 5}, "does not fit the model: size mismatch for base_model.model.model.layers.0.self_attn.q_proj.lora_"),
+        ({"peft_type": "FOO"}, "is none that PEFT or peft_edit reads"),
+        ({"r": -1}, "does not fit the model: "),
+    ],
+)
+def test_an_adapter_that_peft_refuses_is_told_in_one_line(changes, message, run, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(ASSETS / "model")
+    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    path = tmp_path / "lora" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    line = refused(run, "evaluate", ASSETS / "model", ASSETS / "test.jsonl", "--adapter", tmp_path / "lora")
+    assert message in line and str(tmp_path / "lora") in line and "\\n" not in line

@@ -66,10 +66,7 @@ def load_adapter(
     """
     folder = local_adapter(adapter)
     config = read_config(Path(folder), adapter)
-    try:
-        weights = load_peft_weights(folder, device="cpu")
-    except SafetensorError as error:
-        raise ValueError(f"the tensors of {adapter} are damaged ({error}): save the adapter again") from error
+    weights = _read_weights(folder, adapter)
     embeddings = carried_embeddings(model, weights)
     own = getattr(config, "modules_to_save", None) or ()  # PEFT's own matter, and part of the adapter
     besides = sorted(name for name in embeddings if name.split(".")[-2] not in own)
@@ -79,20 +76,10 @@ def load_adapter(
     of_adapter, of_model = getattr(config, "base_model_fingerprint", None), fingerprint(model)
     if not embeddings and not allow_fingerprint_mismatch:
         _check_fingerprint(adapter, of_adapter, of_model)
-    try:
-        adapted = PeftModel.from_pretrained(model, folder)
-    except RuntimeError as error:  # torch's collected errors of load_state_dict, a headline before them
-        first, *more = str(error).splitlines()[1:] or [str(error)]
-        count = f" ({len(more)} more like this)" if more else ""
-        raise ValueError(f"{adapter} does not fit the model: {first.strip()}{count}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {one_line(error)}"
-        raise ValueError(f"{adapter} does not fit the model: {reason}") from error
+    adapted = _with_adapter(model, folder, adapter)
     if embeddings and not allow_fingerprint_mismatch and of_adapter != of_model:
         # It may be of the model with the embeddings that came with it.
         _check_fingerprint(adapter, of_adapter, fingerprint(adapted))
-    if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{bad[0]} of {adapter} is not finite: fit or train the adapter again")
     saved, expected = set(weights), set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     expected |= saved & set(embeddings)
     for what, names in (("extra", saved - expected), ("missing", expected - saved)):
@@ -102,6 +89,32 @@ def load_adapter(
                 "the file does not belong to its adapter_config.json; save the adapter again"
             )
     return adapted
+
+
+def _read_weights(folder: str, adapter: str) -> dict[str, Tensor]:
+    """The tensors of an adapter; raises ValueError where they are damaged or not finite."""
+    try:
+        weights = load_peft_weights(folder, device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"the tensors of {adapter} are damaged ({error}): save the adapter again") from error
+    if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{bad[0]} of {adapter} is not finite: fit or train the adapter again")
+    return weights
+
+
+def _with_adapter(model: PreTrainedModel, folder: str, adapter: str) -> PeftModel:
+    """What PEFT makes of a model and an adapter; raises ValueError, in one line, where the two do not fit."""
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except RuntimeError as error:  # torch's collected errors of load_state_dict, a headline before them
+        first, *more = str(error).splitlines()[1:] or [str(error)]
+        count = f" ({len(more)} more like this)" if more else ""
+        raise ValueError(f"{adapter} does not fit the model: {first.strip()}{count}") from error
+    except ArgumentError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"{adapter} does not fit the model: {reason}") from error
 
 
 def carried_embeddings(model: PreTrainedModel, names: Iterable[str]) -> dict[str, int]:
