@@ -76,6 +76,11 @@ class Note(str):
         return spelt(self.parts, spell)
 
 
+def one_line(error: BaseException) -> str:
+    """An error's message without line ends, for an error about it: those of other libraries have several lines."""
+    return " ".join(str(error).split())
+
+
 def parts_of(error: BaseException) -> tuple[str | Argument, ...]:
     """The message of an error, for an error about it."""
     return error.parts if isinstance(error, ArgumentError) else (str(error),)

@@ -28,7 +28,7 @@ from .arguments import Argument, ArgumentError
 from .files import check_free, growing_folder, publish, sync
 from .models.checkpoint import Checkpoint, Source, axis_in_source, find_sources
 from .models.dtypes import FLOATING
-from .models.load import check_local, load_structure
+from .models.load import BaseModel, load_structure
 from .tuners.layer import EditLayer, edit_layers
 from .tuners.method import method_of, names
 from .version import __version__
@@ -91,6 +91,7 @@ def merge_checkpoint(
     *,
     device: str = "auto",
     revision: str | None = None,
+    trust_remote_code: bool = False,
     allow_fingerprint_mismatch: bool = False,
 ) -> CheckpointMerge:
     """Merge an adapter into a safetensors checkpoint, file by file.
@@ -106,6 +107,7 @@ def merge_checkpoint(
         out: folder of the merged checkpoint. It appears once it is complete.
         device: where products are computed: "cpu", "cuda", "cuda:1", ...; "auto" for a GPU where there is one.
         revision: of the base model on the Hub.
+        trust_remote_code: run the base model's own code, where it has some.
         allow_fingerprint_mismatch: accept an adapter of a model with other weights.
 
     Raises:
@@ -119,13 +121,13 @@ def merge_checkpoint(
         raise ValueError(f"{out} is the base model's folder or lies in it: choose another folder")
     check_free(out)
     checkpoint = Checkpoint(folder)
-    model = load_structure(str(folder))
+    model = load_structure(BaseModel(str(folder), trust_remote_code=trust_remote_code))
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{base} is quantised: merge into the checkpoint that it was made from, and quantise that")
     # Before the adapter is there, which changes names.
     sources = find_sources(model, checkpoint.tensors)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    adapted = load_adapter(model, str(adapter), allow_fingerprint_mismatch)
+    adapted = load_adapter(model, str(adapter), allow_fingerprint_mismatch, edit_only="merged")
     layers = _layers_to_merge(adapted, str(adapter), target)
     edited, identity = _plan(checkpoint, sources, shapes, layers), _identity(checkpoint, adapted, target)
     with growing_folder(out, identity) as work:
@@ -166,6 +168,14 @@ def _check_adapter(adapter: str) -> None:
         )
 
 
+def gguf_refusal(folder: str, file: str) -> str:
+    """Why a GGUF file is no checkpoint to merge into, and the way round."""
+    return (
+        f"{file} of {folder} is a GGUF file, and merging is into safetensors: save the model as safetensors once, "
+        "as examples/moving_on.md shows, and merge into that folder"
+    )
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -185,7 +195,9 @@ def _device(name: str) -> torch.device:
 
 def _local(base: str, revision: str | None) -> Path:
     """The folder of the base model, downloaded from the Hub where it is none."""
-    check_local(base, "config.json")
+    if (files := sorted(Path(base).glob("*.gguf"))) and not (Path(base) / "config.json").exists():
+        raise ValueError(gguf_refusal(base, files[0].name))
+    BaseModel(base).check_local()
     if Path(base).is_dir():
         return Path(base)
     return Path(snapshot_download(base, revision=revision, ignore_patterns=list(OTHER_WEIGHTS)))

@@ -196,6 +196,49 @@ def test_statistics_are_those_of_the_site_that_is_edited(tmp_path):
         assert model.peft_config["joint"].fit_statistics[site] == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_provenance_of_each_adapter_is_kept(tmp_path):
+    """In the configuration and in the card, also of an edit that is joined again."""
+    model = pair((axes(0), axes(1)), (axes(2), axes(3)))
+    add(model, "c", axes(4), axes(5))
+    one = {"data": "user/one", "questions": 3, "demonstrations": 5}
+    two = {"data": "two.jsonl", "questions": 7, "demonstrations": 7}
+    model.peft_config["a"].fitted_on, model.peft_config["a"].positive_energy = one, 0.9
+    model.peft_config["b"].fitted_on = two
+    combine_sea(model, ["a", "b"], "joint")
+    energies = {"negative_energy": 0.998, "centered": False}
+    parts = [
+        {"adapter": "a", **one, "positive_energy": 0.9, **energies},
+        {"adapter": "b", **two, "positive_energy": 0.998, **energies},
+    ]
+    assert model.peft_config["joint"].fitted_on == {"combined": parts}
+    combine_sea(model, ["c", "joint"], "all")
+    assert model.peft_config["all"].fitted_on == {"combined": [{"adapter": "c"}, *parts]}
+    model.save_pretrained(tmp_path, selected_adapters=["a", "all"])
+    card = (tmp_path / "all" / "README.md").read_text()
+    assert "datasets:\n- user/one\n" in card and "positive_energy" not in card
+    assert (
+        "A joint edit of 3 adapters:\n\n- `c`: its data are not known.\n"
+        "- `a`: fitted in closed form to 5 demonstrations from 3 questions of "
+        "[user/one](https://huggingface.co/datasets/user/one).\n"
+        "- `b`: fitted in closed form to 7 demonstrations from 7 questions of `two.jsonl`.\n" in card
+    )
+    assert "\nFitted in closed form to 5 demonstrations from 3" in (tmp_path / "a" / "README.md").read_text()
+    again = SEAConfig.from_pretrained(tmp_path / "all")
+    assert again.fitted_on == model.peft_config["all"].fitted_on
+
+
+def test_adapters_of_unknown_data_combine_to_one_of_unknown_data():
+    model = pair((axes(0), axes(1)), (axes(2), axes(3)))
+    combine_sea(model, ["a", "b"], "joint")
+    assert model.peft_config["joint"].fitted_on == {}
+
+
+@pytest.mark.parametrize("parts", [3, [3], [{}], [{"adapter": "a", "data": 3}], [{"adapter": "a", "questions": "x"}]])
+def test_damaged_provenance_is_refused(parts):
+    with pytest.raises(ValueError, match="fitted_on must say of each adapter in combined what it was fitted on"):
+        SEAConfig(fitted_on={"combined": parts})
+
+
 def test_without_a_store_there_are_no_statistics(store, tmp_path):
     model = pair((axes(0), axes(1)), (axes(2), axes(3)), rescale="token")
     combine_sea(model, ["a", "b"], "joint")

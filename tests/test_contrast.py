@@ -176,7 +176,7 @@ def test_dialogues_in_one_text(tmp_path):
     assert data[0]["messages"] == [user("Hi"), assistant("Hello."), user("Q?")]
     assert (data[0]["positives"], data[0]["negatives"]) == (["I say yes"], ["I say no"])
     for text, message in (
-        ("yes", "lacks the columns prompt; it has chosen, rejected: rename them"),
+        ("yes", "lacks the column prompt, and its answers hold none, .*; it has chosen, rejected: rename the column"),
         ("\n\nHuman: Q?", "row 0: there is no prompt, and chosen and rejected begin with different messages"),
         ("\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Q?\n\nAssistant: ", "row 0: positives has an empty answer"),
     ):

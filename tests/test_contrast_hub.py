@@ -257,7 +257,7 @@ def test_preferences(hub_results):
     [
         ("splits", "ArgumentError: 'user/splits' has the splits train, test: pass one of them as split"),
         ("other", "it has question: rename them"),
-        ("unprompted", "lacks the columns prompt; it has question, chosen, rejected: rename them"),
+        ("unprompted", "it has question, chosen, rejected: rename the column that is the prompt, or add it"),
         ("broken", "ValueError: 'user/broken' on the Hub cannot be read ("),
         ("script", "ValueError: 'user/script' on the Hub cannot be read (Dataset scripts are no longer supported"),
         ("unknown", "DatasetNotFoundError: Dataset 'user/unknown' doesn't exist"),

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import takes
+from ..data import check_contrast_set
 from ..data.chat import now
 from ..data.prompts import settled
 from ..models.run import can_share_prompts, inference
@@ -52,20 +53,22 @@ def collect_activations(
     A collection that was interrupted, even killed, goes on when the same is called again, and ends with the same bytes.
 
     Args:
-        model: a causal language model of Transformers, bare or in a `PeftModel`, on one device or several.
+        model: a causal language model of Transformers, bare or in a `PeftModel`, on one device or several. It needs
+            no LM head where it generates no neutral answers.
         tokenizer: of that model.
         data: a contrast set, see `load_contrast_set`.
         path: folder of the store; created.
         options: see `CollectArguments`.
 
     Raises:
-        ValueError: the options or the data are not as described, a sequence is longer than the model takes, an
-            activation is not finite, an active edit depends on padding, another run writes to `path`, or it holds
-            something else.
+        ValueError: the options or the data are not as described, the model is no causal one or cannot generate and has
+            to, a sequence is longer than it takes, an activation is not finite, an active edit depends on padding,
+            another run writes to `path`, or it holds something else.
         OSError: the disk is too small, which is noticed before the first forward pass where possible, or full. What
             was written is kept, and the next call goes on from there.
     """
     arguments, path, bare, together = CollectArguments(**options), Path(path), unwrap(model), processes()
+    data = check_contrast_set(data)
     begun = together.from_main(time_of_store, path) if arguments.resume else None
     arguments = settled(tokenizer, arguments, begun or together.from_main(now))
     settings = settings_of(model, tokenizer, data, arguments)

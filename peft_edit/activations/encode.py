@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Argument, ArgumentError
 from ..data.prompts import EncodedAnswer, encode_answers, encode_prompts, listed_choices
+from ..models.kind import check_vocabulary
 from ..models.run import length_limit
 from .arguments import CollectArguments
 from .sequences import Encoded
@@ -50,27 +51,22 @@ def encode(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Dataset, 
 
     Raises:
         ValueError: a row cannot be encoded, has no neutral text that is asked for, or is longer than the model takes;
-            the model cannot generate and has to; there is nothing to collect.
+            there is nothing to collect.
     """
     encoded = Encoded(neutral=None if arguments.neutral is None else {})
     chooser, numbers = random.Random(arguments.seed), {}
-    limit, vocabulary = length_limit(model), model.get_input_embeddings().weight.shape[0]
+    limit = length_limit(model)
     for first in tqdm(
         range(0, len(data), CHUNK), desc="encoding", unit_scale=CHUNK, unit="question", leave=None, delay=2
     ):
         for question in _questions(tokenizer, data[first : first + CHUNK], arguments):
-            _check_vocabulary(question, vocabulary)
+            ids = (question.prompt, *(answer.input_ids for answer in question.answers))
+            check_vocabulary(model, ids, f"row {question.row_id}")
             if limit is not None:
                 _fit(question, tokenizer, arguments, limit)
             _add(encoded, question, arguments, chooser, numbers)
     if arguments.tokens == "answer" and not any(encoded.places[1::2]):
         raise ValueError("no pair of answers differs in any token that both have: nothing to collect")
-    if encoded.prompts and model.base_model is model:
-        raise ArgumentError(
-            f"{type(model).__name__} cannot generate neutral answers: load the model with its LM head "
-            "(AutoModelForCausalLM), or pass ",
-            Argument("neutral", "prompt"),
-        )
     return encoded
 
 
@@ -92,16 +88,6 @@ def _questions(tokenizer, rows: dict[str, list], arguments: CollectArguments) ->
     for row_id, prompt, row, encoded in zip(rows["id"], prompts, sides, together, strict=True):
         answers = iter(encoded)
         yield _Question(row_id, prompt, *(list(itertools.islice(answers, len(side))) for side in row))
-
-
-def _check_vocabulary(question: _Question, vocabulary: int) -> None:
-    """Raise ValueError for a token id that the model has no embedding for."""
-    largest = max(itertools.chain(question.prompt, *(answer.input_ids for answer in question.answers)))
-    if largest >= vocabulary:
-        raise ValueError(
-            f"row {question.row_id}: the tokenizer gives the id {largest}, the model has embeddings for "
-            f"{vocabulary} ids: pass the model's own tokenizer, or resize its embeddings"
-        )
 
 
 def _fit(question: _Question, tokenizer, arguments: CollectArguments, limit: int) -> None:

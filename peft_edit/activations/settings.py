@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Argument, ArgumentError
-from ..data import check_contrast_set
 from ..data.prompts import encode_prompts, listed_choices
 from ..models.fingerprint import active_adapters, adapters_fingerprint, fingerprint
+from ..models.kind import check_causal, check_generates
 from ..models.sites import find_sites, is_linear, out_features, text_config, unwrap
 from ..tuners.layer import check_independent_of_padding
 from .arguments import CollectArguments
@@ -39,8 +39,10 @@ def settings_of(
     Raises:
         ValueError: the model, the data or the arguments cannot be collected, whatever the rows are.
     """
-    check_contrast_set(data)
+    check_causal(model)
     check_independent_of_padding(model)
+    if arguments.neutral == "generated" or (arguments.neutral == "auto" and None in data["neutral"]):
+        check_generates(model)
     bare = unwrap(model)
     modules = {
         site: find_sites(model, site, layers=arguments.layers, target_modules=arguments.target_modules)

@@ -70,13 +70,14 @@ def model_card(config: PeftConfig, *, base_model: str | None = None, results: It
 
 
 def _metadata(config: PeftConfig, base_id: str | None, title: str, measured: list[EvalResult]) -> ModelCardData:
-    dataset = data_id(config.fitted_on.get("data"))
+    datasets = {data_id(part.get("data")): None for part in _parts(config)}
+    datasets = [dataset for dataset in datasets if dataset]
     return ModelCardData(
         base_model=base_id,
         library_name="peft",
         pipeline_tag="text-generation" if config.task_type == "CAUSAL_LM" else None,
         tags=[config.peft_type.value.lower(), "activation-editing", "representation-engineering", "peft-edit"],
-        datasets=[dataset] if dataset else None,
+        datasets=datasets or None,
         model_name=title if measured else None,
         eval_results=measured or None,
     )
@@ -84,17 +85,31 @@ def _metadata(config: PeftConfig, base_id: str | None, title: str, measured: lis
 
 def _of_config(config: EditConfig) -> dict[str, Any]:
     """What the templates take from a configuration."""
-    method, fitted_on = method_of(config), config.fitted_on
-    name = fitted_on.get("data")
-    dataset = data_id(name)
+    method, parts = method_of(config), _parts(config)
     layers = method.card_layers(config)
     return {
         "config": config,
         "settings": [(f"`{name}`", f"`{json.dumps(getattr(config, name))}`") for name in method.card_settings(config)],
         "layers": layers,
-        "fitted_on": fitted_on if {"demonstrations", "token_pairs"} & set(fitted_on) else {},
-        "data_text": _link(dataset, "datasets/") if dataset else name and f"`{name}`",
+        "fitted_on": parts[0] if len(parts) == 1 and _is_counted(parts[0]) else {},
+        "data_text": _data_text(parts[0].get("data")),
+        # Of a joint edit the adapters that it was made of.
+        "combined": [(part, _data_text(part.get("data"))) for part in parts] if len(parts) > 1 else [],
     }
+
+
+def _parts(config: EditConfig) -> list[dict[str, Any]]:
+    """What an adapter was fitted on; of one that joins several, what each of them was."""
+    return config.fitted_on.get("combined") or [config.fitted_on]
+
+
+def _is_counted(fitted_on: dict[str, Any]) -> bool:
+    return bool({"demonstrations", "token_pairs"} & set(fitted_on))
+
+
+def _data_text(name: str | None) -> str | None:
+    dataset = data_id(name)
+    return _link(dataset, "datasets/") if dataset else name and f"`{name}`"
 
 
 def _card(metadata: ModelCardData, text: str) -> ModelCard:

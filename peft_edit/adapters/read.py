@@ -3,18 +3,28 @@ base model or its structure alone, stricter than PEFT."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..arguments import Argument, ArgumentError
+from ..arguments import Argument, ArgumentError, one_line
 from ..models.fingerprint import fingerprint
 from ..models.load import check_local
 from .hub_errors import plain_errors
+
+
+# Why what only takes the edit refuses an adapter with embeddings, and the way round.
+EMBEDDINGS = (
+    "saved because they were resized or with save_embedding_layers: load it on its base model in Python, save it again "
+    "with save_embedding_layers=False and unload().save_pretrained(folder), and pass both; without that they would be "
+    "lost when it is "
+)
 
 
 def read_config(folder: Path, name: str | None = None) -> PeftConfig:
@@ -31,7 +41,7 @@ def read_config(folder: Path, name: str | None = None) -> PeftConfig:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{what} is none that PEFT or peft_edit reads: {error}") from error
+        raise ValueError(f"{what} is none that PEFT or peft_edit reads: {one_line(error)}") from error
     if config.peft_type is None:
         raise ValueError(f"{what} has no peft_type: save the adapter again")
     return config
@@ -42,31 +52,36 @@ def load_adapter_config(adapter: str) -> PeftConfig:
     return read_config(Path(local_adapter(adapter)), adapter)
 
 
-def load_adapter(model: PreTrainedModel, adapter: str, allow_fingerprint_mismatch: bool = False) -> PeftModel:
-    """The base model with an adapter; stricter than PEFT: an adapter of another model and extra tensors are refused."""
+def load_adapter(
+    model: PreTrainedModel, adapter: str, allow_fingerprint_mismatch: bool = False, *, edit_only: str | None = None
+) -> PeftModel:
+    """The base model with an adapter; stricter than PEFT: an adapter of another model and extra tensors are refused.
+
+    Args:
+        model: the base model, or its structure on the meta device.
+        adapter: see `local_adapter`.
+        allow_fingerprint_mismatch: accept an adapter of a model with other weights.
+        edit_only: what is to be done with it that leaves out whatever the adapter carries besides its edit, "merged";
+            then an adapter that carries embeddings is refused.
+    """
     folder = local_adapter(adapter)
     config = read_config(Path(folder), adapter)
-    of_adapter = getattr(config, "base_model_fingerprint", None)
-    of_model = fingerprint(model)
-    if not allow_fingerprint_mismatch and None not in (of_adapter, of_model) and of_adapter != of_model:
-        raise ArgumentError(
-            f"{adapter} was fitted on another model (fingerprint {of_adapter}, this model has {of_model}): "
-            "load its base model, or pass ",
-            Argument("allow_fingerprint_mismatch", True),
-        )
-    try:
-        weights = load_peft_weights(folder, device="cpu")
-    except SafetensorError as error:
-        raise ValueError(f"the tensors of {adapter} are damaged ({error}): save the adapter again") from error
-    try:
-        adapted = PeftModel.from_pretrained(model, folder)
-    except RuntimeError as error:  # torch's collected errors of load_state_dict, a headline before them
-        first, *more = str(error).splitlines()[1:] or [str(error)]
-        count = f" ({len(more)} more like this)" if more else ""
-        raise ValueError(f"{adapter} does not fit the model: {first.strip()}{count}") from error
-    if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{bad[0]} of {adapter} is not finite: fit or train the adapter again")
-    saved, expected = set(weights), set(get_peft_model_state_dict(adapted))
+    weights = _read_weights(folder, adapter)
+    embeddings = carried_embeddings(model, weights)
+    own = getattr(config, "modules_to_save", None) or ()  # PEFT's own matter, and part of the adapter
+    besides = sorted(name for name in embeddings if name.split(".")[-2] not in own)
+    if besides and edit_only is not None:
+        raise ValueError(f"{adapter} also carries embeddings ({', '.join(besides)}), {EMBEDDINGS}{edit_only}")
+    _check_rows(adapter, weights, embeddings)
+    of_adapter, of_model = getattr(config, "base_model_fingerprint", None), fingerprint(model)
+    if not embeddings and not allow_fingerprint_mismatch:
+        _check_fingerprint(adapter, of_adapter, of_model)
+    adapted = _with_adapter(model, folder, adapter)
+    if embeddings and not allow_fingerprint_mismatch and of_adapter != of_model:
+        # It may be of the model with the embeddings that came with it.
+        _check_fingerprint(adapter, of_adapter, fingerprint(adapted))
+    saved, expected = set(weights), set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    expected |= saved & set(embeddings)
     for what, names in (("extra", saved - expected), ("missing", expected - saved)):
         if names:
             raise ValueError(
@@ -74,6 +89,72 @@ def load_adapter(model: PreTrainedModel, adapter: str, allow_fingerprint_mismatc
                 "the file does not belong to its adapter_config.json; save the adapter again"
             )
     return adapted
+
+
+def _read_weights(folder: str, adapter: str) -> dict[str, Tensor]:
+    """The tensors of an adapter; raises ValueError where they are damaged or not finite."""
+    try:
+        weights = load_peft_weights(folder, device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"the tensors of {adapter} are damaged ({error}): save the adapter again") from error
+    if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{bad[0]} of {adapter} is not finite: fit or train the adapter again")
+    return weights
+
+
+def _with_adapter(model: PreTrainedModel, folder: str, adapter: str) -> PeftModel:
+    """What PEFT makes of a model and an adapter; raises ValueError, in one line, where the two do not fit."""
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except RuntimeError as error:  # torch's collected errors of load_state_dict, a headline before them
+        first, *more = str(error).splitlines()[1:] or [str(error)]
+        count = f" ({len(more)} more like this)" if more else ""
+        raise ValueError(f"{adapter} does not fit the model: {first.strip()}{count}") from error
+    except ArgumentError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"{adapter} does not fit the model: {reason}") from error
+
+
+def carried_embeddings(model: PreTrainedModel, names: Iterable[str]) -> dict[str, int]:
+    """Which tensors of an adapter are embeddings or the LM head of a model, and how many ids the model has there.
+
+    PEFT saves them with an adapter where they were resized, and with `save_embedding_layers=True`.
+
+    Args:
+        model: the base model.
+        names: of the adapter's tensors.
+    """
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    rows = {
+        f"base_model.model.{name}{inside}.{part}": len(parameter)
+        for name, module in model.named_modules()
+        if any(module is layer for layer in layers)
+        for inside in ("", ".base_layer")  # the latter where LoRA is around it
+        for part, parameter in module.named_parameters()
+    }
+    return {name: rows[name] for name in names if name in rows}
+
+
+def _check_rows(adapter: str, weights: Mapping[str, Tensor], embeddings: Mapping[str, int]) -> None:
+    """Raise ValueError where the embeddings that an adapter carries are of more or fewer ids than the model's."""
+    for name, rows in embeddings.items():
+        if len(weights[name]) != rows:
+            raise ValueError(
+                f"{adapter} carries embeddings of {len(weights[name])} ids ({name}), the model has {rows}: load the "
+                f"model in Python, call resize_token_embeddings({len(weights[name])}), save it, and pass that folder"
+            )
+
+
+def _check_fingerprint(adapter: str, of_adapter: str | None, of_model: str | None) -> None:
+    """Raise ArgumentError where an adapter was fitted on a model with other weights."""
+    if None not in (of_adapter, of_model) and of_adapter != of_model:
+        raise ArgumentError(
+            f"{adapter} was fitted on another model (fingerprint {of_adapter}, this model has {of_model}): "
+            "load its base model, or pass ",
+            Argument("allow_fingerprint_mismatch", True),
+        )
 
 
 def local_adapter(adapter: str) -> str:

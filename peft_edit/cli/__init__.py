@@ -69,6 +69,8 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    """End with one line. What users gave is in it as they gave it, but for the ends of lines."""
-    print("peft-edit:", " ".join(line.strip() for line in message.splitlines() if line.strip()), file=sys.stderr)
+    """End with one line. What users gave is in it as they gave it, and what cannot be printed, such as the end of a
+    line in a path, as Python escapes it."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message.strip())
+    print("peft-edit:", "".join(shown), file=sys.stderr)
     sys.exit(2)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from safetensors import SafetensorError
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from .. import files
 from ..arguments import Argument, ArgumentError, check_options, renamed
 
+
+if TYPE_CHECKING:
+    from ..models.load import BaseModel
 
 ADAPTER = {"help": "Adapter to load: local folder, or id on the Hub, user/name or user/name@revision."}
 # Fields of configurations that name the edited decoder blocks and modules.
@@ -37,6 +38,20 @@ class ModelOptions:
     revision: str | None = field(
         default=None, metadata={"help": "Revision of the base model on the Hub.", "last": True}
     )
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "GGUF file with the weights, in the model's folder.", "last": True}
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the model's own code, where it has some: read it first.", "secret": True, "last": True},
+    )
+
+    @property
+    def base(self) -> BaseModel:
+        """Where the model comes from."""
+        from ..models.load import BaseModel
+
+        return BaseModel(self.model, self.revision, self.trust_remote_code, self.gguf_file)
 
 
 @dataclass(kw_only=True)
@@ -112,42 +127,36 @@ def _check_json(path: Path) -> None:
 def load_model(options: LoadedModelOptions):
     """The base model and its tokenizer."""
     import torch
-    from transformers import AutoTokenizer
 
-    from ..models.load import auto_class
+    from ..models import load
     from ..processes import processes
 
-    name, revision, device_map = options.model, options.revision, options.device_map
+    base, device_map = options.base, options.device_map
     if device_map.startswith("cuda") and not torch.cuda.is_available():
         raise ArgumentError(
             Argument("device_map"), f" is {device_map!r} and this machine has no CUDA device: pass auto or cpu"
         )
-    auto, _ = auto_class(name, revision)
     # Each of several processes has the whole model on a device of its own.
     own_device = processes().device
     if device_map == "auto" and own_device is not None:
         device_map = str(own_device)
     dtype = options.model_dtype
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-    try:
-        model = auto.from_pretrained(name, revision=revision, dtype=dtype, device_map=device_map)
-    except SafetensorError as error:
-        raise ValueError(f"the weights of {name} are damaged ({error}): download or save them again") from error
-    return model.eval(), AutoTokenizer.from_pretrained(name, revision=revision)
+    return load.load_model(base, dtype=dtype, device_map=device_map), load.load_tokenizer(base)
 
 
 def load_structure(options: ModelOptions):
     """The base model on the meta device, see `models.load.load_structure`."""
     from ..models.load import load_structure
 
-    return load_structure(options.model, options.revision)
+    return load_structure(options.base)
 
 
-def load_adapter(model, adapter: str, allow_fingerprint_mismatch: bool = False):
+def load_adapter(model, adapter: str, allow_fingerprint_mismatch: bool = False, edit_only: str | None = None):
     """The base model with an adapter, see `adapters.read.load_adapter`."""
     from ..adapters.read import load_adapter
 
-    return load_adapter(model, adapter, allow_fingerprint_mismatch)
+    return load_adapter(model, adapter, allow_fingerprint_mismatch, edit_only=edit_only)
 
 
 def load_data(options: DataOptions):

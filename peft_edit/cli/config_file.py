@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..arguments import Argument, ArgumentError, choices_of
+from ..arguments import Argument, ArgumentError, choices_of, one_line
 from .options import Option
 from .values import kind_of, parse, to_text
 
@@ -59,7 +59,7 @@ def _read(file: Path) -> Mapping[Any, Any]:
     except FileNotFoundError:
         raise ValueError(f"there is no file {file} with options") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no YAML: {error}") from error
+        raise ValueError(f"{file} is no YAML: {one_line(error)}") from error
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{file} must be a mapping from options to values, such as 'layers: 0-3', got {type(content).__name__}"

@@ -12,8 +12,11 @@ from . import common
 from .options import Fields, Run
 
 
+MODEL = Fields("model", "gguf_file", "trust_remote_code", changes={"model": {"arguments": ("base_model",)}})
+
+
 def convert(
-    model: Annotated[common.ModelOptions, Fields("model", changes={"model": {"arguments": ("base_model",)}})],
+    model: Annotated[common.ModelOptions, MODEL],
     source: Annotated[Path, {"help": "Folder that the published code wrote.", "positional": True}],
     out: common.Out,
     output: common.Output,
@@ -31,9 +34,8 @@ def convert(
     Example: peft-edit convert meta-llama/Llama-2-7b-hf projections/truthful sea-truthful --layers 11-31
     """
     from ..adapters import conversion
-    from ..models.load import check_local
 
-    check_local(model.model, "config.json")
+    model.base.check_local()
     if not source.is_dir():
         raise ValueError(f"there is no folder {source}")
     known = [method for method in methods().values() if method.published is not None]
@@ -47,8 +49,9 @@ def convert(
         raise ArgumentError(
             Argument(foreign[0]), f" is for {takers}; the files of {method.short} tell it themselves: leave it out"
         )
+    own = {"trust_remote_code": model.trust_remote_code, "gguf_file": model.gguf_file}
     logging.getLogger(conversion.__name__).setLevel(logging.ERROR)  # the notes are printed below
-    converted = method.convert(source, out, base_model=model.model, **given)
+    converted = method.convert(source, out, base_model=model.model, **own, **given)
     if (table := converted.table()) is not None:
         print(common.table(*table))
     for remark in converted.remarks():

@@ -31,7 +31,7 @@ def export_lora(
     method = lora_method_of(config)
     method.check_lora(config, out)
     base, _ = common.load_model(model)
-    adapted = common.load_adapter(base, adapter, allow_fingerprint_mismatch)
+    adapted = common.load_adapter(base, adapter, allow_fingerprint_mismatch, edit_only="exported")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # printed below
         export = method.to_lora(adapted, out, rank=rank)

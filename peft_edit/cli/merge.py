@@ -28,6 +28,8 @@ def merge(
     from .. import merging
     from ..adapters import hub
 
+    if base.gguf_file is not None:
+        raise ValueError(merging.gguf_refusal(base.model, base.gguf_file))
     if private and push is None:
         raise ArgumentError(Argument("private"), " needs ", Argument("push"), ": it is about the repository")
     if push is not None:
@@ -40,6 +42,7 @@ def merge(
             out,
             device=device,
             revision=base.revision,
+            trust_remote_code=base.trust_remote_code,
             allow_fingerprint_mismatch=allow_fingerprint_mismatch,
         )
     output.write(run.record(result.to_dict()))

@@ -6,6 +6,7 @@ that were asked for, each with its `id`, and the function that makes a row of on
 that are selected only, so that a broken one can be left out.
 """
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 
@@ -14,9 +15,11 @@ from tqdm.auto import tqdm
 
 from . import preferences
 from .known import KNOWN
-from .reading import Request, describe
+from .reading import Request, describe, unformatted
 from .rows import CONTRAST_FEATURES, checked, drop_shared_answers, select
 
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["CONTRAST_FEATURES", "KNOWN", "check_contrast_set", "load_contrast_set"]
 
@@ -79,7 +82,7 @@ def load_contrast_set(
     parts = [f"{option} {value!r}" for option, value in (("split", split), ("subset", subset)) if value is not None]
     records = select(records, ids, " and ".join(parts) or "the rows")
     progress = tqdm(records, desc=f"reading {describe(name)}", unit="row", leave=None, delay=2)
-    rows = drop_shared_answers([checked(to_row(record)) for record in progress], known)
+    rows = drop_shared_answers([checked(to_row(record), describe(name)) for record in progress], known)
     if not rows:
         raise ValueError(f"no rows to load from {describe(name)}: it is empty, or ids is")
     # Stores and model cards say what the demonstrations were.
@@ -89,12 +92,27 @@ def load_contrast_set(
     return Dataset.from_list(rows, info=info, split=None if split is None else NamedSplit(split))
 
 
-def check_contrast_set(data: Dataset) -> None:
-    """Raise ValueError unless a data set has rows and the columns of a contrast set."""
-    missing = [name for name in CONTRAST_FEATURES if name not in getattr(data, "column_names", ())]
-    if missing:
-        raise ValueError(
-            f"a contrast set needs the columns {', '.join(missing)} too: load it with load_contrast_set(data)"
-        )
+def check_contrast_set(data: Dataset) -> Dataset:
+    """A contrast set as it is collected and evaluated: in Python's own types, whatever its format is, each row with an
+    id of its own. Where ids repeat, as after `concatenate_datasets`, the rows are numbered anew, with a warning.
+
+    Raises:
+        ValueError: it lacks rows or columns of a contrast set, or has a transform.
+    """
+    missing = [name for name in CONTRAST_FEATURES if name not in (getattr(data, "column_names", None) or ())]
+    if missing or not isinstance(data, Dataset):
+        lacks = f"the columns {', '.join(missing)}" if missing else f"its rows at hand, got a {type(data).__name__}"
+        raise ValueError(f"a contrast set needs {lacks} too: load it with load_contrast_set(data)")
     if len(data) == 0:
         raise ValueError("the contrast set is empty: nothing to do")
+    data = unformatted(data)
+    repeated = len(data) - len(set(data["id"]))
+    if not repeated:
+        return data
+    logger.warning(
+        "%d of the %d rows have the id of another row, as after concatenate_datasets: they count as questions of their "
+        "own, and the rows are numbered anew",
+        repeated,
+        len(data),
+    )
+    return data.remove_columns("id").add_column("id", list(range(len(data))), feature=CONTRAST_FEATURES["id"])

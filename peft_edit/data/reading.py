@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 from datasets.exceptions import DatasetsError
 
-from ..arguments import Argument, ArgumentError
+from ..arguments import Argument, ArgumentError, one_line
 from .rows import kind, text
 
 
@@ -96,7 +96,10 @@ def read_known_hub(request: Request, repository: str, config: str | None, split:
 
 
 def load_hub(repository: str, config: str | None, **options):
-    """`datasets.load_dataset`, whose errors that are neither OSError nor ValueError become ValueError."""
+    """`datasets.load_dataset`, whose errors that are neither OSError nor ValueError become ValueError. For a folder
+    here, which it prefers to the Hub, all say so."""
+    if os.path.isdir(repository):
+        return _load_folder(repository, config, **options)
     try:
         return datasets.load_dataset(repository, config, **options)
     except OSError:
@@ -105,6 +108,28 @@ def load_hub(repository: str, config: str | None, **options):
     except (DatasetsError, RuntimeError) as error:
         reason = one_line(error.__cause__ or error)
         raise ValueError(f"{repository!r} on the Hub cannot be read ({reason}): pass its files instead") from error
+
+
+# What a folder is that holds a file, and what to pass instead of it.
+_NO_DATA = {
+    "adapter_config.json": ("an adapter", "pass data"),
+    "meta.json": ("a store of activations", "pass the data that it was collected from"),
+    "config.json": ("a model", "pass data"),
+    "state.json": ("written by save_to_disk", "pass load_from_disk(folder) in Python, or a file"),
+}
+
+
+def _load_folder(folder: str, config: str | None, **options):
+    for file, (what, remedy) in _NO_DATA.items():
+        if os.path.exists(os.path.join(folder, file)):
+            raise ValueError(f"the folder {folder} is {what} ({file}), and no data set: {remedy}")
+    try:
+        return datasets.load_dataset(folder, config, **options)
+    except (DatasetsError, RuntimeError, OSError, ValueError) as error:
+        reason = one_line(error.__cause__ or error).rstrip(".")
+        raise ValueError(
+            f"the folder {folder} on this machine cannot be read as data ({reason}): pass a file in it, or another name"
+        ) from error
 
 
 def read_file(path: Path) -> list[dict]:
@@ -118,7 +143,7 @@ def read_file(path: Path) -> list[dict]:
         try:
             return pyarrow.parquet.read_table(path).to_pylist()
         except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{path} is not a Parquet file: {error}") from error
+            raise ValueError(f"{path} is not a Parquet file: {one_line(error)}") from error
     content = _read_text(path)
     # not splitlines: JSON strings may hold the other line ends that it knows, such as U+2028
     whole = content.lstrip().startswith("[") or (suffix == ".json" and not _starts_with_json_line(content))
@@ -146,12 +171,18 @@ def _starts_with_json_line(content: str) -> bool:
 
 
 def _read_csv(path: Path) -> list[dict]:
+    content = _read_text(path)
     # strict: otherwise a quote that is never closed swallows the rest of the file without a word
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
+    limit = csv.field_size_limit()
+    # 131,072 characters unless somebody has changed it; no field is longer than the file
+    csv.field_size_limit(max(limit, len(content)))
     try:
         records = list(reader)
     except csv.Error as error:
         raise ValueError(f"{path}, after line {reader.line_num}: not CSV ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
     for row_id, record in enumerate(records):
         if None in record or None in record.values():
             raise ValueError(f"row {row_id} of {path} must have {len(reader.fieldnames)} cells, as the header has")
@@ -163,6 +194,20 @@ def _read_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+
+
+def unformatted(data: datasets.Dataset) -> datasets.Dataset:
+    """A data set that gives Python's own types, whatever its format (torch, numpy, pandas, ...) and its columns are.
+
+    Raises:
+        ArgumentError: it has a transform, which makes its rows only when they are read.
+    """
+    if data.format["type"] == "custom":
+        raise ArgumentError(
+            "the data set has a transform (set_transform, with_transform), whose rows are not stored: store them with "
+            "data.map(...), or take the transform off with data.with_format(None)"
+        )
+    return data.with_format(None)
 
 
 def numbered(records: list[dict]) -> list[dict]:
@@ -186,14 +231,9 @@ def in_category(records: list[dict], column: str, request: Request) -> list[dict
 
 def describe(name) -> str:
     """A source, for error messages."""
-    if isinstance(name, (list, tuple)):
+    if isinstance(name, (list, tuple)) and name and all(isinstance(part, (str, os.PathLike)) for part in name):
         return ", ".join(map(describe, name))
     return repr(str(name)) if isinstance(name, (str, os.PathLike)) else f"a {type(name).__name__}"
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message without line ends."""
-    return " ".join(str(error).split())
 
 
 def refuse(source: str, **options) -> None:

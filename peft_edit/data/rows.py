@@ -14,6 +14,10 @@ from .contexts import Message
 
 logger = logging.getLogger(__name__)
 
+# Keys of messages, besides role and content, that chat templates print.
+_PRINTED = ("tool_calls", "tool_call_id", "function_call", "tool_plan", "reasoning_content", "reasoning", "thinking")
+_TOOL_ROLES = ("tool", "function", "ipython")
+
 CONTRAST_FEATURES = Features(
     {
         "id": Value("int64"),
@@ -67,8 +71,13 @@ def select(records: list[dict], ids: Iterable[int] | None, source: str) -> list[
     return [by_id[row_id] for row_id in wanted]
 
 
-def checked(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with all columns of a contrast set, in their order, and repeated answers removed."""
+def checked(row: dict[str, Any], source: str) -> dict[str, Any]:
+    """The row with all columns of a contrast set, in their order, and repeated answers removed.
+
+    Args:
+        row: of a contrast set.
+        source: what it was loaded from, for errors.
+    """
     row = {column: row.get(column) for column in CONTRAST_FEATURES}
     row_id = row["id"]
     for column in ("prompt", "neutral", "category"):
@@ -81,7 +90,27 @@ def checked(row: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"row {row_id}: mc1_choices must have at least 2 choices, got {len(row['mc1_choices'])}")
     if row["messages"] is not None:
         row["messages"] = conversation(row["messages"], row_id, "messages")
+    for column, value in row.items():
+        _check_encodable(value, f"row {row_id} of {source}: {column}")
     return row
+
+
+def _check_encodable(value: Any, what: str) -> None:
+    """Raise ValueError for text that no file and no tokenizer takes: JSON can write half of a surrogate pair."""
+    if isinstance(value, list):
+        for part in value:
+            _check_encodable(part, what)
+    elif isinstance(value, dict):
+        _check_encodable(list(value.values()), what)
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = value[error.start].encode("unicode_escape").decode()
+            raise ValueError(
+                f"{what} has half of a surrogate pair ({half}), which is no character: mend the text, or leave the row "
+                "out"
+            ) from error
 
 
 def _checked_answers(value, row_id: int, column: str) -> list[str]:
@@ -94,13 +123,34 @@ def _checked_answers(value, row_id: int, column: str) -> list[str]:
 
 
 def conversation(value, row_id: int, column: str) -> list[Message]:
-    """The role and content of every message; further keys, such as null-filled `tool_calls`, are left out."""
+    """The role and content of every message, of which parts of text are joined.
+
+    Further keys are left out. Those that chat templates print, calls of tools and thoughts, are refused unless null.
+    """
     if not isinstance(value, list) or not value:
         raise ValueError(f"row {row_id}: {column} must be a list of messages, got {value or kind(value)!r}")
-    for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"row {row_id}: {column} must be messages with a role and a content of text")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    return [_message(message, f"row {row_id}: {column}") for message in value]
+
+
+def _message(message, what: str) -> Message:
+    fields = message if isinstance(message, dict) else {}
+    role, content = fields.get("role"), fields.get("content")
+    printed = (*_PRINTED, "name") if role in _TOOL_ROLES else _PRINTED
+    if found := [key for key in printed if fields.get(key)]:
+        raise ValueError(f"{what} has a message with {found[0]}, which is not supported: leave the row out")
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict)]
+        kinds = {part.get("type") for part in parts} - {"text"}
+        if others := sorted(map(str, kinds)):
+            raise ValueError(
+                f"{what} has a message with a part of type {others[0]}, only text is supported: leave the row out"
+            )
+        texts = [part.get("text") for part in parts]
+        # a list of anything else is no content
+        content = "".join(texts) if parts == content and all(isinstance(text, str) for text in texts) else None
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise ValueError(f"{what} must be messages with a role and a content of text")
+    return {"role": role, "content": content}
 
 
 def drop_shared_answers(rows: list[dict], known: bool) -> list[dict]:

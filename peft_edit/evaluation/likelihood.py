@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from ..data.prompts import EncodedAnswer
+from ..models.kind import check_language_model, check_vocabulary
 from ..models.run import (
     cache_name,
     can_share_prompts,
@@ -24,10 +25,27 @@ from ..models.sites import unwrap
 
 
 def answer_log_likelihoods(
-    model: nn.Module, questions: list[list[EncodedAnswer]], *, batch_size: int = 16
+    model: nn.Module,
+    questions: list[list[EncodedAnswer]],
+    *,
+    batch_size: int = 16,
+    row_ids: Sequence[int] | None = None,
 ) -> list[list[float]]:
-    """Log-likelihood in nats of each answer given its prompt, summed over the answer's tokens."""
+    """Log-likelihood in nats of each answer given its prompt, summed over the answer's tokens.
+
+    Args:
+        model: a causal language model of Transformers, bare or in a `PeftModel`.
+        questions: the answers of each, encoded after their prompts.
+        batch_size: most answers in a forward pass.
+        row_ids: of the questions, for errors; None for their places.
+
+    Raises:
+        ValueError: the model is of another kind, a sequence is longer than it takes, or has an id without an embedding.
+    """
+    check_language_model(model)
     bare = unwrap(model)
+    for row_id, answers in zip(range(len(questions)) if row_ids is None else row_ids, questions, strict=True):
+        check_vocabulary(bare, (answer.input_ids for answer in answers), f"row {row_id}")
     check_length(bare, max(len(answer.input_ids) for answers in questions for answer in answers))
     scores: list[list[float]] = [[] for _ in questions]
     with inference(model), tqdm(total=len(questions), desc="evaluating", unit="question", leave=None) as progress:

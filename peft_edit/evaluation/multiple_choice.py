@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..arguments import Argument, ArgumentError
 from ..data import check_contrast_set
 from ..data.prompts import PromptOptions, encode_answers, listed_choices
+from ..models.kind import check_language_model
 from ..tuners.layer import check_independent_of_padding
 from .likelihood import answer_log_likelihoods
 
@@ -73,10 +74,12 @@ def evaluate_multiple_choice(
         batch_size: most answers in a forward pass; the answers of one question stay together even if there are more.
 
     Raises:
-        ValueError: the data are empty, a sequence is longer than the model takes, the model gives NaN, or an active
-            edit is of the last token of a forward pass only, whose result depends on padding.
+        ValueError: the model is no causal one or has no LM head, the data are empty, a sequence is longer than the
+            model takes or has a token without an embedding, the model gives NaN, or an active edit is of the last
+            token of a forward pass only, whose result depends on padding.
     """
-    check_contrast_set(data)
+    data = check_contrast_set(data)
+    check_language_model(model)
     check_independent_of_padding(model)
     if batch_size < 1:
         raise ArgumentError(Argument("batch_size"), f" must be at least 1, got {batch_size}")
@@ -93,7 +96,7 @@ def evaluate_multiple_choice(
         row_ids=list(data["id"]),
         choices=choices,
     )
-    scores = answer_log_likelihoods(model, encoded, batch_size=batch_size)
+    scores = answer_log_likelihoods(model, encoded, batch_size=batch_size, row_ids=data["id"])
     if undefined := [
         row["id"] for row, row_scores in zip(data, scores, strict=True) if any(map(math.isnan, row_scores))
     ]:

@@ -11,12 +11,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Argument, ArgumentError
-from ..models.run import (
-    check_length,
-    inference,
-    input_device,
-    pad,
-)
+from ..models.kind import check_language_model, check_vocabulary
+from ..models.run import check_length, inference, input_device, pad
 from ..models.sites import unwrap
 from ..tuners.layer import check_independent_of_padding
 
@@ -24,13 +20,21 @@ from ..tuners.layer import check_independent_of_padding
 def perplexity(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, batch_size: int = 16
 ) -> float:
-    """Perplexity over all tokens of some texts after each one's first: exp of the mean negative log-likelihood."""
+    """Perplexity over all tokens of some texts after each one's first: exp of the mean negative log-likelihood.
+
+    Raises:
+        ValueError: the model is no causal one or has no LM head, no text has two tokens, one is longer than the model
+            takes or has a token without an embedding, or an active edit depends on padding.
+    """
+    check_language_model(model)
     check_independent_of_padding(model)
     if batch_size < 1:
         raise ArgumentError(Argument("batch_size"), f" must be at least 1, got {batch_size}")
     bare = unwrap(model)
     texts = list(texts)
     encoded = tokenizer(texts)["input_ids"] if texts else []
+    for place, ids in enumerate(encoded):
+        check_vocabulary(bare, [ids], f"text {place}")
     encoded = sorted((ids for ids in encoded if len(ids) > 1), key=len)
     if not encoded:
         raise ValueError("perplexity needs texts of at least two tokens")

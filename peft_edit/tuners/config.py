@@ -32,7 +32,8 @@ class EditConfig(PeftConfig):
             Written by the fit or the training: `fingerprint` of the model whose activations it learnt from.
         fitted_on (`dict[str, Any]`):
             Written by the fit or the training: the name of the data (`data`) where it is known, and the numbers of
-            `questions` and of `demonstrations` or `token_pairs`.
+            `questions` and of `demonstrations` or `token_pairs`. Of an edit that joins several (`combined`), a list of
+            the same of each `adapter`.
         init_weights (`bool`):
             Leave this `True`: the identity, until it is fitted or trained. `False` makes a random edit, for tests.
         modules_to_save (`list[str] | None`):
@@ -84,6 +85,7 @@ class EditConfig(PeftConfig):
             raise ArgumentError(
                 *(Argument("fitted_on"), f" must be a dict, written by the fit, got {self.fitted_on!r}: fit it again")
             )
+        _check_combined(self.fitted_on.get("combined", []))
         if not isinstance(self.base_model_name_or_path, (str, os.PathLike, type(None))):
             raise ArgumentError(
                 Argument("base_model_name_or_path"), f" must be text, or None, got {self.base_model_name_or_path!r}"
@@ -126,6 +128,21 @@ class EditConfig(PeftConfig):
             give_usual_permissions(weights)
         if EditConfig.card_writer is not None:
             EditConfig.card_writer(Path(save_directory), self)
+
+
+def _check_combined(parts: Any) -> None:
+    """Raise ArgumentError unless these tell on what each of several adapters was fitted."""
+    whole = isinstance(parts, list) and all(
+        isinstance(part, dict)
+        and isinstance(part.get("adapter"), str)
+        and isinstance(part.get("data"), (str, type(None)))
+        and _are_numbers(part[name] for name in ("questions", "demonstrations", "token_pairs") if name in part)
+        for part in parts
+    )
+    if not whole:
+        raise ArgumentError(
+            Argument("fitted_on"), f" must say of each adapter in combined what it was fitted on, got {parts!r}"
+        )
 
 
 def _are_numbers(values: Iterable[Any]) -> bool:

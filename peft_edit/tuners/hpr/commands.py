@@ -222,7 +222,9 @@ def select(
     check_adapter_folder(out, "HPR")
     if Path(adapter).exists() and out.exists() and out.samefile(adapter):
         raise ValueError(f"{out} is the adapter to select from, and would lose its other layers: choose another folder")
-    adapted = common.load_adapter(common.load_structure(model), adapter, allow_fingerprint_mismatch)
+    adapted = common.load_adapter(
+        common.load_structure(model), adapter, allow_fingerprint_mismatch, edit_only="selected"
+    )
     result = selection.select_layers(
         adapted,
         store,

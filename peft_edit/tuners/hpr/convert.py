@@ -11,7 +11,7 @@ from torch import Tensor
 from ...adapters.conversion import Conversion, finish, read_json
 from ...adapters.save import check_adapter_folder, save_adapter
 from ...arguments import Argument, Note
-from ...models.load import load_structure
+from ...models.load import BaseModel, load_structure
 from ...models.sites import normalise_layers, text_config
 from .config import HPRConfig
 from .layer import HPRLayer
@@ -21,7 +21,12 @@ GUIDANCE_CONFIG = "guidance_config.json"
 
 
 def convert_hpr(
-    source_dir: str | os.PathLike, out_dir: str | os.PathLike, *, base_model: str | os.PathLike
+    source_dir: str | os.PathLike,
+    out_dir: str | os.PathLike,
+    *,
+    base_model: str | os.PathLike,
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
 ) -> Conversion:
     """Turn guidance modules that the published code of HPR writes into an HPR adapter.
 
@@ -30,7 +35,9 @@ def convert_hpr(
     Args:
         source_dir: folder with guidance_config.json and guidance.safetensors.
         out_dir: folder of the adapter.
-        base_model: id on the Hub, or folder; only its configuration is read.
+        base_model: id on the Hub, or folder; only its configuration is read, unless it is a GGUF file.
+        trust_remote_code: run the base model's own code, where it has some.
+        gguf_file: name of the GGUF file that holds the base model, in its folder.
 
     Raises:
         ValueError: a file is missing or damaged, the modules are of another kind or another model, or a tensor is
@@ -44,7 +51,7 @@ def convert_hpr(
     path = source / "guidance.safetensors"
     if not path.exists():
         raise ValueError(f"{source} has no {path.name}: both files of the published code are needed")
-    model = load_structure(str(base_model))
+    model = load_structure(BaseModel(str(base_model), None, trust_remote_code, gguf_file))
     selected = _check_guidance(guidance, source / GUIDANCE_CONFIG, text_config(model), str(base_model))
     _check_size(guidance, path, text_config(model).hidden_size)
     adapted = get_peft_model(

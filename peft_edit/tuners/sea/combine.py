@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -12,7 +13,7 @@ from ...activations.store import Store, open_store
 from ...adapters.match import check_store, check_unmerged, find_adapter, find_config
 from ...arguments import Argument, ArgumentError
 from ...models.sites import layer_index, target_modules, unwrap
-from .config import SEAConfig
+from .config import FIT_SETTINGS, SEAConfig
 from .fit import site_statistics
 from .layer import SEALayer
 from .subspaces import join
@@ -40,7 +41,8 @@ def combine_sea(
     once, what any edit amplifies, removes what any removes, and leaves alone what one amplifies and another removes.
     Equal edits give themselves, the order does not matter, and the result is an ordinary SEA adapter: saved, merged and
     exported like any other, of at most the sum of the ranks. Where one adapter alone edits a site, its edit stays. The
-    energies in its configuration are those of the first adapter.
+    energies in its configuration are those of the first adapter; `fitted_on["combined"]` has the data and the energies
+    of each.
 
     That is not one edit after the other, as several active adapters are, M_b M_a h: there a direction that both amplify
     grows fourfold instead of twofold, and where the spans are oblique to each other the order matters. The two agree
@@ -104,6 +106,7 @@ def combine_sea(
         layers_to_transform=None,
         rank_pattern={site: [len(factor) for factor in both] for site, both in factors.items()},
         fit_statistics=statistics,
+        fitted_on=_provenance(adapters, configs),
         base_model_fingerprint=next((c.base_model_fingerprint for c in configs if c.base_model_fingerprint), None),
     )
     for layer in layers:
@@ -112,6 +115,16 @@ def combine_sea(
         layer.set_factors(adapter_name, *(f.float().to(device) for f in factors[layer.site]), checked=True)
     model.peft_config[adapter_name] = joint
     return adapter_name
+
+
+def _provenance(adapters: Sequence[str], configs: Sequence[SEAConfig]) -> dict[str, Any]:
+    """What a joint edit keeps of the data that each adapter was fitted on, and how; of one that is itself a joint edit,
+    what that has of its own. Nothing where nothing is known of any."""
+    parts: list[dict[str, Any]] = []
+    for name, config in zip(adapters, configs, strict=True):
+        how = {field: getattr(config, field) for field in FIT_SETTINGS} if config.fitted_on else {}
+        parts += config.fitted_on.get("combined") or [{"adapter": name, **config.fitted_on, **how}]
+    return {"combined": parts} if any(len(part) > 1 for part in parts) else {}
 
 
 def _configs(model: nn.Module, adapters: Sequence[str]) -> list[SEAConfig]:

@@ -9,6 +9,10 @@ from ..config import EditConfig
 from .maths import FeatureSpace, Projections, Rescale, check_energy
 
 
+# How it was fitted: no more than defaults in an adapter that was not fitted here.
+FIT_SETTINGS = ("positive_energy", "negative_energy", "centered")
+
+
 @dataclass
 class SEAConfig(EditConfig):
     """

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ...adapters.conversion import Conversion, finish, read_json
 from ...adapters.save import check_adapter_folder, save_adapter
 from ...arguments import Argument, Note, check_choice
-from ...models.load import load_structure
+from ...models.load import BaseModel, load_structure
 from ...models.sites import LayerIndices, find_sites, layer_index, normalise_layers, text_config
 from .config import SEAConfig
 from .layer import SEALayer
@@ -53,6 +53,8 @@ def convert_sea(
     base_model: str | os.PathLike,
     layers: LayerIndices = None,
     rescale: str = "token",
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
 ) -> SEAConversion:
     """Turn the dense projections that the published code of SEA writes into a SEA adapter of thin factors.
 
@@ -64,9 +66,11 @@ def convert_sea(
         source_dir: folder with no_mean_sub_uu_positive.pt and no_mean_sub_uu_negative.pt, or the two names without
             no_mean_sub_. sea-args.json and sea-statistics.json are read where they are there.
         out_dir: folder of the adapter.
-        base_model: id on the Hub, or folder; only its configuration is read.
+        base_model: id on the Hub, or folder; only its configuration is read, unless it is a GGUF file.
         layers: decoder blocks to edit; None for all. The published code takes this when it runs, not from the files.
         rescale: "token", "none" or "average".
+        trust_remote_code: run the base model's own code, where it has some.
+        gguf_file: name of the GGUF file that holds the base model, in its folder.
 
     Raises:
         ValueError: a file is missing, too large, damaged, or holds other things than one tensor; its shape is not that
@@ -79,7 +83,7 @@ def convert_sea(
     paths, centred_by_sample = _sea_files(source)
     arguments = read_json(source / "sea-args.json")
     statistics = read_json(source / "sea-statistics.json")
-    model = load_structure(str(base_model))
+    model = load_structure(BaseModel(str(base_model), None, trust_remote_code, gguf_file))
     config = text_config(model)
     shape = (config.num_hidden_layers, config.hidden_size, config.hidden_size)
     stacks = [read_tensor(path, shape, str(base_model)) for path in paths]

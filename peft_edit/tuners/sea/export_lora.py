@@ -21,6 +21,7 @@ from ...adapters.card import with_marker
 from ...adapters.match import check_unmerged, find_config
 from ...adapters.save import adapter_folder, check_adapter_folder
 from ...arguments import Argument, ArgumentError, Note, parts_of
+from ...models.load import check_vocabulary_of_base
 from ...models.sites import layer_index, target_modules, unwrap
 from ..method import lora_method_of
 from .config import SEAConfig
@@ -111,7 +112,8 @@ def sea_to_lora(
     Raises:
         ValueError: the adapter is no SEA adapter, merged, inside `edit_strength`, edits nothing or other modules than
             linear layers (decoder blocks, mixtures of experts), has a feature map, modules_to_save, rescale="average"
-            or projections="positive"; the weights are quantised or not loaded; or the folder holds something else.
+            or projections="positive"; the weights are quantised or not loaded, or the embeddings resized; or the folder
+            holds something else.
     """
     out_dir = Path(out_dir)
     check_folder(out_dir)
@@ -121,6 +123,7 @@ def sea_to_lora(
         )
     adapter_name, config = find_config(model, adapter_name, PeftConfig)
     check_exportable(config)
+    check_vocabulary_of_base(unwrap(model), "an export as LoRA")
     layers = [m for m in model.modules() if isinstance(m, SEALayer) and m.is_fitted(adapter_name)]
     for layer in layers:
         _check_layer(layer, adapter_name)

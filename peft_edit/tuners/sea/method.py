@@ -8,7 +8,7 @@ from typing import Any
 from ...activations.store import ROW_TOKENS
 from ...models.sites import by_layer, layer_index
 from ..method import Method
-from .config import SEAConfig
+from .config import FIT_SETTINGS, SEAConfig
 from .convert import convert_sea
 from .export_lora import check_lora, sea_to_lora
 from .layer import SEALayer
@@ -16,13 +16,15 @@ from .model import SEAModel
 
 
 SETTINGS = ("site", "feature_map", "feature_space", "input_scale", "rescale", "projections", "strength")
-# How it was fitted: no more than defaults in an adapter that was not fitted here.
-FIT_SETTINGS = ("positive_energy", "negative_energy", "centered")
 
 
 def card_settings(config: SEAConfig) -> list[str]:
     of_map = ("feature_map", "feature_space", "input_scale") if config.feature_map is None else ()
-    return [name for name in (*SETTINGS, *(FIT_SETTINGS if config.fitted_on else ())) if name not in of_map]
+    return [
+        name
+        for name in (*SETTINGS, *(FIT_SETTINGS if "demonstrations" in config.fitted_on else ()))
+        if name not in of_map
+    ]
 
 
 def card_layers(config: SEAConfig) -> list[dict[str, Any]]:
