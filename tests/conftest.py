@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -18,6 +19,9 @@ from transformers.utils import logging
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)
+# An example takes as long as the other programs of the machine let it.
+settings.register_profile("shared machine")
+settings.load_profile("shared machine")
 ASSETS = Path(__file__).resolve().parents[1] / "peft_edit" / "demo" / "assets"
 
 

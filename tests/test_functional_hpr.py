@@ -160,7 +160,7 @@ def test_angle_between_at_its_ends(dtype):
 # ----------------------------------------------------------------------------------------------------- the rotation
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 999), angle_rad=angles, scale=st.sampled_from([1e-6, 1.0, 1e6]), d=st.integers(2, 40))
 def test_rotation_turns_by_the_angle_towards_the_normal(seed, angle_rad, scale, d):
     a, w = scale * normal(6, d, seed=seed), normal(d, seed=seed + 1)
@@ -172,7 +172,7 @@ def test_rotation_turns_by_the_angle_towards_the_normal(seed, angle_rad, scale, 
     torch.testing.assert_close(angle_between(out, w.expand_as(a)), (before - g).abs(), rtol=0, atol=1e-10)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 999), first=angles, second=angles)
 def test_rotations_in_one_plane_add_up(seed, first, second):
     """As long as the normal is not passed, beyond which the second would turn back."""
@@ -338,7 +338,7 @@ def test_gate_0_turns_none_and_gate_1_all():
     assert (edit(a, w, constant(1.0), gate=1.0) != a).any(dim=-1).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(gate=st.floats(0, 1), seed=st.integers(0, 99))
 def test_gate_is_a_probability(gate, seed):
     a, w = normal(30, D, seed=seed), normal(D, seed=seed + 1)

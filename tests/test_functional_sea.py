@@ -224,7 +224,6 @@ def test_fit_refuses(case):
     assert [word for word in words if word not in message] == []
 
 
-@settings(deadline=None)
 @given(energy=st.floats(0, 1, exclude_min=True))
 def test_every_share_is_an_energy(energy):
     check_energy("energy", energy)
@@ -288,7 +287,7 @@ def test_zero_stays_zero(rescale, dtype):
     assert out.isfinite().all() and out[2].any()
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(d=st.integers(2, 24), k_positive=st.integers(1, 24), k_negative=st.integers(1, 24), seed=st.integers(0, 2**16))
 def test_matrix_is_symmetric_with_eigenvalues_between_zero_and_two(d, k_positive, k_negative, seed):
     positive, negative = (

@@ -149,7 +149,7 @@ def test_commands_refuse_other_kinds_by_their_files(kind, run, tmp_path):
 
 
 @given(known=st.integers(5, 63), used=st.integers(5, 63), batch_size=st.sampled_from([1, 16]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_token_without_an_embedding_is_named_by_its_row_everywhere(known, used, batch_size, tmp_path_factory):
     model = tiny_model("llama")
     model.resize_token_embeddings(known)

@@ -138,7 +138,7 @@ def test_equals_the_dense_decomposition(path, data, shape):
         check(left.decompose(y, ratio), reference, ratio, len(x))
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     n=st.integers(2, 50),
     d=st.integers(2, 50),
