@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from ..arguments import Argument, ArgumentError, check_options
 from ..data.prompts import PromptOptions
 from ..models.sites import LayerIndices, Site
-from .store.layout import RowTokens
+from .store.layout import EVERY_TOKEN, RowTokens
 
 
 @dataclass(kw_only=True)
@@ -26,11 +26,12 @@ class CollectArguments(PromptOptions):
         layers (`int`, list of `int`, *optional*):
             Indices of the decoder blocks, 0 the first. By default all.
         tokens (`str`):
-            Which tokens of an answer are kept: "last", "mean", "random" (one row an answer), "answer" (every token).
+            Which tokens are kept: of an answer "last", "mean", "random" (one row an answer) or "answer" (every token);
+            "all" of plain texts, which are no contrast set.
         neutral (`str`, *optional*):
             Where the neutral activation is taken: "generated", the last token of the model's own greedy answer;
             "prompt", the last token of the prompt; "text", the last token of the `neutral` column. "auto": "text" where
-            the column has one, else "generated". None for none, which `tokens="answer"` implies.
+            the column has one, else "generated". None for none, which `tokens="answer"` and `"all"` imply.
         answers (`str`):
             Which answers demonstrate: the "first" of each list, a "random" one, or "all", every positive with every
             negative. `tokens="answer"` takes all.
@@ -48,7 +49,8 @@ class CollectArguments(PromptOptions):
         seed (`int`):
             Of the random answers and tokens.
         truncate (`bool`):
-            Cut prompts on the left, BOS excepted, where a row's longest answer is more than the model takes.
+            Cut prompts on the left, BOS excepted, where a row's longest answer is more than the model takes; cut plain
+            texts at the end.
         resume (`bool`):
             Continue or reuse a store that was begun with the same arguments; False replaces it.
     """
@@ -60,9 +62,11 @@ class CollectArguments(PromptOptions):
         default=None, metadata={"help": "Comma-separated names of other modules, one in a block."}
     )
     layers: LayerIndices = field(default=None, metadata={"help": "Decoder blocks, such as 0-3,7. Default: all."})
-    tokens: Literal[RowTokens, "answer"] = field(
+    tokens: Literal[RowTokens, "answer", "all"] = field(
         default="last",
-        metadata={"help": "Tokens kept of an answer: one (last, mean, random) or all (answer)."},
+        metadata={
+            "help": "Tokens kept: one of an answer (last, mean, random), all of it (answer), all of texts (all)."
+        },
     )
     neutral: Literal["auto", "generated", "prompt", "text"] | None = field(
         default="auto", metadata={"help": "Where the neutral activation is taken."}
@@ -102,3 +106,21 @@ class CollectArguments(PromptOptions):
             raise ArgumentError(Argument("target_modules"), " replace one site: collect several sites without them")
         if self.tokens == "answer":
             self.neutral, self.answers = None, "all"
+        if self.of_texts:
+            self.neutral = None
+            if self.prompt_format not in ("auto", "plain") or self.template_arguments or self.template_time:
+                raise ArgumentError(
+                    *(Argument("tokens", "all"), " takes plain texts, which have no "),
+                    *(Argument("prompt_format"), ": leave it out"),
+                )
+            self.prompt_format = "plain"
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether plain texts are collected, and no contrast set."""
+        return self.tokens == "all"
+
+    @property
+    def every_token(self) -> bool:
+        """Whether all tokens of a span are rows of their own."""
+        return self.tokens in EVERY_TOKEN

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from datasets import Dataset
@@ -40,18 +40,20 @@ class _Question:
 
 
 def encode(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Dataset, arguments: CollectArguments) -> Encoded:
-    """Encode a contrast set.
+    """Encode a contrast set, or plain texts.
 
     Args:
         model: that will run the tokens, without a `PeftModel` around it.
         tokenizer: of the model.
-        data: the contrast set.
+        data: the contrast set or the texts.
         arguments: which tokens of which answers are kept.
 
     Raises:
         ValueError: a row cannot be encoded, has no neutral text that is asked for, or is longer than the model takes;
             the model cannot generate and has to; there is nothing to collect.
     """
+    if arguments.of_texts:
+        return _encode_texts(model, tokenizer, data, arguments)
     encoded = Encoded(neutral=None if arguments.neutral is None else {})
     chooser, numbers = random.Random(arguments.seed), {}
     limit, vocabulary = length_limit(model), model.get_input_embeddings().weight.shape[0]
@@ -71,6 +73,27 @@ def encode(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Dataset, 
             "(AutoModelForCausalLM), or pass ",
             Argument("neutral", "prompt"),
         )
+    return encoded
+
+
+def _encode_texts(model, tokenizer, data: Dataset, arguments: CollectArguments) -> Encoded:
+    """Texts as they are, with the special tokens that the tokenizer puts around them; each text once."""
+    encoded = Encoded()
+    limit, vocabulary = length_limit(model), model.get_input_embeddings().weight.shape[0]
+    for first in tqdm(range(0, len(data), CHUNK), desc="encoding", unit_scale=CHUNK, unit="text", leave=None, delay=2):
+        rows = data[first : first + CHUNK]
+        for row_id, ids in zip(rows["id"], tokenizer(rows["text"])["input_ids"], strict=True):
+            if limit is not None and len(ids) > limit and not arguments.truncate:
+                raise ArgumentError(
+                    f"row {row_id}: the text has {len(ids)} tokens, the model takes {limit}: leave it out, or pass ",
+                    *(Argument("truncate", True), " to cut it at the end"),
+                )
+            ids = ids[:limit]
+            if not ids:
+                raise ValueError(f"row {row_id}: the text gives no tokens: leave the row out")
+            _check_ids(ids, row_id, vocabulary)
+            encoded.row_ids.append(row_id)
+            encoded.pairs.append(encoded.table.add(ids, 0, len(ids), len(encoded.row_ids) - 1))
     return encoded
 
 
@@ -96,10 +119,14 @@ def _questions(tokenizer, rows: dict[str, list], arguments: CollectArguments) ->
 
 def _check_vocabulary(question: _Question, vocabulary: int) -> None:
     """Raise ValueError for a token id that the model has no embedding for."""
-    largest = max(itertools.chain(question.prompt, *(answer.input_ids for answer in question.answers)))
-    if largest >= vocabulary:
+    ids = itertools.chain(question.prompt, *(answer.input_ids for answer in question.answers))
+    _check_ids(ids, question.row_id, vocabulary)
+
+
+def _check_ids(ids: Iterable[int], row_id: int, vocabulary: int) -> None:
+    if (largest := max(ids)) >= vocabulary:
         raise ValueError(
-            f"row {question.row_id}: the tokenizer gives the id {largest}, the model has embeddings for "
+            f"row {row_id}: the tokenizer gives the id {largest}, the model has embeddings for "
             f"{vocabulary} ids: pass the model's own tokenizer, or resize its embeddings"
         )
 

@@ -39,7 +39,8 @@ def settings_of(
     Raises:
         ValueError: the model, the data or the arguments cannot be collected, whatever the rows are.
     """
-    check_contrast_set(data)
+    if not arguments.of_texts:
+        check_contrast_set(data)
     check_independent_of_padding(model)
     bare = unwrap(model)
     modules = {
@@ -85,6 +86,10 @@ def _width(model: nn.Module, modules: dict[str, dict[int, str]]) -> int:
 def _data_fingerprint(data: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: CollectArguments) -> str:
     """Hash of the texts, and of the prompts' token ids: those of another tokenizer or chat template differ."""
     digest = hashlib.sha256()
+    if arguments.of_texts:
+        for first in range(0, len(data), CHUNK):
+            digest.update(json.dumps(tokenizer(data[first : first + CHUNK]["text"])["input_ids"]).encode())
+        return digest.hexdigest()[:16]
     data = data.select_columns(["id", "prompt", "positives", "negatives", "neutral", "mc1_choices", "messages"])
     for first in range(0, len(data), CHUNK):
         rows = data[first : first + CHUNK]

@@ -143,9 +143,8 @@ def _check_tokens(store: ActivationStore, layers: Mapping[int, EditLayer]) -> No
     for method in methods().values():
         of_method = any(isinstance(layer, method.layer) for layer in layers.values())
         if of_method and store.tokens not in method.tokens:
-            holds = "every answer token" if store.tokens == "answer" else "one row an answer"
             raise ArgumentError(
-                f"{store.path} holds {holds}: collect with ",
+                f"{store.path} holds {store.held}: collect with ",
                 Argument("tokens", method.tokens[0]),
                 f" for {method.short}",
             )

@@ -79,7 +79,7 @@ def inspect(
     if check:
         checks = tqdm(opened.check_files(), total=files, desc="checking", unit="file", leave=None)
         damaged = [file for file, whole in checks if not whole]
-    counts = {"questions": rows["questions"], _what(opened): len(opened), "rows": rows["rows"]}
+    counts = {_rows_of(opened): rows[_rows_of(opened)], _what(opened): len(opened), "rows": rows["rows"]}
     output.write(run.record({"store": str(store), "bytes": size, "damaged": damaged, **counts, **metadata}))
     if damaged:
         raise ValueError(
@@ -106,13 +106,18 @@ def _describe(opened, metadata: dict, size: int) -> dict:
         "tokens": opened.tokens,
         "neutral": metadata.get("neutral"),
         "prompt format": metadata.get("prompt_format"),
-        "questions": len(opened.questions().unique()),
+        _rows_of(opened): len(opened.questions().unique()),
         _what(opened).replace("_", " "): len(opened),
         "rows": sum(shard["rows"] for shard in shards),
         "size": f"{size / 1e6:,.1f} MB in {len(shards)} shards",
     }
 
 
+def _rows_of(store) -> str:
+    """What the rows of the data are that a store was collected from."""
+    return "texts" if store.tokens == "all" else "questions"
+
+
 def _what(store) -> str:
     """What the length of a store counts."""
-    return "token_pairs" if store.tokens == "answer" else "demonstrations"
+    return store.counted.replace(" ", "_")

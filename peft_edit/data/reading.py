@@ -119,7 +119,7 @@ def read_file(path: Path) -> list[dict]:
             return pyarrow.parquet.read_table(path).to_pylist()
         except pyarrow.ArrowInvalid as error:
             raise ValueError(f"{path} is not a Parquet file: {error}") from error
-    content = _read_text(path)
+    content = read_text(path)
     # not splitlines: JSON strings may hold the other line ends that it knows, such as U+2028
     whole = content.lstrip().startswith("[") or (suffix == ".json" and not _starts_with_json_line(content))
     documents = [(1, content)] if whole else enumerate(content.split("\n"), start=1)
@@ -147,7 +147,7 @@ def _starts_with_json_line(content: str) -> bool:
 
 def _read_csv(path: Path) -> list[dict]:
     # strict: otherwise a quote that is never closed swallows the rest of the file without a word
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         records = list(reader)
     except csv.Error as error:
@@ -158,7 +158,8 @@ def _read_csv(path: Path) -> list[dict]:
     return records
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Contents of a file in UTF-8."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
