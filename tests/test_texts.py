@@ -95,7 +95,7 @@ def test_texts_that_are_none(model, tmp_path, texts, message):
 
 def test_a_text_that_is_too_long(tmp_path):
     model = tiny_model(vocab_size=300, max_position_embeddings=20)
-    with pytest.raises(ValueError, match="row 2: the text has .* tokens, the model takes 20: .* truncate=True"):
+    with pytest.raises(ValueError, match=r"row 2: the text has .* tokens, the model takes 20: .* truncate=True"):
         collect_activations(model, TOKENIZER, TEXTS, tmp_path / "store", tokens="all")
     assert not (tmp_path / "store").exists()
     store = collect_activations(model, TOKENIZER, TEXTS, tmp_path / "store", tokens="all", truncate=True)

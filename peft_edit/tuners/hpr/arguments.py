@@ -20,6 +20,9 @@ class HPRTrainingArguments(TrainingArguments):
 
     `max_grad_norm` is the bound for the gradient of each decoder block by itself: the blocks train together but
     independently of each other.
+
+    `retain_weight` is the weight of the tokens of a retain set beside that of as many positive tokens; without a retain
+    set it is not used.
     """
 
     num_train_epochs: float = field(default=5.0, metadata={"help": "Number of training epochs."})
@@ -38,6 +41,10 @@ class HPRTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(default="probe_accuracy", metadata={"help": "What is best."})
     greater_is_better: bool | None = field(
         default=None, metadata={"help": "Whether the best is the greatest. Default: not for losses and angle errors."}
+    )
+    retain_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the tokens to leave alone.", "minimum": 0, "allowed": "of 0 or more and finite"},
     )
     logging_steps: float = field(default=100, metadata={"help": "Steps between logs; below 1 a share of all steps."})
     dataloader_pin_memory: bool = field(
