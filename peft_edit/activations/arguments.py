@@ -20,7 +20,7 @@ class CollectArguments(PromptOptions):
     Args:
         site (`str` or sequence of `str`):
             "mlp" for the output of the MLP's output projection, "block" for the output of the decoder block, or
-            ("mlp", "block") for both in one pass.
+            ("mlp", "block") for both in one pass. By default "mlp", and both of plain texts.
         target_modules (`str`, list of `str`, *optional*):
             Names or regular expression of other modules, one in a block.
         layers (`int`, list of `int`, *optional*):
@@ -55,8 +55,9 @@ class CollectArguments(PromptOptions):
             Continue or reuse a store that was begun with the same arguments; False replaces it.
     """
 
-    site: str | Sequence[str] = field(
-        default="mlp", metadata={"help": "mlp, block, or mlp,block for both in one pass."}
+    site: str | Sequence[str] | None = field(
+        default=None,
+        metadata={"help": "mlp, block, or mlp,block for both in one pass. Default: mlp, of texts both."},
     )
     target_modules: Iterable[str] | str | None = field(
         default=None, metadata={"help": "Comma-separated names of other modules, one in a block."}
@@ -96,12 +97,10 @@ class CollectArguments(PromptOptions):
     def __post_init__(self):
         super().__post_init__()
         check_options(self)
-        given = [self.site] if isinstance(self.site, str) else self.site
-        sites = list(dict.fromkeys(given)) if isinstance(given, Iterable) else []
+        sites = self.chosen_sites
         if not sites or set(sites) - set(get_args(Site)):
             choices = ", ".join(map(repr, get_args(Site)))
             raise ArgumentError(Argument("site"), f" must be one of {choices} or both, got {self.site!r}")
-        self.site = sites
         if len(sites) > 1 and self.target_modules is not None:
             raise ArgumentError(Argument("target_modules"), " replace one site: collect several sites without them")
         if self.tokens == "answer":
@@ -114,6 +113,14 @@ class CollectArguments(PromptOptions):
                     *(Argument("prompt_format"), ": leave it out"),
                 )
             self.prompt_format = "plain"
+
+    @property
+    def chosen_sites(self) -> list[str]:
+        """The sites; empty where `site` is none."""
+        if self.site is None:
+            return list(get_args(Site)) if self.of_texts and self.target_modules is None else ["mlp"]
+        given = [self.site] if isinstance(self.site, str) else self.site
+        return list(dict.fromkeys(given)) if isinstance(given, Iterable) else []
 
     @property
     def of_texts(self) -> bool:

@@ -45,10 +45,10 @@ def settings_of(
     bare = unwrap(model)
     modules = {
         site: find_sites(model, site, layers=arguments.layers, target_modules=arguments.target_modules)
-        for site in arguments.site
+        for site in arguments.chosen_sites
     }
     return {
-        "sites": arguments.site,
+        "sites": arguments.chosen_sites,
         "tokens": arguments.tokens,
         "neutral": arguments.neutral,
         "answers": arguments.answers,

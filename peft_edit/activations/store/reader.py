@@ -114,7 +114,7 @@ class ActivationStore:
     @property
     def counted(self) -> str:
         """What the length of the store counts."""
-        return {"answer": "token pairs", "all": "tokens"}.get(self.tokens, "demonstrations")
+        return {"answer": "token pairs", "all": "text tokens"}.get(self.tokens, "demonstrations")
 
     def at(self, site: str) -> ActivationStore:
         """This store, reading another of its sites."""

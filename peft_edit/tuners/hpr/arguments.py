@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from ...arguments import check_options
+
 
 @dataclass
 class HPRTrainingArguments(TrainingArguments):
@@ -55,6 +57,7 @@ class HPRTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: activations have no columns."})
 
     def __post_init__(self):
+        check_options(self, ("retain_weight",))
         if self.load_best_model_at_end is None:
             together = self.save_strategy in (self.eval_strategy, "best")
             self.load_best_model_at_end = self.eval_strategy != "no" and together
