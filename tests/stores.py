@@ -35,3 +35,29 @@ def write_pair_store(path, rows, pairs, *, modules, question=None, shard_rows=No
             writer.write(shard, {f"{site}.{layer}": chunk[shard.number] for layer, chunk in chunks.items()})
         writer.finish()
     return ActivationStore(path)
+
+
+def write_text_store(path, rows, *, modules, lengths=None, site="block", **settings):
+    """Write layer to rows, (t, d), of plain texts of these lengths; by default one text."""
+    first = next(iter(rows.values()))
+    settings = {
+        "sites": [site],
+        "tokens": "all",
+        "dtype": str(first.dtype).removeprefix("torch."),
+        "hidden_size": first.shape[1],
+        "modules": {site: modules},
+        "model": None,
+        "fingerprint": None,
+        "active_adapters": [],
+        **settings,
+    }
+    Path(path).mkdir(parents=True, exist_ok=True)
+    begin(Path(path), settings)
+    counts = torch.tensor(lengths or [len(first)])
+    texts = torch.stack((counts.cumsum(dim=0) - counts, counts), dim=1)
+    write_index(Path(path), {"texts": texts, "question": torch.arange(len(counts))})
+    shard = Shard(0, len(first), len(counts))
+    with StoreWriter(Path(path), [shard]) as writer:
+        writer.write(shard, {f"{site}.{layer}": tensor for layer, tensor in rows.items()})
+        writer.finish()
+    return ActivationStore(path)

@@ -292,7 +292,11 @@ def test_help_shows_each_option_and_an_example(run, monkeypatch, name):
     status, out, _ = run(name, "--help")
     assert status == 0 and f"Example: peft-edit {name}" in out
     for option in options_of(COMMANDS[name]):
-        line = next(line for line in out.splitlines() if line.strip().startswith(option.flag))
+        line = next(
+            line
+            for line in out.splitlines()
+            if line.strip().split(" ")[0].rstrip(",") == option.flag or line.strip().startswith(f"{option.flag} ")
+        )
         assert option.metadata["help"].rstrip(".") in line
 
 

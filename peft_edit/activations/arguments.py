@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from ..arguments import Argument, ArgumentError, check_options
 from ..data.prompts import PromptOptions
 from ..models.sites import LayerIndices, Site
-from .store.layout import RowTokens
+from .store.layout import EVERY_TOKEN, RowTokens
 
 
 @dataclass(kw_only=True)
@@ -20,17 +20,18 @@ class CollectArguments(PromptOptions):
     Args:
         site (`str` or sequence of `str`):
             "mlp" for the output of the MLP's output projection, "block" for the output of the decoder block, or
-            ("mlp", "block") for both in one pass.
+            ("mlp", "block") for both in one pass. By default "mlp", and both of plain texts.
         target_modules (`str`, list of `str`, *optional*):
             Names or regular expression of other modules, one in a block.
         layers (`int`, list of `int`, *optional*):
             Indices of the decoder blocks, 0 the first. By default all.
         tokens (`str`):
-            Which tokens of an answer are kept: "last", "mean", "random" (one row an answer), "answer" (every token).
+            Which tokens are kept: of an answer "last", "mean", "random" (one row an answer) or "answer" (every token);
+            "all" of plain texts, which are no contrast set.
         neutral (`str`, *optional*):
             Where the neutral activation is taken: "generated", the last token of the model's own greedy answer;
             "prompt", the last token of the prompt; "text", the last token of the `neutral` column. "auto": "text" where
-            the column has one, else "generated". None for none, which `tokens="answer"` implies.
+            the column has one, else "generated". None for none, which `tokens="answer"` and `"all"` imply.
         answers (`str`):
             Which answers demonstrate: the "first" of each list, a "random" one, or "all", every positive with every
             negative. `tokens="answer"` takes all.
@@ -48,21 +49,25 @@ class CollectArguments(PromptOptions):
         seed (`int`):
             Of the random answers and tokens.
         truncate (`bool`):
-            Cut prompts on the left, BOS excepted, where a row's longest answer is more than the model takes.
+            Cut prompts on the left, BOS excepted, where a row's longest answer is more than the model takes; cut plain
+            texts at the end.
         resume (`bool`):
             Continue or reuse a store that was begun with the same arguments; False replaces it.
     """
 
-    site: str | Sequence[str] = field(
-        default="mlp", metadata={"help": "mlp, block, or mlp,block for both in one pass."}
+    site: str | Sequence[str] | None = field(
+        default=None,
+        metadata={"help": "mlp, block, or mlp,block for both in one pass. Default: mlp, of texts both."},
     )
     target_modules: Iterable[str] | str | None = field(
         default=None, metadata={"help": "Comma-separated names of other modules, one in a block."}
     )
     layers: LayerIndices = field(default=None, metadata={"help": "Decoder blocks, such as 0-3,7. Default: all."})
-    tokens: Literal[RowTokens, "answer"] = field(
+    tokens: Literal[RowTokens, "answer", "all"] = field(
         default="last",
-        metadata={"help": "Tokens kept of an answer: one (last, mean, random) or all (answer)."},
+        metadata={
+            "help": "Tokens kept: one of an answer (last, mean, random), all of it (answer), all of texts (all)."
+        },
     )
     neutral: Literal["auto", "generated", "prompt", "text"] | None = field(
         default="auto", metadata={"help": "Where the neutral activation is taken."}
@@ -92,13 +97,37 @@ class CollectArguments(PromptOptions):
     def __post_init__(self):
         super().__post_init__()
         check_options(self)
-        given = [self.site] if isinstance(self.site, str) else self.site
-        sites = list(dict.fromkeys(given)) if isinstance(given, Iterable) else []
+        sites = self.chosen_sites
         if not sites or set(sites) - set(get_args(Site)):
             choices = ", ".join(map(repr, get_args(Site)))
             raise ArgumentError(Argument("site"), f" must be one of {choices} or both, got {self.site!r}")
-        self.site = sites
         if len(sites) > 1 and self.target_modules is not None:
             raise ArgumentError(Argument("target_modules"), " replace one site: collect several sites without them")
         if self.tokens == "answer":
             self.neutral, self.answers = None, "all"
+        if self.of_texts:
+            self.neutral = None
+            if self.prompt_format not in ("auto", "plain") or self.template_arguments or self.template_time:
+                raise ArgumentError(
+                    *(Argument("tokens", "all"), " takes plain texts, which have no "),
+                    *(Argument("prompt_format"), ": leave it out"),
+                )
+            self.prompt_format = "plain"
+
+    @property
+    def chosen_sites(self) -> list[str]:
+        """The sites; empty where `site` is none."""
+        if self.site is None:
+            return list(get_args(Site)) if self.of_texts and self.target_modules is None else ["mlp"]
+        given = [self.site] if isinstance(self.site, str) else self.site
+        return list(dict.fromkeys(given)) if isinstance(given, Iterable) else []
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether plain texts are collected, and no contrast set."""
+        return self.tokens == "all"
+
+    @property
+    def every_token(self) -> bool:
+        """Whether all tokens of a span are rows of their own."""
+        return self.tokens in EVERY_TOKEN

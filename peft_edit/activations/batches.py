@@ -53,7 +53,7 @@ def make_index(
     """
     for group, number in zip(encoded.waiting[::2], encoded.waiting[1::2], strict=True):
         encoded.add_neutral(group, encoded.prompts[number] + answers[number])
-    table, every_token = encoded.table, arguments.tokens == "answer"
+    table, every_token = encoded.table, arguments.every_token
     limits = {"batch_size": arguments.batch_size, "max_tokens": arguments.max_tokens_per_batch}
     schedule = make_schedule(table, share=share, **limits)
     order = numpy.array(schedule.order)
@@ -63,10 +63,27 @@ def make_index(
     first_rows = numpy.empty(len(order), dtype=numpy.int64)
     first_rows[order] = numpy.cumsum(rows) - rows
 
+    index = _demonstrations(encoded, arguments, first_rows)
+    index["token_ids"] = numpy.concatenate([table.ids(number) for number in order])
+    index["sequence_lengths"] = table.lengths()[order]
+    index["spans"] = spans
+    tensors = {name: torch.from_numpy(values) for name, values in index.items()}
+    row_bytes = StoreShape.of(settings).row_bytes
+    return tensors | schedule.tensors(rows, row_bytes), int(rows.sum()) * row_bytes
+
+
+def _demonstrations(
+    encoded: Encoded, arguments: CollectArguments, first_rows: numpy.ndarray
+) -> dict[str, numpy.ndarray]:
+    """Which rows are whose; `first_rows` are those of the sequences."""
+    if arguments.of_texts:
+        numbers = numpy.array(encoded.pairs)
+        counts = encoded.table.lengths()[numbers]
+        return {"question": numpy.array(encoded.row_ids), "texts": numpy.stack((first_rows[numbers], counts), axis=1)}
     pairs = numpy.array(encoded.pairs).reshape(-1, 3)
     index = {"question": numpy.array(encoded.row_ids)[pairs[:, 0]]}
     negative, positive = first_rows[pairs[:, 1]], first_rows[pairs[:, 2]]
-    if every_token:
+    if arguments.every_token:
         first, count = numpy.array(encoded.places).reshape(-1, 2).T
         index["answer_pairs"] = numpy.stack((negative + first, positive + first, count), axis=1)
     else:
@@ -74,12 +91,7 @@ def make_index(
         if encoded.neutral is not None:
             neutral = numpy.array([encoded.neutral[group] for group in range(len(encoded.row_ids))])
             index["neutral"] = first_rows[neutral[pairs[:, 0]]]
-    index["token_ids"] = numpy.concatenate([table.ids(number) for number in order])
-    index["sequence_lengths"] = table.lengths()[order]
-    index["spans"] = spans
-    tensors = {name: torch.from_numpy(values) for name, values in index.items()}
-    row_bytes = StoreShape.of(settings).row_bytes
-    return tensors | schedule.tensors(rows, row_bytes), int(rows.sum()) * row_bytes
+    return index
 
 
 @dataclass

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ..arguments import takes
 from ..data import check_contrast_set
 from ..data.chat import now
 from ..data.prompts import settled
+from ..data.texts import load_texts
 from ..models.run import can_share_prompts, inference
 from ..models.sites import unwrap
 from ..processes import processes
@@ -46,9 +48,13 @@ logger = logging.getLogger(__name__)
 
 @takes(CollectArguments)
 def collect_activations(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Dataset, path: str | os.PathLike, **options: Any
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Dataset | Iterable[str] | str | os.PathLike,
+    path: str | os.PathLike,
+    **options: Any,
 ) -> ActivationStore:
-    """Run the answers of a contrast set through a model and store the activations of its sites on disk.
+    """Run the answers of a contrast set, or plain texts, through a model and store the activations of its sites.
 
     A collection that was interrupted, even killed, goes on when the same is called again, and ends with the same bytes.
 
@@ -56,7 +62,7 @@ def collect_activations(
         model: a causal language model of Transformers, bare or in a `PeftModel`, on one device or several. It needs
             no LM head where it generates no neutral answers.
         tokenizer: of that model.
-        data: a contrast set, see `load_contrast_set`.
+        data: a contrast set, see `load_contrast_set`; with `tokens="all"` texts, see `load_texts`.
         path: folder of the store; created.
         options: see `CollectArguments`.
 
@@ -68,7 +74,7 @@ def collect_activations(
             was written is kept, and the next call goes on from there.
     """
     arguments, path, bare, together = CollectArguments(**options), Path(path), unwrap(model), processes()
-    data = check_contrast_set(data)
+    data = load_texts(data) if arguments.of_texts else check_contrast_set(data)
     begun = together.from_main(time_of_store, path) if arguments.resume else None
     arguments = settled(tokenizer, arguments, begun or together.from_main(now))
     settings = settings_of(model, tokenizer, data, arguments)

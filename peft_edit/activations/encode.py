@@ -41,18 +41,20 @@ class _Question:
 
 
 def encode(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Dataset, arguments: CollectArguments) -> Encoded:
-    """Encode a contrast set.
+    """Encode a contrast set, or plain texts.
 
     Args:
         model: that will run the tokens, without a `PeftModel` around it.
         tokenizer: of the model.
-        data: the contrast set.
+        data: the contrast set or the texts.
         arguments: which tokens of which answers are kept.
 
     Raises:
         ValueError: a row cannot be encoded, has no neutral text that is asked for, or is longer than the model takes;
             there is nothing to collect.
     """
+    if arguments.of_texts:
+        return _encode_texts(model, tokenizer, data, arguments)
     encoded = Encoded(neutral=None if arguments.neutral is None else {})
     chooser, numbers = random.Random(arguments.seed), {}
     limit = length_limit(model)
@@ -67,6 +69,27 @@ def encode(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Dataset, 
             _add(encoded, question, arguments, chooser, numbers)
     if arguments.tokens == "answer" and not any(encoded.places[1::2]):
         raise ValueError("no pair of answers differs in any token that both have: nothing to collect")
+    return encoded
+
+
+def _encode_texts(model, tokenizer, data: Dataset, arguments: CollectArguments) -> Encoded:
+    """Texts as they are, with the special tokens that the tokenizer puts around them; each text once."""
+    encoded = Encoded()
+    limit = length_limit(model)
+    for first in tqdm(range(0, len(data), CHUNK), desc="encoding", unit_scale=CHUNK, unit="text", leave=None, delay=2):
+        rows = data[first : first + CHUNK]
+        for row_id, ids in zip(rows["id"], tokenizer(rows["text"])["input_ids"], strict=True):
+            if limit is not None and len(ids) > limit and not arguments.truncate:
+                raise ArgumentError(
+                    f"row {row_id}: the text has {len(ids)} tokens, the model takes {limit}: leave it out, or pass ",
+                    *(Argument("truncate", True), " to cut it at the end"),
+                )
+            ids = ids[:limit]
+            if not ids:
+                raise ValueError(f"row {row_id}: the text gives no tokens: leave the row out")
+            check_vocabulary(model, [ids], f"row {row_id}")
+            encoded.row_ids.append(row_id)
+            encoded.pairs.append(encoded.table.add(ids, 0, len(ids), len(encoded.row_ids) - 1))
     return encoded
 
 

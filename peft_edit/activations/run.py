@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from ..models.run import cache_name, input_device, pad, prompt_cache, select_rows
 from ..processes import Processes
 from .recorder import Recorder
-from .store.layout import INDEX, StoreShape, is_whole, read_index, read_token_ids
+from .store.layout import EVERY_TOKEN, INDEX, StoreShape, is_whole, read_index, read_token_ids
 from .store.shards import Shard
 
 
@@ -73,7 +73,7 @@ class Plan:
     def rows(self, number: int) -> int:
         """How many rows of a sequence are kept."""
         start, stop = self.span(number)
-        return stop - start if self.tokens == "answer" else 1
+        return stop - start if self.tokens in EVERY_TOKEN else 1
 
     @cached_property
     def batches(self) -> list[list[Batch]]:
@@ -114,11 +114,15 @@ class Plan:
         for sign, rows, counts in self._demonstrations():
             found = ((rows < first + self.rows(number)) & (rows + counts > first)).nonzero()
             if len(found):
-                return f"{sign}, question {int(self._index['question'][found[0, 0]])}"
+                row = int(self._index["question"][found[0, 0]])
+                return f"row {row} of the texts" if self.tokens == "all" else f"{sign}, question {row}"
         return "in no demonstration"
 
     def _demonstrations(self) -> Iterator[tuple[str, Tensor, Tensor | int]]:
         """Sign, first rows and numbers of rows of the demonstrations."""
+        if self.tokens == "all":
+            yield "text", *self._index["texts"].T
+            return
         if self.tokens == "answer":
             pairs = self._index["answer_pairs"]
             yield "positive", pairs[:, 1], pairs[:, 2]

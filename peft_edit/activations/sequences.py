@@ -54,7 +54,7 @@ class Encoded:
         table: the sequences; a question's are a group, numbered as the questions are.
         row_ids: id of each question.
         pairs: for each demonstration, or pair of answers, three: its question, and the numbers of its sequences,
-            negative and positive.
+            negative and positive. For each plain text one: the number of its sequence.
         places: `tokens="answer"`: for each pair two, the first place within the answers that differs, and the number
             of places.
         neutral: question to the number of its neutral sequence; None where there are no neutral activations.

@@ -46,10 +46,10 @@ def settings_of(
     bare = unwrap(model)
     modules = {
         site: find_sites(model, site, layers=arguments.layers, target_modules=arguments.target_modules)
-        for site in arguments.site
+        for site in arguments.chosen_sites
     }
     return {
-        "sites": arguments.site,
+        "sites": arguments.chosen_sites,
         "tokens": arguments.tokens,
         "neutral": arguments.neutral,
         "answers": arguments.answers,
@@ -87,6 +87,10 @@ def _width(model: nn.Module, modules: dict[str, dict[int, str]]) -> int:
 def _data_fingerprint(data: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: CollectArguments) -> str:
     """Hash of the texts, and of the prompts' token ids: those of another tokenizer or chat template differ."""
     digest = hashlib.sha256()
+    if arguments.of_texts:
+        for first in range(0, len(data), CHUNK):
+            digest.update(json.dumps(tokenizer(data[first : first + CHUNK]["text"])["input_ids"]).encode())
+        return digest.hexdigest()[:16]
     data = data.select_columns(["id", "prompt", "positives", "negatives", "neutral", "mc1_choices", "messages"])
     for first in range(0, len(data), CHUNK):
         rows = data[first : first + CHUNK]

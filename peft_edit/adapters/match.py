@@ -21,6 +21,9 @@ from ..tuners.method import methods
 
 logger = logging.getLogger(__name__)
 
+# Tokens of texts to leave alone, below which they say nothing.
+MIN_RETAINED = 100
+
 Config = TypeVar("Config", bound=PeftConfig)
 Layer = TypeVar("Layer", bound=EditLayer)
 
@@ -122,6 +125,33 @@ def check_store(
         allow_fingerprint_mismatch: accept a store of a model with other weights.
     """
     _check_tokens(store, layers)
+    return _check_origin(model, store, site, layers, allow_fingerprint_mismatch)
+
+
+def check_retain(
+    model: nn.Module,
+    store: ActivationStore,
+    site: str,
+    layers: Mapping[int, EditLayer],
+    allow_fingerprint_mismatch: bool = False,
+) -> ActivationStore:
+    """The store of texts that an edit shall leave alone, read at the site of an adapter. Raises ValueError unless it is
+    one, of this model there, and of enough tokens. The arguments are those of `check_store`."""
+    if store.tokens != "all":
+        raise ArgumentError(
+            *(f"{store.path} holds {store.held}, to ", Argument("retain"), " are plain texts: collect some with "),
+            Argument("tokens", "all"),
+        )
+    if len(store) < MIN_RETAINED:
+        raise ArgumentError(
+            f"{store.path} holds {len(store)} tokens, too few to say what to ",
+            *(Argument("retain"), f": collect texts of at least {MIN_RETAINED}"),
+        )
+    return _check_origin(model, store, site, layers, allow_fingerprint_mismatch)
+
+
+def _check_origin(model, store, site, layers, allow_fingerprint_mismatch) -> ActivationStore:
+    """The store, read at a site, where it is of this model and of these layers."""
     if site not in store.sites:
         held = " and ".join(map(repr, store.sites))
         raise ValueError(f"{store.path} holds the output of {held}, the adapter edits {site!r}: collect that site")
@@ -143,9 +173,8 @@ def _check_tokens(store: ActivationStore, layers: Mapping[int, EditLayer]) -> No
     for method in methods().values():
         of_method = any(isinstance(layer, method.layer) for layer in layers.values())
         if of_method and store.tokens not in method.tokens:
-            holds = "every answer token" if store.tokens == "answer" else "one row an answer"
             raise ArgumentError(
-                f"{store.path} holds {holds}: collect with ",
+                f"{store.path} holds {store.held}: collect with ",
                 Argument("tokens", method.tokens[0]),
                 f" for {method.short}",
             )
@@ -195,6 +224,8 @@ def _check_model(store: ActivationStore, model: nn.Module) -> None:
 
 def describe_data(store: ActivationStore) -> dict[str, Any]:
     """What a configuration keeps of the data that an adapter comes from: the name, where the store has it, and the
-    number of questions."""
+    numbers of questions, or of texts and their tokens."""
     name = (store.metadata.get("data") or {}).get("name")
-    return {**({"data": data_name(name)} if name else {}), "questions": len(store.questions().unique())}
+    counts = {"texts" if store.tokens == "all" else "questions": len(store.questions().unique())}
+    tokens = {"tokens": len(store)} if store.tokens == "all" else {}
+    return {**({"data": data_name(name)} if name else {}), **counts, **tokens}

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 from ..activations.arguments import CollectArguments
+from ..arguments import Argument, ArgumentError
 from . import common
 from .options import Fields, Run
 from .values import format_layers
@@ -13,23 +15,34 @@ from .values import format_layers
 def collect(
     model: common.LoadedModelOptions,
     data: common.DataOptions,
-    out: Annotated[Path, {"help": "Folder of the store.", "positional": True}],
     options: Annotated[CollectArguments, Fields(changes={"layers": {"arguments": ("layers_to_transform",)}})],
     output: common.Output,
     run: Run,
+    out: Annotated[Path | None, {"help": "Folder of the store.", "positional": True}] = None,
+    texts: Annotated[
+        Path | None,
+        {"help": "Collect every token of the texts of this file, one a line or in a column 'text'; without {data}."},
+    ] = None,
     adapter: common.Adapter = None,
     allow_fingerprint_mismatch: common.AllowMismatch = False,
 ) -> None:
-    """Collect activations of a contrast set into a store. Run it again to go on after an interruption.
+    """Collect activations of a contrast set, or of texts, into a store. Run it again to go on after an interruption.
 
     Example: peft-edit collect meta-llama/Llama-2-7b-hf truthful_qa store --split train
+
+    Texts to leave alone: peft-edit collect meta-llama/Llama-2-7b-hf retain --texts passages.txt
 
     On several GPUs: accelerate launch --num_processes 4 -m peft_edit.cli collect ...
     """
     from ..activations.collect import collect_activations
     from ..processes import processes
 
-    contrast = common.load_data(data)
+    if texts is None:
+        if out is None:
+            raise ArgumentError(Argument("out"), " is missing: pass the folder of the store after the contrast set")
+        contrast = common.load_data(data)
+    else:
+        contrast, out, options = _of_texts(texts, data, out, options)
     base, tokenizer = common.load_model(model)
     if adapter is not None:
         base = common.load_adapter(base, adapter, allow_fingerprint_mismatch)
@@ -43,8 +56,24 @@ def collect(
     size = sum(file.stat().st_size for file in out.iterdir())
     output.write(run.record({"store": str(out), "bytes": size, _what(store): len(store), **store.metadata}))
     what = _what(store).replace("_", " ")
-    print(f"{len(store)} {what} of {len(contrast)} questions, {len(store.layers)} layers, {size / 1e6:.1f} MB")
+    of_data = f"{len(contrast)} {_rows_of(store)}"
+    print(f"{len(store)} {what} of {of_data}, {len(store.layers)} layers, {size / 1e6:.1f} MB")
     print(f"Store: {out}")
+
+
+def _of_texts(texts: Path, data: common.DataOptions, out: Path | None, options: CollectArguments):
+    """The texts, the folder of their store and the options: there is one positional argument less."""
+    from ..data.texts import load_texts
+
+    for name in ("data_files", "subset", "split", "data_revision"):
+        if (value := getattr(data, name)) is not None:
+            raise ArgumentError(Argument(name, value), " has no meaning with ", Argument("texts"), ": leave it out")
+    if out is not None:
+        raise ArgumentError(
+            Argument("texts"), f" takes the place of the contrast set {data.data!r}: pass the folder of the store alone"
+        )
+    rows = load_texts(texts)
+    return common.some_rows(rows, data, str(texts)), Path(data.data), replace(options, tokens="all")
 
 
 def inspect(
@@ -79,7 +108,7 @@ def inspect(
     if check:
         checks = tqdm(opened.check_files(), total=files, desc="checking", unit="file", leave=None)
         damaged = [file for file, whole in checks if not whole]
-    counts = {"questions": rows["questions"], _what(opened): len(opened), "rows": rows["rows"]}
+    counts = {_rows_of(opened): rows[_rows_of(opened)], _what(opened): len(opened), "rows": rows["rows"]}
     output.write(run.record({"store": str(store), "bytes": size, "damaged": damaged, **counts, **metadata}))
     if damaged:
         raise ValueError(
@@ -106,13 +135,18 @@ def _describe(opened, metadata: dict, size: int) -> dict:
         "tokens": opened.tokens,
         "neutral": metadata.get("neutral"),
         "prompt format": metadata.get("prompt_format"),
-        "questions": len(opened.questions().unique()),
+        _rows_of(opened): len(opened.questions().unique()),
         _what(opened).replace("_", " "): len(opened),
         "rows": sum(shard["rows"] for shard in shards),
         "size": f"{size / 1e6:,.1f} MB in {len(shards)} shards",
     }
 
 
+def _rows_of(store) -> str:
+    """What the rows of the data are that a store was collected from."""
+    return "texts" if store.tokens == "all" else "questions"
+
+
 def _what(store) -> str:
     """What the length of a store counts."""
-    return "token_pairs" if store.tokens == "answer" else "demonstrations"
+    return store.counted.replace(" ", "_")

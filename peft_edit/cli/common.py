@@ -27,6 +27,10 @@ MODULES = {"help": "Comma-separated names of other modules, as given to collect.
 Out = Folder = Annotated[Path, {"help": "Folder of the adapter.", "positional": True}]
 Adapter = Annotated[str | None, ADAPTER]
 PositionalAdapter = Annotated[str, {"help": "Adapter: id on the Hub or local folder.", "positional": True}]
+Retain = Annotated[
+    Path | None,
+    {"help": "Store of texts to leave alone, that collect --texts wrote.", "arguments": ("retain_dataset",)},
+]
 AllowMismatch = Annotated[bool, {"help": "Go on although the files say they are of another model.", "last": True}]
 
 
@@ -171,9 +175,14 @@ def load_data(options: DataOptions):
             split=options.split,
             revision=options.data_revision,
         )
+    return some_rows(data, options, options.data)
+
+
+def some_rows(data, options: DataOptions, source: str):
+    """`limit` of the rows after the first `skip`."""
     if options.skip >= len(data):
         raise ArgumentError(
-            Argument("skip", options.skip), f" leaves none of the {len(data)} rows of {options.data}: lower it"
+            Argument("skip", options.skip), f" leaves none of the {len(data)} rows of {source}: lower it"
         )
     stop = len(data) if options.limit is None else min(options.skip + options.limit, len(data))
     return data.select(range(options.skip, stop)) if (options.skip, stop) != (0, len(data)) else data

@@ -144,7 +144,7 @@ def read_file(path: Path) -> list[dict]:
             return pyarrow.parquet.read_table(path).to_pylist()
         except pyarrow.ArrowInvalid as error:
             raise ValueError(f"{path} is not a Parquet file: {one_line(error)}") from error
-    content = _read_text(path)
+    content = read_text(path)
     # not splitlines: JSON strings may hold the other line ends that it knows, such as U+2028
     whole = content.lstrip().startswith("[") or (suffix == ".json" and not _starts_with_json_line(content))
     documents = [(1, content)] if whole else enumerate(content.split("\n"), start=1)
@@ -171,7 +171,7 @@ def _starts_with_json_line(content: str) -> bool:
 
 
 def _read_csv(path: Path) -> list[dict]:
-    content = _read_text(path)
+    content = read_text(path)
     # strict: otherwise a quote that is never closed swallows the rest of the file without a word
     reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
     limit = csv.field_size_limit()
@@ -189,7 +189,8 @@ def _read_csv(path: Path) -> list[dict]:
     return records
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Contents of a file in UTF-8."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -27,6 +27,8 @@ META, INDEX = "meta.json", "index.safetensors"
 # Tokens of an answer that make one row of it.
 RowTokens = Literal["last", "mean", "random"]
 ROW_TOKENS = get_args(RowTokens)
+# Tokens of which each is a row: those of the answers, and those of plain texts.
+EVERY_TOKEN = ("answer", "all")
 DTYPES = tuple(map(dtype_name, FLOATING.values()))
 # What reading needs of meta.json.
 REQUIRED = (

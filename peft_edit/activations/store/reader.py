@@ -19,7 +19,11 @@ from .tensors import write_row_store
 
 
 # What reading needs of the index; the rest says what was run.
-DEMONSTRATIONS = ("positive", "negative", "neutral", "answer_pairs", "question")
+DEMONSTRATIONS = ("positive", "negative", "neutral", "answer_pairs", "texts", "question")
+# What it cannot do without, by the tokens that were kept.
+NEEDED = {"answer": ("answer_pairs", "question"), "all": ("texts", "question")}
+# Columns of those that have several.
+COLUMNS = {"answer_pairs": 3, "texts": 2}
 
 
 class ActivationStore:
@@ -35,11 +39,12 @@ class ActivationStore:
         sites: the sites that were collected; `site` is the one that is read, see `at`.
         modules: layer to the name of the module that was collected, None where that is the default of the site.
         layers: indices of the decoder blocks, in increasing order.
-        tokens: which tokens of an answer were kept: "last", "mean", "random" (one row an answer) or "answer" (all).
+        tokens: which tokens were kept: of an answer "last", "mean", "random" (one row an answer) or "answer" (all), or
+            "all" of plain texts.
         hidden_size: d, width of a row.
 
-    `len(store)` is the number of demonstrations, or of token pairs for `tokens="answer"`. Reading is memory-mapped
-    and no call loads more than one layer.
+    `len(store)` is the number of demonstrations, or of token pairs for `tokens="answer"`, or of tokens for "all".
+    Reading is memory-mapped and no call loads more than one layer.
 
     Raises:
         ValueError: the folder is no store, is of another format version, its collection did not finish, or it does not
@@ -72,21 +77,21 @@ class ActivationStore:
 
     def _check(self) -> None:
         """Raise ValueError unless the index and the manifest agree, so that no row is read from nowhere."""
-        needed = ("answer_pairs", "question") if self.tokens == "answer" else ("positive", "negative", "question")
+        needed = NEEDED.get(self.tokens, ("positive", "negative", "question"))
         if missing := [name for name in needed if name not in self._index]:
             raise self._bad_index(f"no {missing[0]}")
         if wrong := [name for name, numbers in self._index.items() if numbers.dtype != torch.int64]:
             raise self._bad_index(f"{wrong[0]} is no integer")
         shapes = {name: tuple(tensor.shape) for name, tensor in self._index.items()}
         n = len(self._index["question"])
-        expected = {name: (n, 3) if name == "answer_pairs" else (n,) for name in shapes}
+        expected = {name: (n, COLUMNS[name]) if name in COLUMNS else (n,) for name in shapes}
         if shapes != expected:
             raise self._bad_index(f"shapes are {shapes}")
         rows = sum(shard["rows"] for shard in self.metadata["shards"])
         for name, numbers in self._index.items():
             if name == "question" or not n:
                 continue
-            last = numbers[:, :2] + numbers[:, 2:] - 1 if name == "answer_pairs" else numbers
+            last = numbers[:, :-1] + numbers[:, -1:] - 1 if name in COLUMNS else numbers
             if int(numbers.min()) < 0 or int(last.max()) >= rows:
                 raise self._bad_index(
                     f"{name} names rows from {int(numbers.min())} to {int(last.max())}, the store has {rows}"
@@ -96,14 +101,20 @@ class ActivationStore:
         return ArgumentError(f"{self.path / INDEX} is damaged ({what}): ", *AGAIN)
 
     def __len__(self) -> int:
-        return int(self._index["answer_pairs"][:, 2].sum()) if self.tokens == "answer" else len(self._index["positive"])
+        name = NEEDED.get(self.tokens, ("positive",))[0]
+        return int(self._index[name][:, -1].sum()) if name in COLUMNS else len(self._index[name])
 
     def __repr__(self) -> str:
         return (
             f"ActivationStore({str(self.path)!r}, site={self.site!r}, tokens={self.tokens!r}, "
-            f"{len(self)} {'pairs' if self.tokens == 'answer' else 'demonstrations'}, {len(self.layers)} layers, "
+            f"{len(self)} {self.counted}, {len(self.layers)} layers, "
             f"hidden_size={self.hidden_size})"
         )
+
+    @property
+    def counted(self) -> str:
+        """What the length of the store counts."""
+        return {"answer": "token pairs", "all": "text tokens"}.get(self.tokens, "demonstrations")
 
     def at(self, site: str) -> ActivationStore:
         """This store, reading another of its sites."""
@@ -111,11 +122,34 @@ class ActivationStore:
 
     def positive(self, layer: int) -> Tensor:
         """Activations of the positive answers at a layer, (n, d)."""
-        return self._rows(layer, self.pairs()[:, 1] if self.tokens == "answer" else self._index["positive"])
+        return self._rows(layer, self._demonstrated("positive", 1))
 
     def negative(self, layer: int) -> Tensor:
         """Activations of the negative answers at a layer, (n, d); row i belongs to row i of `positive`."""
-        return self._rows(layer, self.pairs()[:, 0] if self.tokens == "answer" else self._index["negative"])
+        return self._rows(layer, self._demonstrated("negative", 0))
+
+    def _demonstrated(self, sign: str, column: int) -> Tensor:
+        if self.tokens == "all":
+            raise ArgumentError(
+                f"{self.path} holds plain texts, which demonstrate nothing (",
+                *(Argument("tokens", "all"), "): collect a contrast set, or pass it as "),
+                *(Argument("retain"), ""),
+            )
+        return self.pairs()[:, column] if self.tokens == "answer" else self._index[sign]
+
+    def text_tokens(self) -> Tensor:
+        """Rows of all tokens of all texts, in the order of the texts, (t,) int64, for `gather`. A text that stands
+        twice counts twice. Needs `tokens="all"`."""
+        if self.tokens != "all":
+            raise ArgumentError(
+                f"{self.path} holds answers (",
+                Argument("tokens", self.tokens),
+                "): collect plain texts with ",
+                Argument("tokens", "all"),
+            )
+        first, counts = self._index["texts"].T
+        starts = counts.cumsum(dim=0) - counts
+        return (first - starts).repeat_interleave(counts) + torch.arange(int(counts.sum()))
 
     def neutral(self, layer: int) -> Tensor:
         """Neutral activations at a layer, (n, d); row i belongs to row i of `positive`."""
@@ -152,16 +186,21 @@ class ActivationStore:
 
     def questions(self) -> Tensor:
         """Id of the contrast set's row that each demonstration or pair comes from, (n,) int64."""
-        if self.tokens != "answer":
-            return self._index["question"]
-        return self._index["question"].repeat_interleave(self._index["answer_pairs"][:, 2])
+        name = NEEDED.get(self.tokens, ("positive",))[0]
+        question = self._index["question"]
+        return question.repeat_interleave(self._index[name][:, -1]) if name in COLUMNS else question
 
     def _require_answer_tokens(self) -> None:
         if self.tokens != "answer":
             raise ArgumentError(
-                *(f"{self.path} holds one row an answer (", Argument("tokens", self.tokens), "): collect with "),
+                *(f"{self.path} holds {self.held} (", Argument("tokens", self.tokens), "): collect with "),
                 Argument("tokens", "answer"),
             )
+
+    @property
+    def held(self) -> str:
+        """What the rows of the store are, for messages."""
+        return {"answer": "every answer token", "all": "plain texts"}.get(self.tokens, "one row an answer")
 
     def gather(self, rows: Tensor, layers: Iterable[int]) -> Tensor:
         """Activations of single rows, as `pairs` numbers them, at several layers: (number of layers, r, d).
@@ -267,7 +306,7 @@ def open_pairs(store: Store) -> ActivationStore:
     store = open_store(store)
     if store.tokens != "answer":
         raise ArgumentError(
-            *(f"{store.path} holds one row an answer (", Argument("tokens", store.tokens), "): collect with "),
+            *(f"{store.path} holds {store.held} (", Argument("tokens", store.tokens), "): collect with "),
             Argument("tokens", "answer"),
         )
     if len(store) == 0:

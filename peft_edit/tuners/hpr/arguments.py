@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from ...arguments import check_options
+
 
 @dataclass
 class HPRTrainingArguments(TrainingArguments):
@@ -20,6 +22,9 @@ class HPRTrainingArguments(TrainingArguments):
 
     `max_grad_norm` is the bound for the gradient of each decoder block by itself: the blocks train together but
     independently of each other.
+
+    `retain_weight` is the weight of the tokens of a retain set beside that of as many positive tokens; without a retain
+    set it is not used.
     """
 
     num_train_epochs: float = field(default=5.0, metadata={"help": "Number of training epochs."})
@@ -39,6 +44,10 @@ class HPRTrainingArguments(TrainingArguments):
     greater_is_better: bool | None = field(
         default=None, metadata={"help": "Whether the best is the greatest. Default: not for losses and angle errors."}
     )
+    retain_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the tokens to leave alone.", "minimum": 0, "allowed": "of 0 or more and finite"},
+    )
     logging_steps: float = field(default=100, metadata={"help": "Steps between logs; below 1 a share of all steps."})
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Page-locked batches. Default: where CUDA is."}
@@ -48,6 +57,7 @@ class HPRTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: activations have no columns."})
 
     def __post_init__(self):
+        check_options(self, ("retain_weight",))
         if self.load_best_model_at_end is None:
             together = self.save_strategy in (self.eval_strategy, "best")
             self.load_best_model_at_end = self.eval_strategy != "no" and together

@@ -41,6 +41,7 @@ ADAPTER_FIELDS = Fields(
 TRAINING_FIELDS = Fields(
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type"),
     *("warmup_steps", "optim", "weight_decay", "max_grad_norm", "metric_for_best_model", "bf16", "use_cpu", "seed"),
+    "retain_weight",
     of=HPRTrainingArguments,
     changes={
         "num_train_epochs": {"option": "--epochs", "above": 0, "allowed": "above 0 and finite"},
@@ -79,6 +80,7 @@ def train_hpr(
     output: common.Output,
     run: Run,
     eval_store: Annotated[Path | None, {"help": "Store of held-out questions."}] = None,
+    retain: common.Retain = None,
     patience: Annotated[int | None, {"help": "Stop after so many epochs that are no better.", **AT_LEAST_1}] = None,
     resume: Annotated[bool, {"help": "Go on with a training that was interrupted, or begin again."}] = True,
     allow_fingerprint_mismatch: common.AllowMismatch = False,
@@ -110,10 +112,11 @@ def train_hpr(
         arguments,
         train_dataset=opened,
         eval_dataset=opened_eval,
+        retain_dataset=retain,
         allow_fingerprint_mismatch=allow_fingerprint_mismatch,
         callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
     )
-    settings = _settings(run, opened)
+    settings = _settings(run, trainer.train_dataset)
     with arguments.main_process_first():
         checkpoint = resuming.last_checkpoint(out, settings, resume)
         if arguments.should_save:
@@ -137,11 +140,14 @@ def _config(options: dict[str, Any], of_store: list[int]) -> HPRConfig:
     return HPRConfig(task_type=TaskType.CAUSAL_LM, **{**options, **taken})
 
 
-def _settings(run: Run, store) -> dict[str, Any]:
+def _settings(run: Run, pairs) -> dict[str, Any]:
     """All that a training follows from."""
     settings = {name: value for name, value in run.options.items() if name not in NO_SETTINGS}
     # A store that was collected again in the same place has other data.
-    return {**settings, "data_fingerprint": store.metadata.get("data_fingerprint")}
+    data = {"data_fingerprint": pairs.store.metadata.get("data_fingerprint")}
+    if pairs.retain is not None:
+        data["retain_fingerprint"] = pairs.retain.metadata.get("data_fingerprint")
+    return {**settings, **data}
 
 
 def _training_arguments(options: dict[str, Any], out: Path, evaluated: bool) -> HPRTrainingArguments:
@@ -186,6 +192,8 @@ def _print(trainer, results: dict[str, Any], pairs: int, out: Path) -> None:
         rows = [[str(i), f"{results[name]:.4f}"] for i, name in zip(trainer.layers, names, strict=True)]
         print(common.table(["layer", "probe accuracy"], rows))
         print(f"Angle error of negative tokens: {results['eval_angle_error']:.4f} radians")
+    if touched := [entry["retain_touched"] for entry in results["history"] if "retain_touched" in entry]:
+        print(f"Share of the retained tokens that are rotated: {touched[-1]:.4f}")
     print(
         f"Adapter, {results['steps']} steps on {pairs} token pairs, {len(trainer.layers)} layers, "
         f"{common.size_of(out)}: {out}"

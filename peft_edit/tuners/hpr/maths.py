@@ -182,7 +182,11 @@ def edit(
 
 @dataclass(frozen=True)
 class Loss:
-    """Terms of the loss, each of the leading shape of the pairs' batch."""
+    """Terms of the loss, each of the leading shape of the pairs' batch.
+
+    Attributes:
+        probe, angle: of the pairs and, where there are any, of the tokens to leave alone.
+    """
 
     probe: Tensor
     angle: Tensor
@@ -192,7 +196,15 @@ class Loss:
         return self.probe + self.angle
 
 
-def loss(probe_logits: Tensor, angles_rad: Tensor, target_rad: Tensor) -> Loss:
+def loss(
+    probe_logits: Tensor,
+    angles_rad: Tensor,
+    target_rad: Tensor,
+    *,
+    retained_logits: Tensor | None = None,
+    retained_angles_rad: Tensor | None = None,
+    retain_weight: float = 1.0,
+) -> Loss:
     """Loss of probe and angle network over pairs of a positive and a negative activation (equations 8 to 10 of the
     paper).
 
@@ -200,13 +212,23 @@ def loss(probe_logits: Tensor, angles_rad: Tensor, target_rad: Tensor) -> Loss:
     theta(a+) = 0 and theta(a-) the angle between a- and a+. On logits: on probabilities the gradient vanishes as soon
     as float32 saturates.
 
+    Tokens r to leave alone (ours; the paper has none) count as positive ones: retain_weight (BCE(p(r), 1) + g(r)^2) is
+    added, of as many as there are pairs with the weight of a row x.
+
     Args:
         probe_logits: (..., 2, B), of the positive and of the negative activations.
         angles_rad: (..., 2, B), predicted.
         target_rad: (..., B), angle between the two activations of a pair.
+        retained_logits, retained_angles_rad: (..., R), of the tokens to leave alone; None for none.
+        retain_weight: their weight, 0 or more.
     """
     labels = torch.zeros_like(probe_logits)
     labels[..., 0, :] = 1
     targets = torch.stack((torch.zeros_like(target_rad), target_rad), dim=-2)
     bce = functional.binary_cross_entropy_with_logits(probe_logits, labels, reduction="none")
-    return Loss(probe=bce.mean(dim=(-2, -1)), angle=(angles_rad - targets).square().mean(dim=(-2, -1)))
+    probe, angle = bce.mean(dim=(-2, -1)), (angles_rad - targets).square().mean(dim=(-2, -1))
+    if retained_logits is not None:
+        # Half: the means above are over two rows for each pair.
+        probe = probe + retain_weight / 2 * functional.softplus(-retained_logits).mean(dim=-1)
+        angle = angle + retain_weight / 2 * retained_angles_rad.square().mean(dim=-1)
+    return Loss(probe=probe, angle=angle)

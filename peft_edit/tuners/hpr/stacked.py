@@ -38,24 +38,30 @@ class StackedHPR(nn.Module):
         networks = zip(*(layer.hpr_angle[adapter_name] for layer in layers), strict=True)
         self.angle = nn.ModuleList(StackedLinear(m) for m in networks if isinstance(m[0], nn.Linear))
 
-    def forward(self, activations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, activations: Tensor, retained: Tensor | None = None) -> tuple[Tensor, ...]:
         """
         Args:
             activations: (B, blocks, 2, d), of positive and negative tokens.
+            retained: (R, blocks, d), of tokens to leave alone; None for none.
 
         Returns:
             float32 or wider: logits of the probes, (B, blocks, 2); predicted angles in radians, (B, blocks, 2); the
-            angle between the two activations of a pair, (B, blocks).
+            angle between the two activations of a pair, (B, blocks). With `retained` also their logits and predicted
+            angles, (R, blocks) each.
         """
         pairs = activations.permute(1, 2, 0, 3)  # (blocks, 2, B, d)
         target = angle_between(pairs[:, 1], pairs[:, 0])  # (blocks, B)
+        count = 2 * pairs.shape[2]
         x = pairs.to(self.probe.dtype).flatten(1, 2)  # (blocks, 2 B, d)
+        if retained is not None:
+            x = torch.cat((x, retained.transpose(0, 1).to(x.dtype)), dim=1)  # (blocks, 2 B + R, d)
         logits = torch.bmm(x, self.probe.unsqueeze(2)).squeeze(2)
         for i, linear in enumerate(self.angle):
             x = linear(functional.gelu(x) if i else x)
         angles = math.pi * torch.sigmoid(x.squeeze(2).float())
-        logits, angles = (y.float().unflatten(1, (2, -1)).permute(2, 0, 1) for y in (logits, angles))
-        return logits, angles, target.T
+        of_pairs = (y[:, :count].float().unflatten(1, (2, -1)).permute(2, 0, 1) for y in (logits, angles))
+        of_retained = () if retained is None else (y[:, count:].float().T for y in (logits, angles))
+        return (*of_pairs, target.T, *of_retained)
 
     @torch.no_grad()
     def copy_to(self, layers: list[HPRLayer | None], adapter_name: str) -> None:

@@ -3,6 +3,7 @@ adapter alone."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from ...activations.store import ActivationStore, Store, open_pairs
-from ...adapters.match import check_store, describe_data, find_adapter, replace_config
+from ...activations.store import ActivationStore, Store, open_pairs, open_store
+from ...adapters.match import check_retain, check_store, describe_data, find_adapter, replace_config
 from ...adapters.save import replaced_adapters
 from ...arguments import Argument, ArgumentError
 from .arguments import HPRTrainingArguments
@@ -34,11 +35,17 @@ class TokenPairs(Dataset):
     Args:
         store: with `tokens="answer"`.
         layers: indices of the decoder blocks to read.
+        retain: with `tokens="all"`: texts to leave alone, of which a batch has as many tokens as pairs; None for none.
+        seed: of their choice.
     """
 
-    def __init__(self, store: ActivationStore, layers: Iterable[int]):
+    def __init__(
+        self, store: ActivationStore, layers: Iterable[int], retain: ActivationStore | None = None, seed: int = 0
+    ):
         self.store, self.layers = store, list(layers)
         self.pairs = store.pairs()
+        self.retain, self.seed = retain, seed
+        self.retained_rows = None if retain is None else retain.text_tokens()
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -47,10 +54,22 @@ class TokenPairs(Dataset):
         return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Batch of B pairs: "activations", (B, layers, 2, d), the positive one of each pair first."""
+        """Batch of B pairs: "activations", (B, layers, 2, d), the positive one of each pair first; "retained", (B,
+        layers, d), where there are texts to leave alone."""
         pairs = self.pairs[torch.as_tensor(indices)]  # (B, 2): negative, positive
         activations = self.store.gather(pairs.flip(1).T.flatten(), self.layers)  # (layers, 2 B, d)
-        return {"activations": activations.unflatten(1, (2, len(pairs))).permute(2, 0, 1, 3)}
+        batch = {"activations": activations.unflatten(1, (2, len(pairs))).permute(2, 0, 1, 3)}
+        if self.retain is not None:
+            rows = self._drawn(indices)
+            batch["retained"] = self.retain.gather(rows, self.layers).transpose(0, 1)
+        return batch
+
+    def _drawn(self, indices: list[int]) -> Tensor:
+        """Rows to leave alone, drawn by which pairs are beside them: the same after a resumption, and in every worker,
+        and others in every epoch."""
+        digest = hashlib.blake2b(f"{self.seed} {list(map(int, indices))}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        return self.retained_rows[torch.randint(len(self.retained_rows), (len(indices),), generator=generator)]
 
 
 class HPRTrainer(Trainer):
@@ -65,13 +84,16 @@ class HPRTrainer(Trainer):
 
     Logged besides the loss (HPR, equations 8 to 10), which is the mean over the blocks: `probe_loss`, `angle_loss`,
     `angle_error` (mean |predicted - true| angle of negative tokens, radians) and `probe_accuracy`, the share in [0, 1]
-    of right decisions over both tokens of all pairs, on average and for each block.
+    of right decisions over both tokens of all pairs, on average and for each block. With a retain set also
+    `retain_touched`, the share of its tokens in the batches that the probe would have rotated.
 
     Args:
         model: a `PeftModel` with an HPR adapter, or a Transformers model after `add_adapter`.
         args: [`HPRTrainingArguments`].
         train_dataset: store of `collect_activations(..., site="block", tokens="answer")`, or its folder.
         eval_dataset: a store of other questions; also a dictionary of stores.
+        retain_dataset: store of texts to leave alone, `collect_activations(..., site="block", tokens="all")`, or its
+            folder (ours; the paper has none). The probe learns that their tokens are positive.
         adapter_name: which adapter; None for the active one.
         allow_fingerprint_mismatch: train although a store says that it was collected from another model.
         kwargs: further arguments of `transformers.Trainer`, such as `callbacks` and `optimizers`; not `data_collator`
@@ -90,6 +112,7 @@ class HPRTrainer(Trainer):
         *,
         train_dataset: Store | None = None,
         eval_dataset: Store | dict[str, Store] | None = None,
+        retain_dataset: Store | None = None,
         adapter_name: str | None = None,
         allow_fingerprint_mismatch: bool = False,
         **kwargs: Any,
@@ -112,10 +135,12 @@ class HPRTrainer(Trainer):
         self.layers = {index: layer for index, layer in layers.items() if self.adapter_config.edits(index)}
         self._check_adapter()
         self.allow_fingerprint_mismatch = allow_fingerprint_mismatch
-        # Since the last log: sums of loss terms and scores over micro-batches, (4, blocks), and their number.
+        # Since the last log: sums of loss terms and scores over micro-batches, (terms, blocks), and their number.
         self._sums: Tensor | float = 0.0
         self._summed = 0
         train_pairs, eval_pairs = self._dataset(train_dataset), self._dataset(eval_dataset)
+        if retain_dataset is not None:
+            train_pairs = self._with_retain(train_pairs, retain_dataset, args.seed)
         if isinstance(eval_pairs, dict) and args.load_best_model_at_end:
             _check_best_metric(args.metric_for_best_model, list(eval_pairs))
         for layer in self.layers.values():
@@ -170,6 +195,14 @@ class HPRTrainer(Trainer):
         store = check_store(self.adapted_model, store, "block", self.layers, self.allow_fingerprint_mismatch)
         return TokenPairs(store, self.layers)
 
+    def _with_retain(self, pairs: TokenPairs | None, store: Store, seed: int) -> TokenPairs:
+        if pairs is None:
+            raise ArgumentError(Argument("retain_dataset"), " needs a ", Argument("train_dataset"))
+        store = check_retain(
+            self.adapted_model, open_store(store), "block", self.layers, self.allow_fingerprint_mismatch
+        )
+        return TokenPairs(pairs.store, self.layers, store, seed)
+
     def train(self, *args, **kwargs):
         self._check_adapter()
         self._sums, self._summed = 0.0, 0
@@ -185,7 +218,7 @@ class HPRTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
-        losses = _losses(*outputs)
+        losses = _losses(*outputs, weight=self.args.retain_weight)
         finite = torch.isfinite(losses.total)
         if not finite.all():
             bad = list(self.layers)[int((~finite).nonzero()[0])]
@@ -195,7 +228,8 @@ class HPRTrainer(Trainer):
                 f"{self.state.global_step}: lower the learning rate, or check the activations of that layer"
             )
         if model.training:
-            self._sums = self._sums + torch.stack((losses.probe, losses.angle, *_scores(*outputs))).detach()
+            terms = (losses.probe, losses.angle, *_scores(*outputs[:3]), *_touched(*outputs[3:]))
+            self._sums = self._sums + torch.stack(terms).detach()
             self._summed += 1
         # The value is the mean over the blocks, the gradient that of the sum: each block's is that of its own loss.
         total = losses.total.sum()
@@ -204,7 +238,7 @@ class HPRTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad(), self.compute_loss_context_manager():
-            value, (logits, angles, target) = self.compute_loss(model, self._prepare_inputs(inputs), True)
+            value, (logits, angles, target, *_) = self.compute_loss(model, self._prepare_inputs(inputs), True)
         # No loss here: Trainer averages over batches, and several processes repeat samples to fill the last one.
         return (value, None, None) if prediction_loss_only else (None, (logits, angles), target)
 
@@ -224,9 +258,12 @@ class HPRTrainer(Trainer):
             **self._named(losses.probe, losses.angle, *_scores(*outputs)),
         }
 
-    def _named(self, probe: Tensor, angle: Tensor, accuracy: Tensor, error: Tensor) -> dict[str, float]:
+    def _named(
+        self, probe: Tensor, angle: Tensor, accuracy: Tensor, error: Tensor, touched: Tensor | None = None
+    ) -> dict[str, float]:
         """Names for logging of values of each block, (blocks,)."""
         means = {"probe_loss": probe, "angle_loss": angle, "probe_accuracy": accuracy, "angle_error": error}
+        means |= {} if touched is None else {"retain_touched": touched}
         of_layers = zip(self.layers, accuracy.tolist(), strict=True)
         return {
             **{name: float(values.mean()) for name, values in means.items()},
@@ -289,8 +326,14 @@ class HPRTrainer(Trainer):
                 self.adapted_model,
                 self.adapter_name,
                 base_model_fingerprint=store.metadata["fingerprint"],
-                fitted_on={**describe_data(store), "token_pairs": len(store)},
+                fitted_on={**describe_data(store), "token_pairs": len(store), **self._retained()},
             )
+
+    def _retained(self) -> dict[str, Any]:
+        retain = self.train_dataset.retain
+        if retain is None:
+            return {}
+        return {"retain": {**describe_data(retain), "weight": self.args.retain_weight}}
 
 
 def _check_best_metric(metric: str, stores: list[str]) -> None:
@@ -304,15 +347,28 @@ def _check_best_metric(metric: str, stores: list[str]) -> None:
         )
 
 
-def _losses(logits: Tensor, angles: Tensor, target: Tensor) -> Loss:
+def _losses(logits: Tensor, angles: Tensor, target: Tensor, *retained: Tensor, weight: float = 1.0) -> Loss:
     """Loss terms of each block, (blocks,), of what `StackedHPR` returns."""
-    return loss(logits.permute(1, 2, 0), angles.permute(1, 2, 0), target.T)
+    logits_of_retained, angles_of_retained = (x.T for x in retained) if retained else (None, None)
+    return loss(
+        logits.permute(1, 2, 0),
+        angles.permute(1, 2, 0),
+        target.T,
+        retained_logits=logits_of_retained,
+        retained_angles_rad=angles_of_retained,
+        retain_weight=weight,
+    )
 
 
 def _scores(logits: Tensor, angles: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Probe accuracy and mean absolute error of the negative tokens' angles, (blocks,) each."""
     right = torch.stack((logits[..., 0] > 0, logits[..., 1] <= 0))
     return right.float().mean(dim=(0, 1)), (angles[..., 1] - target).abs().mean(dim=0)
+
+
+def _touched(logits: Tensor | None = None, angles: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Share of the tokens to leave alone that the paper's gate would let rotate, (blocks,), where there are any."""
+    return () if logits is None else ((logits <= 0).float().mean(dim=0),)
 
 
 def _unchanged(batch: dict[str, Tensor]) -> dict[str, Tensor]:

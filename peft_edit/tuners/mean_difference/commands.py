@@ -57,7 +57,7 @@ def fit_mean_difference(
     output.write(results)
     rows = [[str(site.layer), f"{site.norm:.3g}", f"{site.rms:.3g}"] for site in fit.layers]
     print(common.table(["layer", "norm of the difference", "RMS of activations"], rows))
-    counted = "token pairs" if opened.tokens == "answer" else "demonstrations"
+    counted = opened.counted
     print(f"Adapter, fitted to {fit.demonstrations} {counted}, {common.size_of(out)}: {out}")
 
 

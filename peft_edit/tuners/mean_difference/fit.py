@@ -105,7 +105,7 @@ def fit_mean_difference(
     for index, layer in layers.items():
         device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
         layer.set_vector(adapter_name, vectors[index].to(device), checked=True)
-    counted = "token_pairs" if store.tokens == "answer" else "demonstrations"
+    counted = store.counted.replace(" ", "_")
     replace_config(
         model,
         adapter_name,

@@ -13,7 +13,7 @@ from . import SEAConfig
 
 FIELDS = Fields(
     *("site", "target_modules", "layers_to_transform", "positive_energy", "negative_energy", "centered"),
-    *("feature_map", "feature_space", "input_scale", "rescale", "projections", "strength"),
+    *("feature_map", "feature_space", "input_scale", "rescale", "projections", "strength", "retain_energy"),
     of=SEAConfig,
     changes={
         "site": common.SITE,
@@ -31,6 +31,7 @@ def fit_sea(
     options: Annotated[dict[str, Any], FIELDS],
     output: common.Output,
     run: Run,
+    retain: common.Retain = None,
     allow_fingerprint_mismatch: common.AllowMismatch = False,
 ) -> None:
     """Fit a SEA adapter to a store, in closed form, and save it.
@@ -52,7 +53,7 @@ def fit_sea(
     config = SEAConfig(task_type=TaskType.CAUSAL_LM, **{**options, **taken})
     base, _ = common.load_model(model)
     adapted = get_peft_model(base, config)
-    fit = fitting.fit_sea(adapted, opened, allow_fingerprint_mismatch=allow_fingerprint_mismatch)
+    fit = fitting.fit_sea(adapted, opened, None, allow_fingerprint_mismatch, retain=retain)
     if not processes().is_main:
         return
     results = run.record(fit.to_dict())
@@ -64,7 +65,7 @@ def fit_sea(
 
 def _print(fit) -> None:
     """Print what the fit found in each layer."""
-    header = ["layer", "rank +", "rank -", "energy +", "energy -", "signature", "rescale", "deviation"]
+    header = ["layer", "rank +", "rank -", "energy +", "energy -", "signature", "rescale", "deviation", "change"]
     rows = [
         [
             str(f.layer),
@@ -75,6 +76,7 @@ def _print(fit) -> None:
             f"{f.signature:.3g}",
             f"{f.mean_rescale:.3f}",
             f"{f.mean_rescale_deviation:.3f}",
+            f"{f.change:.3f}",
         ]
         for f in fit.layers
     ]

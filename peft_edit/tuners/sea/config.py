@@ -37,6 +37,9 @@ class SEAConfig(EditConfig):
         rescale (`Literal["token", "none", "mean", "average"]`):
             How the edited activation is scaled: to each token's own norm, not at all, by one constant per site that
             the fit records, or by one half. All but "token" merge exactly.
+        retain_energy (`float`):
+            Share of the energy of the retain set's activations whose directions the edit does not touch, in (0, 1].
+            Used by a fit with a retain set; the paper has none.
         projections (`Literal["both", "positive", "negative", "exchanged"]`):
             Which projections edit. "exchanged" swaps them: reverse editing, the negative control.
         strength (`float`):
@@ -45,8 +48,8 @@ class SEAConfig(EditConfig):
             Written by the fit: site to its two ranks, positive and negative. A site without an entry edits nothing.
         fit_statistics (`dict[str, dict[str, float]]`):
             Written by the fit: site to the RMS of its neutral activations, the mean and standard deviation of the
-            rescaling ratio, the relative error of taking its mean and of leaving it out, and the strength at which
-            these were taken.
+            rescaling ratio, the relative error of taking its mean and of leaving it out, the strength at which these
+            were taken, and the relative change of what is to be left alone.
 
     The other fields are those of [`EditConfig`]. `init_weights=False` makes a random edit of rank one at every site.
     """
@@ -77,6 +80,10 @@ class SEAConfig(EditConfig):
         },
     )
     rescale: Rescale = field(default="token", metadata={"help": "'token', 'none', 'mean' or 'average'."})
+    retain_energy: float = field(
+        default=0.99,
+        metadata={"help": "Energy of the retain set that is left alone, in (0, 1].", "allowed": "in (0, 1]"},
+    )
     projections: Projections = field(
         default="both", metadata={"help": "'both', 'positive', 'negative' or 'exchanged'."}
     )
@@ -102,6 +109,7 @@ class SEAConfig(EditConfig):
         self.rank_pattern = {site: _ranks(site, ranks) for site, ranks in self.rank_pattern.items()}
         check_energy("positive_energy", self.positive_energy)
         check_energy("negative_energy", self.negative_energy)
+        check_energy("retain_energy", self.retain_energy)
         if self.rescale == "average" and self.projections not in ("both", "exchanged"):
             raise ArgumentError(
                 Argument("rescale", "average"),

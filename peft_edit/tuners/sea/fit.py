@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...activations.store import ActivationStore, Store, open_store
-from ...adapters.match import check_store, check_unmerged, describe_data, find_adapter, replace_config
+from ...adapters.match import check_retain, check_store, check_unmerged, describe_data, find_adapter, replace_config
 from ...arguments import ArgumentError, parts_of
 from ...processes import processes
 from .config import SEAConfig
 from .layer import SEALayer
-from .maths import edit, fit, project, rescale_statistics
+from .maths import FEATURE_MAPS, check_finite, edit, fit, project, rescale_statistics
+from .subspaces import leading
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class SiteFit:
         relative_error, unscaled_error: what replacing the token's own ratio by the mean costs, and what leaving it out
             costs, see `RescaleStatistics`.
         strength: of the edit whose ratio was taken.
+        retained_rank: number of directions that a retain set keeps from the edit.
+        change: mean of ||out - h|| / ||h|| over the retain set's tokens, without one over the neutral demonstrations.
     """
 
     layer: int
@@ -53,10 +57,14 @@ class SiteFit:
     relative_error: float
     unscaled_error: float
     strength: float
+    retained_rank: int
+    change: float
 
 
-# What the configuration keeps of a site: no more than the edit and its merging use.
-RECORDED = ("rms", "mean_rescale", "mean_rescale_deviation", "relative_error", "unscaled_error", "strength")
+# What the configuration keeps of a site besides its ranks.
+RECORDED = ("rms", "mean_rescale", "mean_rescale_deviation", "relative_error", "unscaled_error", "strength", "change")
+# Rows of a retain set that are read at once.
+CHUNK_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,8 @@ def fit_sea(
     store: Store,
     adapter_name: str | None = None,
     allow_fingerprint_mismatch: bool = False,
+    *,
+    retain: Store | None = None,
 ) -> SEAFit:
     """Fit a SEA adapter to stored activations (SEA), in closed form and float64, one layer in memory at a time.
 
@@ -95,15 +105,19 @@ def fit_sea(
         store: activations collected from that model, with `tokens` "last", "mean" or "random"; or their folder.
         adapter_name: which adapter; None for the active one.
         allow_fingerprint_mismatch: fit although the store says that it was collected from another model.
+        retain: activations of texts to leave alone, collected with `tokens="all"`, or their folder. The edit does not
+            touch the directions that carry `retain_energy` of their second moment (ours; the paper has none).
 
     Raises:
-        ValueError: the store does not fit the adapter (model, site, layers, hidden size, tokens), has fewer than two
+        ValueError: a store does not fit the adapter (model, site, layers, hidden size, tokens), has fewer than two
             demonstrations or activations that are not finite; the adapter is merged, missing or no SEA adapter.
     """
     store = open_store(store)
     adapter_name, config, layers = find_adapter(model, adapter_name, SEAConfig, SEALayer)
     check_unmerged(layers.values(), "fit")
     store = check_store(model, store, config.site, layers, allow_fingerprint_mismatch)
+    if retain is not None:
+        retain = check_retain(model, open_store(retain), config.site, layers, allow_fingerprint_mismatch)
 
     together = processes()
 
@@ -111,7 +125,7 @@ def fit_sea(
         mine, share = together.share(sorted(layers)), []
         for index in tqdm(mine, desc="fitting", unit="layer", leave=None, disable=not together.is_main):
             try:
-                share.append(_fit_site(store, index, layers[index], config))
+                share.append(_fit_site(store, retain, index, layers[index], config))
             except ValueError as error:
                 raise ArgumentError(f"layer {index}: ", *parts_of(error)) from error
         return share
@@ -127,13 +141,17 @@ def fit_sea(
         rank_pattern={f.site: [f.positive_rank, f.negative_rank] for f in fits},
         fit_statistics={f.site: {name: getattr(f, name) for name in RECORDED} for f in fits},
         base_model_fingerprint=store.metadata["fingerprint"],
-        fitted_on={**describe_data(store), "demonstrations": len(store)},
+        fitted_on={
+            **describe_data(store),
+            "demonstrations": len(store),
+            **({} if retain is None else {"retain": describe_data(retain)}),
+        },
     )
     return SEAFit(adapter_name, len(store), fits)
 
 
 def _fit_site(
-    store: ActivationStore, index: int, layer: SEALayer, config: SEAConfig
+    store: ActivationStore, retain: ActivationStore | None, index: int, layer: SEALayer, config: SEAConfig
 ) -> tuple[SiteFit, tuple[Tensor, Tensor]]:
     device = _device(layer)
     # MPS has no float64.
@@ -144,6 +162,11 @@ def _fit_site(
     )
     rms = float(neutral.square().mean().sqrt())
     scale = 1.0 if config.input_scale is None else config.input_scale * rms
+    retained = None
+    if retain is not None:
+        phi = _feature_map(config, scale)
+        chunks = (phi(chunk) for chunk in _text_rows(retain, index, fit_device))
+        retained = leading(chunks, len(retain), config.retain_energy)
     fitted = fit(
         neutral,
         positive,
@@ -153,8 +176,12 @@ def _fit_site(
         centered=config.centered,
         feature_map=config.feature_map,
         scale=scale,
+        retained=retained,
     )
-    statistics = site_statistics(neutral, fitted.positive.basis, fitted.negative.basis, config, scale)
+    bases = fitted.positive.basis, fitted.negative.basis
+    statistics = site_statistics(neutral, *bases, config, scale)
+    left_alone = [neutral] if retain is None else _text_rows(retain, index, fit_device)
+    statistics["change"] = relative_change(left_alone, *bases, config, scale, statistics["mean_rescale"])
     site_fit = SiteFit(
         layer=index,
         site=layer.site,
@@ -165,10 +192,58 @@ def _fit_site(
         positive_spectrum=fitted.positive.singular_values.tolist(),
         negative_spectrum=fitted.negative.singular_values.tolist(),
         signature=fitted.signature,
+        retained_rank=0 if retained is None else len(retained),
         **statistics,
     )
     # On the CPU, so that processes on other devices can take them over.
     return site_fit, tuple(spectrum.basis.float().cpu() for spectrum in (fitted.positive, fitted.negative))
+
+
+def _text_rows(store: ActivationStore, index: int, device: torch.device) -> Iterator[Tensor]:
+    """Activations of the tokens of a store's texts at a layer, (r, d) each, float64."""
+    for rows in store.text_tokens().split(CHUNK_ROWS):
+        chunk = store.gather(rows, [index])[0].to(device, torch.float64)
+        check_finite("retain", chunk)
+        yield chunk
+
+
+def _feature_map(config: SEAConfig, scale: float) -> Callable[[Tensor], Tensor]:
+    """What the fit does with activations before it decomposes them."""
+    if config.feature_map is None:
+        return lambda x: x
+    return lambda x: FEATURE_MAPS[config.feature_map].forward(x / scale)
+
+
+def relative_change(
+    chunks: Iterable[Tensor], positive: Tensor, negative: Tensor, config: SEAConfig, scale: float, mean_rescale: float
+) -> float:
+    """Mean of ||out - h|| / ||h|| over activations, (r, d) each; those that are zero have none.
+
+    Args:
+        chunks: the activations.
+        positive, negative: (k+, d) and (k-, d), the factors.
+        config: of the edit.
+        scale: divisor before the feature map.
+        mean_rescale: of the edit.
+    """
+    total, count = 0.0, 0
+    for h in chunks:
+        out = edit(
+            h,
+            partial(project, basis=positive),
+            partial(project, basis=negative),
+            projections=config.projections,
+            feature_map=config.feature_map,
+            feature_space=config.feature_space,
+            scale=scale,
+            rescale=config.rescale,
+            mean_rescale=mean_rescale,
+            strength=config.strength,
+        )
+        norm = h.norm(dim=1)
+        change = ((out - h).norm(dim=1) / norm)[norm > 0]
+        total, count = total + float(change.sum()), count + len(change)
+    return total / max(count, 1)
 
 
 def site_statistics(
@@ -202,7 +277,7 @@ def site_statistics(
         ratio.unscaled_error,
         config.statistics_strength,
     )
-    return dict(zip(RECORDED, values, strict=True))
+    return dict(zip(RECORDED, values, strict=False))
 
 
 def _device(layer: SEALayer) -> torch.device:

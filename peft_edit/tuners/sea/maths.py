@@ -77,6 +77,7 @@ def fit(
     centered: bool = False,
     feature_map: str | None = None,
     scale: float = 1.0,
+    retained: Tensor | None = None,
 ) -> Fit:
     """Leading left singular vectors of Omega+ = H^T H+ / n and Omega- = H^T H- / n (SEA), in float64.
 
@@ -87,6 +88,8 @@ def fit(
         centered: subtract each set's mean over the demonstrations first (ours; the paper does not).
         feature_map: name in `FEATURE_MAPS` to fit on phi(x / scale) (Phi-SEA).
         scale: divisor of the activations before the feature map, > 0.
+        retained: (k, d), basis of directions that the edit shall not touch (ours): the sets are projected off them, so
+            that the factors lie in their complement.
 
     Raises:
         ValueError: shapes differ, fewer than two demonstrations, activations that are not finite, an energy outside
@@ -108,13 +111,18 @@ def fit(
         raise ValueError(f"a fit needs at least 2 demonstrations, got {shape[0]}")
     for name, energy in (("positive_energy", positive_energy), ("negative_energy", negative_energy)):
         check_energy(name, energy)
+    if retained is not None and len(retained) == shape[1]:
+        raise ArgumentError(
+            "the retain set spans all directions, none is left to edit: lower ", Argument("retain_energy")
+        )
     sets = []
     for name, activations in (("neutral", neutral), ("positive", positive), ("negative", negative)):
         check_finite(name, activations)
         activations = activations.double()
         if feature_map is not None:
             activations = FEATURE_MAPS[feature_map].forward(activations / scale)
-        sets.append(activations - activations.mean(dim=0) if centered else activations)
+        activations = activations - activations.mean(dim=0) if centered else activations
+        sets.append(activations if retained is None else activations - project(activations, retained))
     left, spectra = LeftFactor(sets[0]), []
     for name, answers, energy in (("positive", sets[1], positive_energy), ("negative", sets[2], negative_energy)):
         try:

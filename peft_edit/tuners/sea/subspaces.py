@@ -5,7 +5,7 @@ A basis is (k, d) with orthonormal rows; k is its rank, d the hidden size. Decom
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,38 @@ def change(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh((r * signs) @ r.T)
     kept = values.abs() > CANCELLED
     return (q @ vectors[:, kept]).T, values[kept]
+
+
+def leading(chunks: Iterable[Tensor], count: int, energy: float) -> Tensor:
+    """Basis of the leading eigenvectors of the second moment R^T R / t, as few as carry a share of its trace.
+
+    Of the (d, d) moment and the (t, d) factor the smaller one is in memory, besides a chunk.
+
+    Args:
+        chunks: the rows of R, (r, d) each, float64.
+        count: t, the number of all rows.
+        energy: in (0, 1].
+
+    Returns:
+        (k, d), float64.
+    """
+    factor: list[Tensor] = []
+    moment: Tensor | None = None
+    for chunk in chunks:
+        if count < chunk.shape[1]:
+            factor.append(chunk)
+        else:
+            moment = chunk.T @ chunk if moment is None else moment.addmm_(chunk.T, chunk)
+    if moment is None:
+        _, singular, vectors = torch.linalg.svd(torch.cat(factor), full_matrices=False)
+        values = singular.square()
+    else:
+        values, vectors = torch.linalg.eigh(moment)
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1).T
+    cumulated = values.cumsum(dim=0)
+    resolved = values > values[0] * max(count, len(vectors[0])) * torch.finfo(values.dtype).eps
+    k = min(int((cumulated < energy * cumulated[-1]).sum()) + 1, int(resolved.sum()))
+    return vectors[:k].contiguous()
 
 
 def join(bases: Sequence[Tensor]) -> Tensor:
