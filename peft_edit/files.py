@@ -230,7 +230,8 @@ def growing_folder(path: Path, identity: dict[str, Any]) -> Iterator[Path]:
                 record.unlink()
                 work.rmdir()
             raise
-        sync(work)
+        for folder in (work, *(file for file in work.rglob("*") if file.is_dir())):
+            sync(folder)
         os.replace(work, path)
         record.unlink()
         sync(path.parent)
