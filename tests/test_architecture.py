@@ -30,7 +30,7 @@ ALLOWED = {
     "models": {"json_files"},
     "data": {"arguments"},
     "tuners": {"arguments", "files", "json_files", "models"},
-    "activations": {"activations/store", "arguments", "data", "files", "models", "processes", "tuners"},
+    "activations": {"activations/store", "arguments", "data", "files", "json_files", "models", "processes", "tuners"},
     "activations/store": {"arguments", "files", "json_files", "models"},
     "adapters": {"activations/store", "data", "files", "json_files", "models", "tuners"},
     "merging": {"adapters", "files", "models", "tuners", "version"},

@@ -105,7 +105,7 @@ def test_names_below_the_folder(name, expected):
     ],
 )
 def test_names_that_lead_elsewhere(name):
-    with pytest.raises(ValueError, match="^index names the file .*, which is none below its folder: ") as error:
+    with pytest.raises(ValueError, match=r"^index names the file .*, which is none below its folder: ") as error:
         inside(name, "index")
     assert one_line(error.value)
 

@@ -49,7 +49,8 @@ def _reading_config(name: str) -> Iterator[None]:
     except UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"config.json of {name} is none of a model that Transformers knows ({reason:.300}): download or save it again"
+            f"config.json of {name} is none of a model that Transformers knows ({reason:.300}): download or save it "
+            "again"
         ) from error
 
 
