@@ -34,6 +34,7 @@ def read_json(path: Path, declared: Any, what: str, remedy: str) -> Any:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # half a character, "\ud800", could be written nowhere again
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"there is no file {path}: {remedy}") from None
     except OSError as error:
@@ -59,7 +60,7 @@ def mismatch(value: Any, declared: Any, name: str = "") -> str | None:
     for kind in kinds:
         if isinstance(value, dict) and is_typeddict(kind):
             return _keys_mismatch(value, kind, name)
-        if get_origin(kind) in (dict, list) and type(value) is get_origin(kind):
+        if get_origin(kind) in (dict, list) and isinstance(value, get_origin(kind)):
             inner, items = get_args(kind)[-1], value.items() if isinstance(value, dict) else enumerate(value)
             found = (mismatch(item, inner, f"{name}[{key!r:.80}]") for key, item in items)
             return next((problem for problem in found if problem), None)

@@ -25,7 +25,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR
 
 from .adapters.read import load_adapter, load_adapter_config
 from .arguments import Argument, ArgumentError
-from .files import check_free, growing_folder, publish, sync
+from .files import check_free, growing_folder, publish, resolved, sync
 from .models.checkpoint import Checkpoint, Source, axis_in_source, find_sources
 from .models.dtypes import FLOATING
 from .models.load import check_local, load_structure
@@ -112,10 +112,10 @@ def merge_checkpoint(
         ValueError: the base is no complete safetensors checkpoint or is quantised, the adapter is of another method or
             another model or does not merge, the output folder is in use, or the disk is too small. Nothing is written.
     """
-    out, target = Path(out).resolve(), _device(device)
+    out, target = resolved(Path(out)), _device(device)
     _check_adapter(str(adapter))
     folder = _local(str(base), revision)
-    if folder.resolve() in (out, *out.parents):
+    if resolved(folder) in (out, *out.parents):
         raise ValueError(f"{out} is the base model's folder or lies in it: choose another folder")
     check_free(out)
     checkpoint = Checkpoint(folder)

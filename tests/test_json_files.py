@@ -68,6 +68,7 @@ def test_any_value_is_compared(value, declared):
     ("content", "problem"),
     [
         (b"{", "is bad (Expecting"),
+        (b'{"rows": 1, "file": "x", "\\ud800": 1}', "is bad ('utf-8' codec can't encode"),
         (b"\xff", "is bad ('utf-8' codec"),
         (b"[" * 100_000, "is bad (maximum recursion"),
         (b"1" * 10_000, "is bad (Exceeds the limit"),

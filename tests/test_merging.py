@@ -502,7 +502,7 @@ def test_statistics_that_are_no_numbers(pair, tmp_path):
     config["fit_statistics"] = {site: {"strength": 1.0, "mean_rescale": "x"} for site in config["rank_pattern"]}
     path.write_text(json.dumps(config))
     refused(
-        "fit_statistics must be a dict, as the fit or the training writes it, got .*make it again",
+        r"fit_statistics\['model.*'\]\['mean_rescale'\] must be a number, got 'x'; .*: make it again",
         *pair,
         tmp_path / "out",
     )

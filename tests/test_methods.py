@@ -184,8 +184,8 @@ NAMES = "must be a list of names or a regular expression, got"
         ({"layers_to_transform": ["1"]}, ["layers_to_transform must", "'1'"]),
         ({"init_weights": "no"}, ["init_weights", "True or False", "'no'"]),
         ({"base_model_fingerprint": 1}, ["base_model_fingerprint", "text", "1"]),
-        ({"fitted_on": "truthful_qa"}, ["fitted_on must be a dict", "'truthful_qa'"]),
-        ({"fitted_on": {"data": 5}}, ["fitted_on must be a dict", "5"]),
+        ({"fitted_on": "truthful_qa"}, ["fitted_on must be an object", "'truthful_qa'"]),
+        ({"fitted_on": {"data": 5}}, ["fitted_on.data must be text or null, got 5"]),
         ({"base_model_name_or_path": 5}, ["base_model_name_or_path must be text", "5"]),
         *(
             ({field: names}, [field, NAMES])

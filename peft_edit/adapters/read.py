@@ -4,17 +4,33 @@ base model or its structure alone, stricter than PEFT."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, TypedDict
 
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arguments import Argument, ArgumentError
+from ..json_files import read_json
 from ..models.fingerprint import fingerprint
 from ..models.load import check_local
 from .hub_errors import plain_errors
+
+
+class ConfigFile(TypedDict, total=False):
+    """What the configurations of PEFT's methods have in common. The fields of our own check themselves."""
+
+    peft_type: str | None
+    task_type: str | None
+    base_model_name_or_path: str | None
+    revision: str | None
+    inference_mode: bool
+    auto_mapping: dict[str, Any] | None
+    peft_version: str | None
+    modules_to_save: list[str] | None
 
 
 def read_config(folder: Path, name: str | None = None) -> PeftConfig:
@@ -28,10 +44,12 @@ def read_config(folder: Path, name: str | None = None) -> PeftConfig:
         ValueError: it is none that PEFT or this package reads.
     """
     what = f"{CONFIG_NAME} of {name}" if name else str(folder / CONFIG_NAME)
+    read_json(folder / CONFIG_NAME, ConfigFile, "none that PEFT or peft_edit reads", "save the adapter again")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{what} is none that PEFT or peft_edit reads: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{what} is none that PEFT or peft_edit reads: {reason}") from error
     if config.peft_type is None:
         raise ValueError(f"{what} has no peft_type: save the adapter again")
     return config
@@ -54,18 +72,15 @@ def load_adapter(model: PreTrainedModel, adapter: str, allow_fingerprint_mismatc
             "load its base model, or pass ",
             Argument("allow_fingerprint_mismatch", True),
         )
-    try:
-        weights = load_peft_weights(folder, device="cpu")
-    except SafetensorError as error:
-        raise ValueError(f"the tensors of {adapter} are damaged ({error}): save the adapter again") from error
+    weights = _read_weights(folder, adapter)
     try:
         adapted = PeftModel.from_pretrained(model, folder)
+    except KeyError as error:
+        raise ValueError(f"{adapter} has no tensor {error}: the file does not belong to its {CONFIG_NAME}") from error
     except RuntimeError as error:  # torch's collected errors of load_state_dict, a headline before them
         first, *more = str(error).splitlines()[1:] or [str(error)]
         count = f" ({len(more)} more like this)" if more else ""
         raise ValueError(f"{adapter} does not fit the model: {first.strip()}{count}") from error
-    if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{bad[0]} of {adapter} is not finite: fit or train the adapter again")
     saved, expected = set(weights), set(get_peft_model_state_dict(adapted))
     for what, names in (("extra", saved - expected), ("missing", expected - saved)):
         if names:
@@ -74,6 +89,20 @@ def load_adapter(model: PreTrainedModel, adapter: str, allow_fingerprint_mismatc
                 "the file does not belong to its adapter_config.json; save the adapter again"
             )
     return adapted
+
+
+def _read_weights(folder: str, adapter: str) -> dict[str, Tensor]:
+    """The tensors of an adapter; raises ValueError for a damaged file, and for what are no weights."""
+    try:
+        weights = load_peft_weights(folder, device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"the tensors of {adapter} are damaged ({error}): save the adapter again") from error
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} of {adapter} has values of {tensor.dtype}, which are no weights: save it again")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} of {adapter} is not finite: fit or train the adapter again")
+    return weights
 
 
 def local_adapter(adapter: str) -> str:

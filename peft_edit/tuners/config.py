@@ -1,18 +1,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..arguments import Argument, ArgumentError, check_options, check_value, hints_of
 from ..files import give_usual_permissions
+from ..json_files import mismatch
 from ..models.sites import LayerIndices, check_names, normalise_layers
 from .registration import peft_type
+
+
+class FittedOn(TypedDict, total=False):
+    """What an adapter was fitted to or trained on, see `EditConfig`."""
+
+    data: str | None
+    questions: int
+    demonstrations: int
+    token_pairs: int
 
 
 @dataclass
@@ -79,15 +89,14 @@ class EditConfig(PeftConfig):
                 setattr(self, name, set(value))
             check_names(name, getattr(self, name))
         self.layers_to_transform = normalise_layers(self.layers_to_transform, "layers_to_transform")
-        data = self.fitted_on.get("data") if isinstance(self.fitted_on, dict) else 0
-        if data is not None and not isinstance(data, str):
-            raise ArgumentError(
-                *(Argument("fitted_on"), f" must be a dict, written by the fit, got {self.fitted_on!r}: fit it again")
-            )
+        self.check_written("fitted_on", FittedOn)
         if not isinstance(self.base_model_name_or_path, (str, os.PathLike, type(None))):
             raise ArgumentError(
                 Argument("base_model_name_or_path"), f" must be text, or None, got {self.base_model_name_or_path!r}"
             )
+        names = self.modules_to_save
+        if mismatch(list(names) if isinstance(names, (tuple, set)) else names, list[str] | None):
+            raise ArgumentError(Argument("modules_to_save"), f" must be a list of names, or None, got {names!r}")
         of_peft = {field.name for field in fields(PeftConfig)}
         check_options(self, tuple(field.name for field in fields(self) if field.name not in of_peft))
         self._is_checked = True
@@ -98,20 +107,11 @@ class EditConfig(PeftConfig):
             check_value(name, value, hints_of(type(self))[name], own[name].metadata)
         super().__setattr__(name, value)
 
-    def check_written(self, name: str, keys: tuple[str, ...] | None = None) -> None:
-        """Raise ArgumentError unless a field that a fit or a training writes is what it can write.
-
-        Args:
-            name: of the field.
-            keys: None for a dict of numbers; else for a dict of dicts, which hold at least these numbers.
-        """
-        value = getattr(self, name)
-        inner = [value] if keys is None else list(value.values()) if isinstance(value, dict) else []
-        dicts = isinstance(value, dict) and all(isinstance(item, dict) for item in inner)
-        if not dicts or not all(set(keys or ()) <= set(item) and _are_numbers(item.values()) for item in inner):
-            raise ArgumentError(
-                Argument(name), f" must be a dict, as the fit or the training writes it, got {value!r}: make it again"
-            )
+    def check_written(self, name: str, declared: Any) -> None:
+        """Raise ArgumentError unless a field that a fit or a training writes is of a type, see `mismatch`."""
+        if problem := mismatch(getattr(self, name), declared, name):
+            found = problem.removeprefix(name) if problem.startswith(name) else f" has {problem}"
+            raise ArgumentError(*(Argument(name), f"{found}; it is written by the fit or the training: make it again"))
 
     def layers_with_modules(self) -> list[int] | None:
         """Indices of the decoder blocks that get modules of the adapter; None for all."""
@@ -126,7 +126,3 @@ class EditConfig(PeftConfig):
             give_usual_permissions(weights)
         if EditConfig.card_writer is not None:
             EditConfig.card_writer(Path(save_directory), self)
-
-
-def _are_numbers(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
