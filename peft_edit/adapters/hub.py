@@ -221,8 +221,8 @@ def _stays(path: Path) -> bool:
 def _operations(
     api: HfApi, folder: Path, configs: dict[str, PeftConfig], repo_id: str, head: str
 ) -> list[CommitOperationAdd]:
-    """The files of each adapter, with the name of the repository in the generated cards, and the README.md; without
-    cards where the repository has a README.md of somebody in its last commit, `head`."""
+    """The files of each adapter and README.md; the generated cards name the repository, and none is for a place where
+    its last commit, `head`, has a README.md of somebody."""
     files: dict[str, Path | str] = {README: folder / README} if (folder / README).is_file() else {}
     for place, config in configs.items():
         for path in sorted((folder / place).iterdir()):
@@ -234,7 +234,7 @@ def _operations(
             files[name] = for_repository(text if is_generated(text) else str(model_card(config)), repo_id, place)
     if "" not in configs and not has_own_readme(folder):
         files[README] = str(index_card(configs))
-    for name in [name for name, file in files.items() if isinstance(file, str)]:
+    for name in [name for name, text in files.items() if isinstance(text, str)]:
         if _repository_has_own_readme(api, repo_id, head, name):
             logger.warning("%s of %s is not a generated card and stays as it is", name, repo_id)
             del files[name]

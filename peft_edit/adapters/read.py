@@ -72,7 +72,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, allow_fingerprint_mismatc
             "load its base model, or pass ",
             Argument("allow_fingerprint_mismatch", True),
         )
-    weights = _read_weights(folder, adapter)
+    weights = read_weights(folder, adapter)
     try:
         adapted = PeftModel.from_pretrained(model, folder)
     except KeyError as error:
@@ -91,7 +91,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, allow_fingerprint_mismatc
     return adapted
 
 
-def _read_weights(folder: str, adapter: str) -> dict[str, Tensor]:
+def read_weights(folder: str, adapter: str) -> dict[str, Tensor]:
     """The tensors of an adapter; raises ValueError for a damaged file, and for what are no weights."""
     try:
         weights = load_peft_weights(folder, device="cpu")
