@@ -375,7 +375,7 @@ RESULT = EDITED | {"adapter": "/home/me/sea", "data": {"name": "truthful_qa", "s
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_one_field_of_results_that_lies(tmp_path_factory, data):
     """There is a card, or one line says why not."""
     path = tmp_path_factory.mktemp("results") / "results.json"
