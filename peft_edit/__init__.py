@@ -2,7 +2,7 @@
 
 from .activations.collect import collect_activations
 from .activations.store import ActivationStore
-from .adapters.card import write_card
+from .adapters.card import write_card_of_saved
 from .adapters.hub import push_to_hub
 from .adapters.save import replaced_adapters
 from .data import load_contrast_set
@@ -24,7 +24,7 @@ from .tuners.mean_difference import *
 # isort: on
 
 
-write_cards_with(EditConfig, write_card)
+write_cards_with(EditConfig, write_card_of_saved)
 save_into(EditConfig, replaced_adapters)
 
 __all__ = [

@@ -6,6 +6,7 @@ that both are on one filesystem, also where the place is a symbolic link to anot
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,11 +19,35 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 
 LOCK = ".lock"
 # Where the new files of a folder are until all are written.
 NEW = ".peft_edit.new"
+# Numbers of the errors of a full disk, or of a quota or a limit that is used up.
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def resolved(path: Path) -> Path:
+    """The absolute path without links; raises ValueError where they lead back to themselves."""
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # before Python 3.13, which leaves it to whoever opens the path
+        raise ValueError(f"{path} is a loop of symbolic links: choose another path") from error
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Let the error of a full disk say which path is meant: that of an open file does not, and safetensors has an error
+    of its own."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        found = [n for n in NO_SPACE if f"(os error {n})" in str(error) or n == getattr(error, "errno", None)]
+        if not found:
+            raise
+        raise OSError(found[0], os.strerror(found[0]), str(path)) from error
 
 
 @contextmanager
@@ -60,16 +85,17 @@ def written(path: Path) -> Iterator[Path]:
     Each call has a path of its own, so that two writers of one file do not mix. Through a symbolic link the file that
     it points to is replaced, and the link stays.
     """
-    final = path.resolve()
+    final = resolved(path)
     if final.exists() and not final.is_file():  # a device, for example, would be gone
         raise ValueError(f"{path} is no file that can be replaced: choose another path")
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
     temporary.touch(exist_ok=False)
     mode = temporary.stat().st_mode
     try:
-        yield temporary
-        temporary.chmod(mode)  # a library may have put a file of its own there: safetensors writes 0600
-        publish(temporary, final)
+        with naming_full_disk(path):
+            yield temporary
+            temporary.chmod(mode)  # a library may have put a file of its own there: safetensors writes 0600
+            publish(temporary, final)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -136,7 +162,7 @@ def replaced(folder: Path, last: str) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME")
-    place = hashlib.sha256(f"{user} {folder.resolve()}".encode()).hexdigest()[:16]
+    place = hashlib.sha256(f"{user} {resolved(folder)}".encode()).hexdigest()[:16]
     busy = f"another run is writing {folder}: wait for it, or choose another folder"
     with locked(Path(tempfile.gettempdir()), busy, f"peft_edit-{place}.lock"):
         made, work = not folder.exists(), folder / NEW
@@ -147,8 +173,9 @@ def replaced(folder: Path, last: str) -> Iterator[Path]:
         except OSError as error:
             raise ValueError(f"{folder} cannot be written to ({error.strerror}): choose another folder") from error
         try:
-            yield work
-            _move(work, folder, last)
+            with naming_full_disk(folder):
+                yield work
+                _move(work, folder, last)
         finally:
             shutil.rmtree(work)
             if made and not any(folder.iterdir()):
@@ -158,7 +185,7 @@ def replaced(folder: Path, last: str) -> Iterator[Path]:
 def _move(work: Path, folder: Path, last: str) -> None:
     """Move the files of a folder into another; see `replaced` for their order."""
     new = sorted((file for file in work.rglob("*") if file.is_file()), key=lambda file: file.name == last)
-    targets = {file: (folder / file.relative_to(work)).resolve() for file in new}
+    targets = {file: resolved(folder / file.relative_to(work)) for file in new}
     staged: dict[Path, Path] = {}
     try:
         for file, target in targets.items():
@@ -209,7 +236,7 @@ def growing_folder(path: Path, identity: dict[str, Any]) -> Iterator[Path]:
     Raises:
         ValueError: something is at `path`, or another run is writing it.
     """
-    path = path.resolve()
+    path = resolved(path)
     work = path.parent / f".{path.name}.partial"
     record = work.with_name(f"{work.name}.json")
     busy = f"another run is writing {path}: wait for it, or choose another folder"
@@ -224,13 +251,15 @@ def growing_folder(path: Path, identity: dict[str, Any]) -> Iterator[Path]:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
             write_text(record, json.dumps(identity))
         try:
-            yield work
+            with naming_full_disk(path):
+                yield work
         except BaseException:
             if not any(work.iterdir()):  # there is nothing to go on from
                 record.unlink()
                 work.rmdir()
             raise
-        sync(work)
+        for folder in (work, *(file for file in work.rglob("*") if file.is_dir())):
+            sync(folder)
         os.replace(work, path)
         record.unlink()
         sync(path.parent)
@@ -251,6 +280,7 @@ def check_free(path: Path) -> None:
 
 def check_writable(path: Path, what: str = "") -> None:
     """Raise ValueError where nothing can be written at a path, before the work is done."""
+    resolved(path)
     above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not above.is_dir() and above != path:
         raise ValueError(f"{what or path} lies below the file {above}: choose another path")

@@ -25,7 +25,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR
 
 from .adapters.read import load_adapter, load_adapter_config
 from .arguments import Argument, ArgumentError
-from .files import check_free, growing_folder, publish, sync
+from .files import check_free, growing_folder, publish, resolved, sync
 from .models.checkpoint import Checkpoint, Source, axis_in_source, find_sources
 from .models.dtypes import FLOATING
 from .models.load import BaseModel, load_structure
@@ -114,10 +114,10 @@ def merge_checkpoint(
         ValueError: the base is no complete safetensors checkpoint or is quantised, the adapter is of another method or
             another model or does not merge, the output folder is in use, or the disk is too small. Nothing is written.
     """
-    out, target = Path(out).resolve(), _device(device)
+    out, target = resolved(Path(out)), _device(device)
     _check_adapter(str(adapter))
     folder = _local(str(base), revision)
-    if folder.resolve() in (out, *out.parents):
+    if resolved(folder) in (out, *out.parents):
         raise ValueError(f"{out} is the base model's folder or lies in it: choose another folder")
     check_free(out)
     checkpoint = Checkpoint(folder)
@@ -136,7 +136,7 @@ def merge_checkpoint(
         _check_space(checkpoint, todo, others, work)
         _write_files(checkpoint, todo, edited, work, target)
         for name in others:
-            (work / name).parent.mkdir(exist_ok=True)
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, work / name)
             sync(work / name)
     errors = [error for layer in layers if (error := layer.merge_error(ADAPTER)) is not None]
@@ -291,12 +291,13 @@ def _other_files(checkpoint: Checkpoint) -> list[str]:
         str(file.relative_to(checkpoint.path)) for file in files if file.is_file() and not file.name.startswith(".")
     )
     weights = (*OTHER_WEIGHTS, "*.safetensors", "*.safetensors.index.json")
-    return sorted(name for name in names if name == checkpoint.index or not any(fnmatch(name, w) for w in weights))
+    others = {name for name in names if not any(fnmatch(name, w) for w in weights)}
+    return sorted(others | ({checkpoint.index} if checkpoint.index else set()))
 
 
 def _check_space(checkpoint: Checkpoint, todo: list[str], others: list[str], work: Path) -> None:
     needed = sum((checkpoint.path / name).stat().st_size for name in (*todo, *others))
-    reused = sum(file.stat().st_size for file in work.glob("*.part"))
+    reused = sum(file.stat().st_size for file in work.rglob("*.part"))
     free = shutil.disk_usage(work).free + reused
     if needed > free:
         raise ValueError(
@@ -328,6 +329,7 @@ def _write_files(
         finishing: Future | None = None
         for file, size in sizes.items():
             part = work / f"{file}.part"
+            part.parent.mkdir(parents=True, exist_ok=True)
             with (checkpoint.path / file).open("rb") as source, part.open("wb") as sink:
                 for edit in by_file[file]:
                     _copy(source, sink, edit.start - source.tell(), progress, buffer)

@@ -3,7 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import damages, one_line, write
 from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_model
 
@@ -11,6 +14,7 @@ from peft_edit import ActivationStore, HPRConfig, SEAConfig, fit_sea, methods
 from peft_edit.adapters.card import for_repository, index_card, is_generated, may_replace, model_card, write_card
 from peft_edit.adapters.save import save_adapter
 from peft_edit.cli import main
+from peft_edit.cli.hub import card
 
 
 every_method = pytest.mark.parametrize("method", methods().values(), ids=list(methods()))
@@ -169,7 +173,15 @@ def test_results_on_several_data():
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [("[]", "must be what peft-edit evaluate"), ('{"adapter": null}', "must be what peft-edit"), ("{", "is no JSON")],
+    [
+        ("[]", r"must be what peft-edit evaluate .*\(it must be an object, got \[\]\)"),
+        ('{"adapter": null}', r"must be what peft-edit .*\(no measure\)"),
+        ('{"mc1": 0.5}', r"must be what peft-edit .*\(no adapter\)"),
+        ('{"adapter": 5, "mc1": 0.5}', r"must be what peft-edit .*\(adapter must be text or null, got 5\)"),
+        ('{"adapter": null, "mc1": 0.5, "strength": "2"}', r"must be what peft-edit .*\(strength must be a number"),
+        ('{"adapter": null, "mc1": 0.5, "data": {"name": 5}}', r"must be what peft-edit .*\(data\.name must be text"),
+        ("{", "is no JSON"),
+    ],
 )
 def test_other_results_are_refused(tmp_path, content, expected):
     (tmp_path / "results.json").write_text(content)
@@ -303,12 +315,77 @@ def test_command_writes_the_results_into_the_card(llama, tmp_path, monkeypatch, 
         ((tmp_path / "sea", "--results", tmp_path / "other.json"), f"are none of {tmp_path / 'sea'}: pass those"),
         ((tmp_path / "sea",), "is not a generated card: move it away"),
         ((tmp_path / "sea", "--base-model", "a/b/c"), "--base-model must be an id on the Hub"),
-        ((tmp_path / "sea", "--results", tmp_path / "none.json"), "No such file"),
+        ((tmp_path / "sea", "--results", tmp_path / "none.json"), "there is no file"),
         ((tmp_path / "none",), "there is no folder"),
     ):
         (tmp_path / "sea" / "README.md").write_text("mine" if "generated" in expected else "")
         status, _, err = run(monkeypatch, capsys, "card", *arguments)
         assert status == 2 and expected in err and err.count("\n") == 1, err
+
+
+@every_method
+@pytest.mark.parametrize("own", ["folder", "dangling link", "loop"])
+def test_a_readme_that_is_no_file_stays_and_the_adapter_is_saved(method, llama, tmp_path, own):
+    path = tmp_path / "README.md"
+    if own == "folder":
+        path.mkdir()
+        (path / "mine.txt").write_text("mine")
+    else:
+        path.symlink_to("README.md" if own == "loop" else "nowhere")
+    for save in (lambda model, folder: model.save_pretrained(folder), save_adapter):
+        save(get_peft_model(tiny_model(), method.config()), tmp_path)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in tmp_path.iterdir()}
+    assert path.is_symlink() or [file.name for file in path.iterdir()] == ["mine.txt"]
+    assert not (tmp_path / "nowhere").exists() and method.config.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is not a generated card: move it away"):
+        card(tmp_path)
+
+
+# What users, or other code, may put into a configuration after it was checked.
+MALFORMED = [
+    *({"fitted_on": value} for value in (None, 5, [], {"data": 5}, {"demonstrations": None}, {"token_pairs": []})),
+    *({"fitted_on": {"demonstrations": 3}}, {"fitted_on": {"token_pairs": 3}}, {"base_model_name_or_path": "\0"}),
+    *({"rank_pattern": {"model.layers.0": value}} for value in ([5], [], None, 5, "12")),
+    *({"rank_pattern": value} for value in (None, {"²": [1, 2]}, {"x": [1, 2]})),
+    *({"fit_statistics": value} for value in (None, 5, {"model.layers.0": 5}, {"²": {}}, {"x": {"norm": "a"}})),
+    *({"probe_accuracy": value} for value in (None, 5, {"²": 1.0}, {"0": "a"}, {"0": None})),
+    *({"task_type": 5}, {"selected_layers": 5, "probe_accuracy": {"0": 1.0}}, {"base_model_fingerprint": []}),
+]
+
+
+@every_method
+@pytest.mark.parametrize("changes", MALFORMED, ids=str)
+def test_a_card_never_fails_a_save(method, tmp_path, changes, caplog):
+    config = method.config()
+    for name, value in changes.items():
+        config.__dict__[name] = value  # as in-place changes do, past all checks
+    config.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").exists()
+    (tmp_path / "README.md").unlink(missing_ok=True)
+    failed = [record.message for record in caplog.records if "saved without a model card" in record.message]
+    try:
+        assert write_card(tmp_path, config)
+    except Exception:
+        assert len(failed) == 1 and "\n" not in failed[0]
+    else:
+        assert not failed
+
+
+RESULT = EDITED | {"adapter": "/home/me/sea", "data": {"name": "truthful_qa", "split": "test"}}
+
+
+@given(data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_one_field_of_results_that_lies(tmp_path_factory, data):
+    """There is a card, or one line says why not."""
+    path = tmp_path_factory.mktemp("results") / "results.json"
+    write(path, data.draw(damages(RESULT)))
+    try:
+        written = model_card(sea_config(), results=[path, BASE])
+    except ValueError as error:
+        assert one_line(error) and str(path) in str(error)
+    else:
+        assert is_generated(str(ModelCard(str(written))))
 
 
 def test_nothing_half_written(tmp_path, monkeypatch):

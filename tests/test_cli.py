@@ -251,7 +251,7 @@ def edit_json(file: Path, **changes) -> None:
         ),
         (lambda store: rewrite(store / "index.safetensors", "negative", None), "no negative"),
         (lambda store: rewrite(store / "shard-00000.safetensors", "mlp.0", lambda t: t[:, :50]), "manifest"),
-        (lambda store: edit_json(store / "meta.json", modules=[1]), "modules are"),
+        (lambda store: edit_json(store / "meta.json", modules=[1]), "modules must be an object, got [1]"),
         (lambda store: edit_json(store / "meta.json", shards=[]), "the store has 0"),
     ],
 )

@@ -1,19 +1,24 @@
 """Files appear complete, with usual permissions, also through links; folders are replaced so that nothing is mixed."""
 
 import contextlib
+import errno
 import itertools
 import os
 import stat
 import tempfile
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from damage import one_line
 from edits import EDITS, edited_model
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from peft_edit import files
+from peft_edit import files, merge_checkpoint
 from peft_edit.adapters.save import save_adapter
+from peft_edit.cli import main
 
 
 def usual(path):
@@ -203,3 +208,77 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     with pytest.raises(ValueError, match=r"file/a cannot be written to \(Not a directory\)"):  # noqa: SIM117
         with files.locked(tmp_path / "file" / "a", "busy"):
             pass
+
+
+def test_links_that_lead_back_to_themselves_are_one_line(tmp_path, monkeypatch, capsys):
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    edit = edited_model(next(iter(EDITS)))
+    with contextlib.ExitStack() as stack:
+        for call in (
+            lambda: files.write_text(loop, "x"),
+            lambda: files.write_text(loop / "x", "x"),
+            lambda: stack.enter_context(files.replaced(loop, last="x")),
+            lambda: stack.enter_context(files.growing_folder(loop, {})),
+            lambda: files.check_writable(loop),
+            lambda: save_adapter(edit, loop),
+            lambda: edit.save_pretrained(loop),
+            lambda: merge_checkpoint(tmp_path, tmp_path, loop),
+        ):
+            with pytest.raises(ValueError, match=r"loop.* is a loop of symbolic links: choose another path") as error:
+                call()
+            assert one_line(error.value)
+    for command in (["convert", "m", loop, loop], ["inspect", loop, "--json", loop], ["fit-sea", "m", "store", loop]):
+        monkeypatch.setattr("sys.argv", ["peft-edit", *map(str, command)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and str(loop) in err and err.count("\n") == 1, err
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_disk_of_safetensors(*args, **kwargs):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("fail", [full_disk, full_disk_of_safetensors])
+def test_a_full_disk_names_the_path(tmp_path, monkeypatch, capsys, fail):
+    def written():
+        with files.written(tmp_path / "a"):
+            fail()
+
+    def replaced():
+        with files.replaced(tmp_path / "a", last="x"):
+            fail()
+
+    def grown():
+        with files.growing_folder(tmp_path / "a", {}):
+            fail()
+
+    monkeypatch.setattr(peft.peft_model, "safe_save_file", fail)
+    edit = edited_model(next(iter(EDITS)))
+    for call in (
+        written,
+        replaced,
+        grown,
+        lambda: save_adapter(edit, tmp_path / "a"),
+        lambda: edit.save_pretrained(tmp_path / "a"),
+    ):
+        with pytest.raises(OSError, match="No space left on device") as error:
+            call()
+        assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path / "a")
+        assert not (tmp_path / "a").exists()
+    monkeypatch.setattr("peft_edit.cli.application", lambda: lambda *args, **kwargs: save_adapter(edit, tmp_path / "a"))
+    with pytest.raises(SystemExit):
+        main()
+    line = f"peft-edit: {tmp_path / 'a'}: No space left on device; free some space, then run the same again\n"
+    assert capsys.readouterr().err == line
+
+
+def test_other_errors_of_the_disk_stay_as_they_are(tmp_path):
+    with pytest.raises(PermissionError) as error, files.naming_full_disk(tmp_path):
+        raise PermissionError(errno.EACCES, "Permission denied", "elsewhere")
+    assert error.value.filename == "elsewhere"

@@ -1,5 +1,6 @@
 """Adapters to and from a Hub on this machine, by the unmodified client in another process."""
 
+import json
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from hub_client import (
     push_native,
     try_to_load,
 )
-from hub_repository import Repository
+from hub_repository import Repository, commit_id
 from hub_server import HubServer, fail, hang_up
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
@@ -326,6 +327,43 @@ def test_what_somebody_pushed_meanwhile_is_not_overwritten(hub, client, folders)
     assert repository(hub, "user/shared").files["README.md"] == b"# By hand"
 
 
+def test_a_checkpoint_does_not_overwrite_what_somebody_pushed_meanwhile(hub, client, folders, tmp_path):
+    hub.repositories["models/user/shared-model"] = Repository(owner="user")
+
+    def somebody_is_faster(handler):
+        del hub.faults["preupload"]
+        repository(hub, "user/shared-model").files["README.md"] = b"# By hand"
+        handler._answer("preupload", {"name": "models/user/shared-model", "revision": "main"})
+
+    hub.faults["preupload"] = somebody_is_faster
+    status, _, err = merge(client, folders / "SEA", tmp_path / "out", "user/shared-model")
+    assert status == 2 and "somebody has changed user/shared-model meanwhile" in err, err
+    assert not repository(hub, "user/shared-model").log
+
+
+def test_every_commit_names_the_one_before(hub, client, folders, tmp_path):
+    """The Hub refuses a commit with a parent that is no longer the last; one without a parent overwrites."""
+    hub.repositories["models/user/parents"] = Repository(owner="user")
+    parents = []
+
+    def look(handler):
+        header = json.loads(handler.body.decode().splitlines()[0])["value"]
+        parents.append(header.get("parentCommit"))
+        del hub.faults["commit"]
+        handler._answer("commit", {"name": "models/user/parents", "revision": "main"})
+
+    for push in (
+        lambda: client(push_folder, folders / "SEA", "user/parents", **WRITE),
+        lambda: client(push_folder, folders / "HPR", "user/parents", create_pr=True, **WRITE),
+        lambda: client(push_model, "HPR", "user/parents", **WRITE),
+        lambda: merge(client, folders / "SEA", tmp_path / "out", "user/parents"),
+    ):
+        hub.faults["commit"] = look
+        before = commit_id(repository(hub, "user/parents").files)
+        push()
+        assert "commit" not in hub.faults and parents[-1] == before
+
+
 def test_a_lost_connection_is_tried_again(hub, client, folders):
     def once(handler):
         del hub.faults["upload"]
@@ -402,6 +440,36 @@ def test_a_readme_that_somebody_wrote_stays(hub, client, folders, tmp_path):
     (tmp_path / "own" / "README.md").write_text("# From here\n")
     assert client(push_folder, tmp_path / "own", "user/mine", **WRITE) == "done"
     assert made.files["README.md"] == b"# From here\n"
+
+
+def test_a_readme_that_somebody_wrote_stays_in_a_folder_too(hub, client, tmp_path):
+    model = adapted("SEA", "default", "truth")
+    model.save_pretrained(tmp_path)
+    assert client(push_folder, tmp_path, "user/mine-too", **WRITE) == "done"
+    made = repository(hub, "user/mine-too")
+    card = made.files["truth/README.md"]
+    for own in (b"# Mine\n", card.replace(b"## Limits", b"## My limits")):
+        made.files["truth/README.md"] = own
+        model.peft_config["truth"].strength = model.peft_config["default"].strength = 0.25 + len(own)
+        model.save_pretrained(tmp_path)
+        assert client(push_folder, tmp_path, "user/mine-too", **WRITE) == "done"
+        assert made.files["truth/README.md"] == own
+        assert f"`{0.25 + len(own)}`".encode() in made.files["README.md"]  # the other's card follows
+    made.files["truth/README.md"] = card
+    assert client(push_folder, tmp_path, "user/mine-too", **WRITE) == "done"
+    assert made.files["truth/README.md"] != card and is_generated(made.files["truth/README.md"].decode())
+    # On another branch somebody else's README counts.
+    made.branches["other"] = made.files | {"truth/README.md": b"# Theirs\n"}
+    assert client(push_folder, tmp_path, "user/mine-too", revision="other", **WRITE) == "done"
+    assert made.branches["other"]["truth/README.md"] == b"# Theirs\n"
+
+
+def test_a_readme_that_is_a_folder_stays_here(hub, client, folders, tmp_path):
+    shutil.copytree(folders / "SEA", tmp_path / "sea")
+    (tmp_path / "sea" / "README.md").unlink()
+    (tmp_path / "sea" / "README.md").mkdir()
+    assert client(push_folder, tmp_path / "sea", "user/no-readme", **WRITE) == "done"
+    assert "README.md" not in repository(hub, "user/no-readme").files
 
 
 def test_transformers_pushes_its_stub_and_we_replace_it(hub, client, folders):

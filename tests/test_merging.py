@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ASSETS
+from damage import damages, one_line, write
 from filelock import FileLock
 from hub_server import HubServer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mixtures import MIXTURES, tiny_mixture
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
@@ -28,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIP
 from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
 
 from peft_edit import HPRConfig, SEAConfig, cli, fingerprint, merge_checkpoint, merging
-from peft_edit.models.checkpoint import Source, axis_in_source
+from peft_edit.models.checkpoint import Checkpoint, Source, axis_in_source
 from peft_edit.models.load import load_structure
 
 
@@ -359,6 +362,8 @@ def damage(base: Path, how: str) -> None:
         save_file({**load_file(shards[0]), **load_file(shards[1])}, shards[1])
     elif how == "elsewhere":
         index["weight_map"]["model.norm.weight"] = "../model.safetensors"
+    elif how == "pickled shard":
+        index["weight_map"]["model.norm.weight"] = "a.bin"
     elif how == "no index":
         index = []
     elif how == "pickled":
@@ -390,7 +395,8 @@ def damage(base: Path, how: str) -> None:
         ("truncated", r"model-00003-of-00007\.safetensors is damaged"),
         ("ghost", r"says that model\.ghost\.weight is in one file, and the files disagree"),
         ("twice", "is in one file, and the files disagree"),
-        ("elsewhere", "must name files beside it"),
+        ("elsewhere", r"names the file '\.\./model\.safetensors', which is none below its folder"),
+        ("pickled shard", "names the weights 'a.bin', which must end with .safetensors"),
         ("no index", "is no index of a checkpoint"),
         ("pickled", "its weights are pickled: pass a safetensors checkpoint"),
         ("integers", r"is quantised \(I8\)"),
@@ -402,6 +408,85 @@ def damage(base: Path, how: str) -> None:
 def test_damaged_checkpoints(pair, tmp_path, how, expected):
     damage(pair[0], how)
     refused(expected, *pair, tmp_path / "out", allow_fingerprint_mismatch=True)
+
+
+def change_json(path: Path, **changes) -> None:
+    write(path, json.loads(path.read_text()) | changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("../x.safetensors", "names the file '../x.safetensors', which is none below its folder"),
+        ("/etc/x.safetensors", "which is none below its folder"),
+        ("{existing}", "which is none below its folder"),
+        ("", "which is none below its folder"),
+        ("config.json", "names the weights 'config.json', which must end with .safetensors or .safetensors.index.json"),
+        ("adapter_model.bin", "which must end with .safetensors"),
+        ("none.safetensors", "lacks 1 of the 1 files that its config.json names, the first is none.safetensors"),
+        ("none.safetensors.index.json", "names none.safetensors.index.json, which is not there"),
+        (5, r"is no configuration of a model \(transformers_weights must be text or null, got 5\)"),
+        (["x"], "is no configuration of a model"),
+    ],
+)
+def test_weights_that_the_configuration_names_wrongly(tmp_path, name, expected):
+    base, adapter = make(tmp_path, size="1GB")
+    shutil.copy(base / "model.safetensors", tmp_path / "x.safetensors")  # what is outside the folder exists
+    name = name.format(existing=tmp_path / "x.safetensors") if isinstance(name, str) else name
+    change_json(base / "config.json", transformers_weights=name)
+    refused(expected, base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+@pytest.mark.parametrize("folder", ["sub", "a/b"])
+def test_weights_in_a_folder_of_the_checkpoint(tmp_path, size, folder):
+    """Transformers loads them; the files that an index names are below the checkpoint's folder, not the index's."""
+    base, adapter = make(tmp_path, size=size)
+    (base / folder).mkdir(parents=True)
+    name = "model.safetensors" if size == "1GB" else INDEX
+    for file in base.glob("*.safetensors"):
+        file.rename(base / folder / file.name)
+    if size != "1GB":
+        index = json.loads((base / INDEX).read_text())
+        index["weight_map"] = {key: f"{folder}/./{file}" for key, file in index["weight_map"].items()}
+        write(base / folder / INDEX, index)
+        (base / INDEX).unlink()
+    change_json(base / "config.json", transformers_weights=f"{folder}/{name}")
+    assert fingerprint(load_structure(str(base))) == fingerprint(AutoModelForCausalLM.from_pretrained(base))
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    assert files(tmp_path / "out").keys() == files(base).keys()
+    merged, expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict(), in_memory(base, adapter)
+    assert all(torch.equal(merged[key], expected[key]) for key in expected)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A checkpoint with an index, for damages of its files."""
+    return make(tmp_path_factory.mktemp("small"), size="40KB")
+
+
+@pytest.mark.parametrize("file", [INDEX, "config.json"])
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_one_field_of_the_checkpoints_files_that_lies(small, tmp_path_factory, file, data):
+    """The checkpoint reads as before, or one line says why it does not."""
+    base = tmp_path_factory.mktemp("damaged") / "base"
+    shutil.copytree(small[0], base, copy_function=os.link)
+    before = json.loads((base / file).read_text())
+    fields = ("model_type", "num_attention_heads", "hidden_size", "dtype", "pad_token_id", "rope_parameters")
+    if file == "config.json":
+        before["transformers_weights"] = INDEX
+    damaged = data.draw(damages(before, None if file == INDEX else {"transformers_weights", *fields}))
+    (base / file).unlink()
+    write(base / file, damaged)
+    try:
+        found = Checkpoint(base)
+        load_structure(str(base))
+    except ValueError as error:
+        assert one_line(error)
+    else:
+        assert found.tensors == Checkpoint(small[0]).tensors
+    shutil.rmtree(base)
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
@@ -417,7 +502,7 @@ def test_statistics_that_are_no_numbers(pair, tmp_path):
     config["fit_statistics"] = {site: {"strength": 1.0, "mean_rescale": "x"} for site in config["rank_pattern"]}
     path.write_text(json.dumps(config))
     refused(
-        "fit_statistics must be a dict, as the fit or the training writes it, got .*make it again",
+        r"fit_statistics\['model.*'\]\['mean_rescale'\] must be a number, got 'x'; .*: make it again",
         *pair,
         tmp_path / "out",
     )

@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -184,8 +185,8 @@ NAMES = "must be a list of names or a regular expression, got"
         ({"layers_to_transform": ["1"]}, ["layers_to_transform must", "'1'"]),
         ({"init_weights": "no"}, ["init_weights", "True or False", "'no'"]),
         ({"base_model_fingerprint": 1}, ["base_model_fingerprint", "text", "1"]),
-        ({"fitted_on": "truthful_qa"}, ["fitted_on must be a dict", "'truthful_qa'"]),
-        ({"fitted_on": {"data": 5}}, ["fitted_on must be a dict", "5"]),
+        ({"fitted_on": "truthful_qa"}, ["fitted_on must be an object", "'truthful_qa'"]),
+        ({"fitted_on": {"data": 5}}, ["fitted_on.data must be text or null, got 5"]),
         ({"base_model_name_or_path": 5}, ["base_model_name_or_path must be text", "5"]),
         *(
             ({field: names}, [field, NAMES])
@@ -234,7 +235,7 @@ def test_bad_values_are_refused_when_they_are_set_later(method):
 )
 def test_what_a_fit_writes_is_checked(config, fields):
     message = refusal(config, **fields)
-    assert message.startswith(f"{next(iter(fields))} must be") and "\n" not in message
+    assert re.match(rf"{next(iter(fields))}(\[[^ ]*\]|\.\w+)* must be", message) and "\n" not in message
 
 
 @every_edit

@@ -3,16 +3,19 @@
 import hashlib
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
-from hypothesis import given
+from damage import damages, one_line, write
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from stores import write_pair_store
 
 from peft_edit import ActivationStore
 from peft_edit.activations.store import FORMAT_VERSION, begin, layout, reader
+from peft_edit.adapters.match import describe_data
 
 
 SIGNS = ("positive", "negative", "neutral")
@@ -124,6 +127,9 @@ def test_reading_maps_the_tensors_of_one_layer_only(tmp_path, monkeypatch):
         def __init__(self, file, framework):
             self.opened = original(file, framework=framework)
 
+        def keys(self):
+            return self.opened.keys()
+
         def get_tensor(self, name):
             read.append(name)
             return self.opened.get_tensor(name)
@@ -203,11 +209,79 @@ def test_a_damaged_manifest_is_named(tmp_path, damage):
     one_line_error(lambda: ActivationStore(tmp_path), r"meta\.json is damaged")
 
 
-@pytest.mark.parametrize("field", layout.REQUIRED)
+@pytest.mark.parametrize("field", sorted(layout.Manifest.__required_keys__))
 def test_a_manifest_that_lacks_a_field_is_damaged(tmp_path, field):
     ActivationStore.from_tensors(tmp_path, **random_sets())
     write_meta(tmp_path, **{field: ...})
     one_line_error(lambda: ActivationStore(tmp_path), rf"meta\.json is damaged \(no {field}\)")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"first_row": 2}, r"shards\[1\]\.first_row is 2, 4 follows from the others"),
+        ({"first_row": "4"}, r"shards\[1\]\.first_row must be an integer, got '4'"),
+        ({"file": "../other/shard-00001.safetensors"}, r"shards\[1\]\.file is '\.\./other/shard-00001\.safetensors'"),
+        ({"file": "shard-00000.safetensors"}, r"shards\[1\]\.file is 'shard-00000\.safetensors'"),
+        ({"rows": "2"}, r"shards\[1\]\.rows must be an integer, got '2'"),
+        ({"rows": True}, r"shards\[1\]\.rows must be an integer, got True"),
+        ({"rows": -2}, r"shards\[1\] is "),
+        ({"sha256": "0" * 63}, r"shards\[1\] is "),
+    ],
+)
+def test_shards_that_the_manifest_lies_about(tmp_path, changes, match):
+    write_answer_store(tmp_path / "other", [4, 2])  # what is outside the folder exists
+    write_answer_store(tmp_path / "store", [4, 2])
+    meta = json.loads((tmp_path / "store" / "meta.json").read_text())
+    meta["shards"][1] |= changes
+    write(tmp_path / "store" / "meta.json", meta)
+    one_line_error(lambda: ActivationStore(tmp_path / "store"), rf"meta\.json is damaged \({match}.*collect again")
+
+
+def contents(opened):
+    """All that can be read of a store."""
+    names = ("positive", "negative", "answer_tokens" if opened.tokens == "answer" else "neutral")
+    rows = {(name, layer): getattr(opened, name)(layer) for name in names for layer in opened.layers}
+    pairs = {"pairs": opened.pairs()} if opened.tokens == "answer" else {}
+    return rows | pairs | {"questions": opened.questions(), "layers": torch.tensor(opened.layers)}
+
+
+def collected_store(path):
+    """A store as `collect_activations` describes it."""
+    write_answer_store(path, [1, 2, 3])
+    data = {"name": "truthful_qa", "split": "train", "rows": 2}
+    write_meta(path, model="m", revision=None, neutral=None, prompt_format="plain", data=data, seed=0)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Stores of rows and of pairs, to be damaged."""
+    root = tmp_path_factory.mktemp("whole")
+    ActivationStore.from_tensors(root / "rows", **random_sets())
+    collected_store(root / "pairs")
+    return root
+
+
+@pytest.mark.parametrize("kind", ["rows", "pairs"])
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_one_field_of_the_manifest_that_lies(whole, tmp_path_factory, kind, data):
+    """The store reads as before, or one line says why it does not: there are never other rows."""
+    path = tmp_path_factory.mktemp("damaged") / "store"
+    shutil.copytree(whole / kind, path)
+    write(path / "meta.json", data.draw(damages(json.loads((path / "meta.json").read_text()))))
+    try:
+        opened = ActivationStore(path)
+        found = contents(opened)
+        assert all(checked for _, checked in opened.check_files())
+        describe_data(opened)
+        repr(opened)
+    except ValueError as error:
+        assert one_line(error)
+    else:
+        expected = contents(ActivationStore(whole / kind))
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    shutil.rmtree(path)
 
 
 def test_what_is_no_complete_store_of_this_version_is_refused(tmp_path):
@@ -236,7 +310,10 @@ def test_a_damaged_file_is_named(tmp_path, file, damage):
 def test_a_shard_without_the_layer_is_damaged(tmp_path):
     ActivationStore.from_tensors(tmp_path, **random_sets())
     save_file({"mlp.0": torch.ones(15, 4)}, tmp_path / "shard-00000.safetensors")
-    one_line_error(lambda: ActivationStore(tmp_path).positive(2), r"shard-00000\.safetensors cannot be read")
+    one_line_error(
+        lambda: ActivationStore(tmp_path).positive(0),
+        r"shard-00000\.safetensors is damaged: it and meta\.json disagree about mlp\.2; collect again",
+    )
 
 
 @pytest.mark.parametrize("read", [*SIGNS])

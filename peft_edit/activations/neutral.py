@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import files
+from ..json_files import read_json
 from ..models.run import batches_within, greedy_answers
 from ..processes import Processes
 from .arguments import CollectArguments
@@ -68,7 +69,8 @@ def answer_prompts(
 def _read(file: Path, batch: list[int]) -> list[list[int]] | None:
     """Kept answers of a batch; None where they are not there, or damaged."""
     try:
-        answers = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        answers = read_json(file, list[list[int]], "damaged", "it is generated again")
+    except ValueError:
         return None
-    return answers if isinstance(answers, list) and len(answers) == len(batch) else None
+    whole = len(answers) == len(batch) and all(0 <= token < 2**31 for answer in answers for token in answer)
+    return answers if whole else None

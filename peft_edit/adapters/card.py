@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,8 @@ from ..tuners.config import EditConfig
 from ..tuners.method import Method, method_of
 from .card_results import Results, eval_results_of, read_results, tables_of
 
+
+logger = logging.getLogger(__name__)
 
 README = "README.md"
 # Stands in a card for a repository that is not known yet, see `for_repository`.
@@ -87,11 +90,13 @@ def _of_config(config: EditConfig) -> dict[str, Any]:
     """What the templates take from a configuration."""
     method, parts = method_of(config), _parts(config)
     layers = method.card_layers(config)
+    # What a method of such tokens counts: a configuration may have numbers of another method.
+    counted = {"token_pairs" if tokens == "answer" else "demonstrations" for tokens in method.tokens}
     return {
         "config": config,
         "settings": [(f"`{name}`", f"`{json.dumps(getattr(config, name))}`") for name in method.card_settings(config)],
         "layers": layers,
-        "fitted_on": parts[0] if len(parts) == 1 and _is_counted(parts[0]) else {},
+        "fitted_on": parts[0] if len(parts) == 1 and counted & set(parts[0]) else {},
         "data_text": _data_text(parts[0].get("data")),
         # Of a joint edit the adapters that it was made of.
         "combined": [(part, _data_text(part.get("data"))) for part in parts] if len(parts) > 1 else [],
@@ -101,10 +106,6 @@ def _of_config(config: EditConfig) -> dict[str, Any]:
 def _parts(config: EditConfig) -> list[dict[str, Any]]:
     """What an adapter was fitted on; of one that joins several, what each of them was."""
     return config.fitted_on.get("combined") or [config.fitted_on]
-
-
-def _is_counted(fitted_on: dict[str, Any]) -> bool:
-    return bool({"demonstrations", "token_pairs"} & set(fitted_on))
 
 
 def _data_text(name: str | None) -> str | None:
@@ -134,7 +135,7 @@ def write_card(
     """
     folder, results = Path(folder), list(results)
     for adapter in (read_results(result)["adapter"] for result in results):
-        if adapter is not None and Path(adapter).exists() and not folder.samefile(adapter):
+        if adapter is not None and os.path.exists(adapter) and not folder.samefile(adapter):
             raise ValueError(f"results of {adapter} are none of {folder}: pass those of evaluate --adapter {folder}")
     if has_own_readme(folder):
         return False
@@ -142,10 +143,25 @@ def write_card(
     return True
 
 
+def write_card_of_saved(folder: Path, config: PeftConfig) -> None:
+    """Write the card of an adapter that is being saved. Whatever prevents that is logged, and the adapter is saved."""
+    try:
+        write_card(folder, config)
+    except Exception as error:  # an adapter that took hours is worth more than its card
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        logger.warning("the adapter is saved without a model card (%s): mend that, then run peft-edit card", reason)
+
+
 def has_own_readme(folder: Path) -> bool:
-    """Whether somebody has written the README.md in a folder, or edited it."""
+    """Whether somebody has written the README.md in a folder, or edited it. What cannot be read, as it is a folder or
+    not for this user, is somebody's."""
     path = folder / README
-    return path.exists() and not may_replace(path.read_text(encoding="utf-8", errors="replace"))
+    if not os.path.lexists(path):
+        return False
+    try:
+        return not may_replace(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return True
 
 
 def may_replace(text: str) -> bool:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from huggingface_hub import EvalResult
 
 from ..data.names import data_id, data_name
+from ..json_files import mismatch, read_json
 
 
 # Measure -> its name in tables, the factor there and the decimals. Others are shown by their own names.
@@ -20,19 +20,41 @@ SIDE_EFFECTS = ("perplexity",)
 Results = Mapping[str, Any] | str | os.PathLike
 
 
+class Data(TypedDict, total=False):
+    """The data of an evaluation."""
+
+    name: str | None
+    split: str | None
+
+
+class Conditions(TypedDict, total=False):
+    """What results may say besides: the scores of each question or their number, and under what they were measured."""
+
+    strength: float
+    data: Data | None
+    questions: list | int | None
+
+
+class Evaluation(Conditions):
+    """What `peft-edit evaluate --json` writes; every other number with a point is a measure."""
+
+    adapter: str | None
+
+
 def read_results(results: Results) -> dict[str, Any]:
     """Results of one evaluation, without the scores of each question."""
-    where = "results"
+    where, given = "results", results
     if not isinstance(results, Mapping):
         where = str(results)
-        try:
-            results = json.loads(Path(results).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{where} is no JSON ({error}): pass what peft-edit evaluate --json wrote") from error
-    given = results if isinstance(results, Mapping) else {}
-    measures = {name: value for name, value in given.items() if isinstance(value, float) and name != "strength"}
-    if "adapter" not in given or not measures:
-        raise ValueError(f"{where} must be what peft-edit evaluate --json wrote, with adapter and mc1 or the like")
+        given = read_json(Path(results), Any, "no JSON", "pass what peft-edit evaluate --json wrote")
+    problem = mismatch(dict(given) if isinstance(given, Mapping) else given, Evaluation)
+    numbers = {} if problem else {name: value for name, value in given.items() if isinstance(value, float)}
+    measures = {name: value for name, value in numbers.items() if name != "strength"}
+    if not measures:
+        raise ValueError(
+            f"{where} must be what peft-edit evaluate --json wrote, with adapter and mc1 or the like "
+            f"({problem or 'no measure'})"
+        )
     data, questions = given.get("data") or {}, given.get("questions")  # the scores of each, or their number
     return {
         "adapter": given["adapter"],

@@ -123,7 +123,7 @@ def push_folder(
             methods = sorted({config.peft_type.value for config in configs.values()})
             commit = api.create_commit(
                 repo_id,
-                _operations(api, folder, configs, repo_id, revision),
+                _operations(api, folder, configs, repo_id, head),
                 commit_message=commit_message or f"Upload {' and '.join(methods)} adapter",
                 commit_description=commit_description,
                 revision=revision,
@@ -219,10 +219,11 @@ def _stays(path: Path) -> bool:
 
 
 def _operations(
-    api: HfApi, folder: Path, configs: dict[str, PeftConfig], repo_id: str, revision: str | None
+    api: HfApi, folder: Path, configs: dict[str, PeftConfig], repo_id: str, head: str
 ) -> list[CommitOperationAdd]:
-    """The files of each adapter, with the name of the repository in the generated cards, and the README.md."""
-    files: dict[str, Path | str] = {README: folder / README} if (folder / README).exists() else {}
+    """The files of each adapter and README.md; the generated cards name the repository, and none is for a place where
+    its last commit, `head`, has a README.md of somebody."""
+    files: dict[str, Path | str] = {README: folder / README} if (folder / README).is_file() else {}
     for place, config in configs.items():
         for path in sorted((folder / place).iterdir()):
             if path.is_file() and not _stays(path):
@@ -233,21 +234,23 @@ def _operations(
             files[name] = for_repository(text if is_generated(text) else str(model_card(config)), repo_id, place)
     if "" not in configs and not has_own_readme(folder):
         files[README] = str(index_card(configs))
-    if isinstance(files.get(README), str) and _repository_has_own_readme(api, repo_id, revision):
-        logger.warning("the README.md of %s is not a generated card and stays as it is", repo_id)
-        del files[README]
+    for name in [name for name, text in files.items() if isinstance(text, str)]:
+        if _repository_has_own_readme(api, repo_id, head, name):
+            logger.warning("%s of %s is not a generated card and stays as it is", name, repo_id)
+            del files[name]
     return [
         CommitOperationAdd(name, file.encode() if isinstance(file, str) else str(file)) for name, file in files.items()
     ]
 
 
-def _repository_has_own_readme(api: HfApi, repo_id: str, revision: str | None) -> bool:
+def _repository_has_own_readme(api: HfApi, repo_id: str, head: str, name: str) -> bool:
+    """Whether somebody has written, or edited, the README.md with this path in the commit `head` of a repository."""
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            api.hf_hub_download(repo_id, README, revision=revision, local_dir=temporary)
+            api.hf_hub_download(repo_id, name, revision=head, local_dir=temporary)
         except EntryNotFoundError:
             return False
-        return has_own_readme(Path(temporary))
+        return has_own_readme((Path(temporary) / name).parent)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, TypedDict
 
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arguments import Argument, ArgumentError, one_line
+from ..json_files import read_json
 from ..models.fingerprint import fingerprint
 from ..models.load import check_local
 from .hub_errors import plain_errors
@@ -27,6 +29,19 @@ EMBEDDINGS = (
 )
 
 
+class ConfigFile(TypedDict, total=False):
+    """What the configurations of PEFT's methods have in common. The fields of our own check themselves."""
+
+    peft_type: str | None
+    task_type: str | None
+    base_model_name_or_path: str | None
+    revision: str | None
+    inference_mode: bool
+    auto_mapping: dict[str, Any] | None
+    peft_version: str | None
+    modules_to_save: list[str] | None
+
+
 def read_config(folder: Path, name: str | None = None) -> PeftConfig:
     """The configuration of the adapter in a folder.
 
@@ -38,9 +53,10 @@ def read_config(folder: Path, name: str | None = None) -> PeftConfig:
         ValueError: it is none that PEFT or this package reads.
     """
     what = f"{CONFIG_NAME} of {name}" if name else str(folder / CONFIG_NAME)
+    read_json(folder / CONFIG_NAME, ConfigFile, "none that PEFT or peft_edit reads", "save the adapter again")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{what} is none that PEFT or peft_edit reads: {one_line(error)}") from error
     if config.peft_type is None:
         raise ValueError(f"{what} has no peft_type: save the adapter again")
@@ -66,7 +82,7 @@ def load_adapter(
     """
     folder = local_adapter(adapter)
     config = read_config(Path(folder), adapter)
-    weights = _read_weights(folder, adapter)
+    weights = read_weights(folder, adapter)
     embeddings = carried_embeddings(model, weights)
     own = getattr(config, "modules_to_save", None) or ()  # PEFT's own matter, and part of the adapter
     besides = sorted(name for name in embeddings if name.split(".")[-2] not in own)
@@ -91,14 +107,17 @@ def load_adapter(
     return adapted
 
 
-def _read_weights(folder: str, adapter: str) -> dict[str, Tensor]:
-    """The tensors of an adapter; raises ValueError where they are damaged or not finite."""
+def read_weights(folder: str, adapter: str) -> dict[str, Tensor]:
+    """The tensors of an adapter; raises ValueError for a damaged file, and for what are no weights."""
     try:
         weights = load_peft_weights(folder, device="cpu")
     except SafetensorError as error:
         raise ValueError(f"the tensors of {adapter} are damaged ({error}): save the adapter again") from error
-    if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{bad[0]} of {adapter} is not finite: fit or train the adapter again")
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} of {adapter} has values of {tensor.dtype}, which are no weights: save it again")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} of {adapter} is not finite: fit or train the adapter again")
     return weights
 
 

@@ -10,6 +10,8 @@ from importlib import import_module
 import typer
 from safetensors import SafetensorError
 
+from ..files import NO_SPACE
+
 
 def method_commands() -> list[Callable]:
     """The functions of the methods' own commands."""
@@ -62,7 +64,8 @@ def main() -> None:
         _fail(f"{error.format_message().rstrip('.')}: see {program} --help")
     except (ValueError, OSError, SafetensorError) as error:
         of_file = isinstance(error, OSError) and error.strerror and error.filename
-        _fail(f"{error.filename}: {error.strerror}; check the path" if of_file else str(error))
+        remedy = "free some space, then run the same again" if of_file and error.errno in NO_SPACE else "check the path"
+        _fail(f"{error.filename}: {error.strerror}; {remedy}" if of_file else str(error))
     except typer.Abort:
         sys.exit(130)
     sys.exit(status if isinstance(status, int) else 0)

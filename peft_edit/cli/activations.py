@@ -124,7 +124,7 @@ def _describe(opened, metadata: dict, size: int) -> dict:
     shards = metadata["shards"]
     return {
         "model": metadata["model"] or "unknown",
-        "revision": metadata["revision"],
+        "revision": metadata.get("revision"),
         "fingerprint": metadata["fingerprint"],
         "active adapters": ", ".join(metadata["active_adapters"]) or None,
         "data": ", ".join(str(value) for value in list((metadata.get("data") or {}).values())[:2] if value) or None,

@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from ..arguments import Argument, ArgumentError, Note, alternatives, check_value, choices_of, hints_of
+from ..files import resolved
 from .values import NONE, help_of, kind_of, parse, shown_type, to_json, to_text
 
 
@@ -227,7 +228,7 @@ def _check_apart(options: Sequence[Option], values: Mapping[str, Any]) -> None:
     for option in options if results is not None else ():
         place = values[option.name]
         if option.is_positional and isinstance(place, (str, Path)) and str(place):
-            place, target = Path(place).resolve(), Path(results).resolve()
+            place, target = resolved(Path(place)), resolved(Path(results))
             if target == place or place in target.parents:
                 raise ArgumentError(
                     Argument("json"),

@@ -1,5 +1,6 @@
 """Names of data sets for the public: in model cards, and of what an adapter was fitted on."""
 
+import os
 from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -14,7 +15,7 @@ def is_hub_id(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return not Path(name).exists()
+    return not os.path.exists(name)
 
 
 def data_id(name: str | None) -> str | None:
@@ -28,4 +29,5 @@ def data_id(name: str | None) -> str | None:
 
 def data_name(name: str) -> str:
     """Name of a data set for the public: of a local file without its folders."""
-    return Path(name).name if Path(name).exists() or name.endswith(FILE_TYPES) else name
+    # A name of any length, as a file may give it: Path raises for one that no file can have.
+    return Path(name).name if os.path.exists(name) or name.endswith(FILE_TYPES) else name

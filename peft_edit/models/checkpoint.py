@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
@@ -22,6 +22,25 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..json_files import inside, read_json
+
+
+# What to do about a checkpoint whose files disagree or are damaged.
+AGAIN = "download or save the checkpoint again"
+WEIGHTS, INDEX = ".safetensors", ".safetensors.index.json"
+
+
+class BaseConfig(TypedDict, total=False):
+    """What of config.json is read here, besides what Transformers makes of it."""
+
+    transformers_weights: str | None
+
+
+class WeightIndex(TypedDict):
+    """An index file: key of each tensor to its file."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -76,7 +95,7 @@ class Checkpoint:
         if missing := [file for file in self.files if not (path / file).is_file()]:
             raise ValueError(
                 f"{path} lacks {len(missing)} of the {len(self.files)} files that its {self.index or 'config.json'} "
-                f"names, the first is {missing[0]}: download or save the checkpoint again"
+                f"names, the first is {missing[0]}: {AGAIN}"
             )
         self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
@@ -85,8 +104,7 @@ class Checkpoint:
             named = {key for key, of in weight_map.items() if of == file}
             if differing := sorted((named - set(stored)) | (set(stored) & set(self.tensors))):
                 raise ValueError(
-                    f"{self.index} of {path} says that {differing[0]} is in one file, and the files disagree: "
-                    "download or save the checkpoint again"
+                    f"{self.index} of {path} says that {differing[0]} is in one file, and the files disagree: {AGAIN}"
                 )
             self.tensors |= stored
 
@@ -102,30 +120,33 @@ def find_weights(find: Callable[[str], Path | None]) -> tuple[str | None, dict[s
         order. None where there are no safetensors weights.
 
     Raises:
-        ValueError: config.json or the index is damaged.
+        ValueError: config.json or the index is damaged, or names files elsewhere.
     """
     if (config := find("config.json")) is None:
         return None
-    try:
-        name = json.loads(config.read_text(encoding="utf-8")).get("transformers_weights")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{config} is no configuration of a model ({error})") from error
+    name = read_json(config, BaseConfig, "no configuration of a model", AGAIN).get("transformers_weights")
     if name is None:
         names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
         if (name := next((name for name in names if find(name) is not None), None)) is None:
             return None
-    if not name.endswith(".index.json"):
+    name = _weights_name(name, config, WEIGHTS, INDEX)
+    if not name.endswith(INDEX):
         return None, {}, [name]
     if (index := find(name)) is None:
-        raise ValueError(f"{config} names {name}, which is not there: download or save the checkpoint again")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        plain = all(Path(file).name == file for file in weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of a checkpoint ({error!r})") from error
-    if not weight_map or not plain:
-        raise ValueError(f"{index} must name files beside it")
+        raise ValueError(f"{config} names {name}, which is not there: {AGAIN}")
+    weight_map = read_json(index, WeightIndex, "no index of a checkpoint", AGAIN)["weight_map"]
+    if not weight_map:
+        raise ValueError(f"{index} names no tensors: {AGAIN}")
+    weight_map = {key: _weights_name(file, index, WEIGHTS) for key, file in weight_map.items()}
     return name, weight_map, sorted(set(weight_map.values()))
+
+
+def _weights_name(name: str, source: Path, *endings: str) -> str:
+    """A name that a file of the checkpoint gives, of a file below the same folder with one of these endings."""
+    name = inside(name, source)
+    if not name.endswith(endings):
+        raise ValueError(f"{source} names the weights {name!r}, which must end with {' or '.join(endings)}: {AGAIN}")
+    return name
 
 
 def _read_header(folder: Path, file: str) -> dict[str, StoredTensor]:
@@ -135,7 +156,7 @@ def _read_header(folder: Path, file: str) -> dict[str, StoredTensor]:
             pass
         header = parse_local_safetensors_file_metadata(path)
     except (SafetensorError, SafetensorsParsingError) as error:
-        raise ValueError(f"{path} is damaged ({error}): download or save the checkpoint again") from error
+        raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from error
     with path.open("rb") as opened:
         start = 8 + int.from_bytes(opened.read(8), "little")
     return {

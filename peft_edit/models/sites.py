@@ -90,7 +90,7 @@ def text_config(model: nn.Module):
 
 def layer_index(name: str) -> int | None:
     """Index of the decoder block in a module's name: its first numeric component."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def by_layer(values: Mapping[str, T]) -> list[tuple[str, T]]:
@@ -257,7 +257,7 @@ def describe_sites(names: Iterable[str]) -> str:
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:
         parts = name.split(".")
-        i = next(i for i, part in enumerate(parts) if part.isdigit())
+        i = next(i for i, part in enumerate(parts) if part.isdecimal())
         head, tail = ".".join(parts[:i]), ".".join(parts[i + 1 :])
         groups.setdefault((head, tail), []).append(parts[i])
     patterns = []

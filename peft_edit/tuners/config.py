@@ -1,18 +1,50 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..arguments import Argument, ArgumentError, check_options, check_value, hints_of
 from ..files import give_usual_permissions
+from ..json_files import mismatch
 from ..models.sites import LayerIndices, check_names, normalise_layers
 from .registration import peft_type
+
+
+class Retained(TypedDict, total=False):
+    """The texts that an edit was told to leave alone."""
+
+    data: str | None
+    texts: int
+    tokens: int
+    weight: float
+
+
+class Provenance(TypedDict, total=False):
+    """What an adapter was fitted to or trained on, see `EditConfig`."""
+
+    data: str | None
+    questions: int
+    demonstrations: int
+    token_pairs: int
+    retain: Retained
+
+
+class Part(Provenance):
+    """The same of one of several adapters that were joined, whose name `adapter` is."""
+
+    adapter: str
+
+
+class FittedOn(Provenance, total=False):
+    """The same, and of an edit that joins several adapters that of each."""
+
+    combined: list[Part]
 
 
 @dataclass
@@ -32,8 +64,8 @@ class EditConfig(PeftConfig):
             Written by the fit or the training: `fingerprint` of the model whose activations it learnt from.
         fitted_on (`dict[str, Any]`):
             Written by the fit or the training: the name of the data (`data`) where it is known, and the numbers of
-            `questions` and of `demonstrations` or `token_pairs`. Of an edit that joins several (`combined`), a list of
-            the same of each `adapter`.
+            `questions` and of `demonstrations` or `token_pairs`; the same of the texts to `retain`. Of an edit that
+            joins several (`combined`), a list of the same of each `adapter`.
         init_weights (`bool`):
             Leave this `True`: the identity, until it is fitted or trained. `False` makes a random edit, for tests.
         modules_to_save (`list[str] | None`):
@@ -80,16 +112,14 @@ class EditConfig(PeftConfig):
                 setattr(self, name, set(value))
             check_names(name, getattr(self, name))
         self.layers_to_transform = normalise_layers(self.layers_to_transform, "layers_to_transform")
-        data = self.fitted_on.get("data") if isinstance(self.fitted_on, dict) else 0
-        if data is not None and not isinstance(data, str):
-            raise ArgumentError(
-                *(Argument("fitted_on"), f" must be a dict, written by the fit, got {self.fitted_on!r}: fit it again")
-            )
-        _check_combined(self.fitted_on.get("combined", []))
+        self.check_written("fitted_on", FittedOn)
         if not isinstance(self.base_model_name_or_path, (str, os.PathLike, type(None))):
             raise ArgumentError(
                 Argument("base_model_name_or_path"), f" must be text, or None, got {self.base_model_name_or_path!r}"
             )
+        names = self.modules_to_save
+        if mismatch(list(names) if isinstance(names, (tuple, set)) else names, list[str] | None):
+            raise ArgumentError(Argument("modules_to_save"), f" must be a list of names, or None, got {names!r}")
         of_peft = {field.name for field in fields(PeftConfig)}
         check_options(self, tuple(field.name for field in fields(self) if field.name not in of_peft))
         self._is_checked = True
@@ -100,20 +130,11 @@ class EditConfig(PeftConfig):
             check_value(name, value, hints_of(type(self))[name], own[name].metadata)
         super().__setattr__(name, value)
 
-    def check_written(self, name: str, keys: tuple[str, ...] | None = None) -> None:
-        """Raise ArgumentError unless a field that a fit or a training writes is what it can write.
-
-        Args:
-            name: of the field.
-            keys: None for a dict of numbers; else for a dict of dicts, which hold at least these numbers.
-        """
-        value = getattr(self, name)
-        inner = [value] if keys is None else list(value.values()) if isinstance(value, dict) else []
-        dicts = isinstance(value, dict) and all(isinstance(item, dict) for item in inner)
-        if not dicts or not all(set(keys or ()) <= set(item) and _are_numbers(item.values()) for item in inner):
-            raise ArgumentError(
-                Argument(name), f" must be a dict, as the fit or the training writes it, got {value!r}: make it again"
-            )
+    def check_written(self, name: str, declared: Any) -> None:
+        """Raise ArgumentError unless a field that a fit or a training writes is of a type, see `mismatch`."""
+        if problem := mismatch(getattr(self, name), declared, name):
+            found = problem.removeprefix(name) if problem.startswith(name) else f" has {problem}"
+            raise ArgumentError(*(Argument(name), f"{found}; it is written by the fit or the training: make it again"))
 
     def layers_with_modules(self) -> list[int] | None:
         """Indices of the decoder blocks that get modules of the adapter; None for all."""
@@ -128,22 +149,3 @@ class EditConfig(PeftConfig):
             give_usual_permissions(weights)
         if EditConfig.card_writer is not None:
             EditConfig.card_writer(Path(save_directory), self)
-
-
-def _check_combined(parts: Any) -> None:
-    """Raise ArgumentError unless these tell on what each of several adapters was fitted."""
-    whole = isinstance(parts, list) and all(
-        isinstance(part, dict)
-        and isinstance(part.get("adapter"), str)
-        and isinstance(part.get("data"), (str, type(None)))
-        and _are_numbers(part[name] for name in ("questions", "demonstrations", "token_pairs") if name in part)
-        for part in parts
-    )
-    if not whole:
-        raise ArgumentError(
-            Argument("fitted_on"), f" must say of each adapter in combined what it was fitted on, got {parts!r}"
-        )
-
-
-def _are_numbers(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)

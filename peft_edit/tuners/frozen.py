@@ -10,6 +10,13 @@ from torch import Tensor, nn
 ALIGNMENT = 64
 
 
+def no_weight(tensor: Tensor) -> str | None:
+    """What a tensor holds that is no weight of an adapter, or None."""
+    if not tensor.is_floating_point():
+        return f"values of {tensor.dtype}, which are no weights"
+    return None if tensor.isfinite().all() else "NaN or infinite values"
+
+
 class FrozenWeight(nn.Module):
     """A weight of an adapter that stays frozen, in a module of its own: so it survives offloading, and PEFT's casts.
 
@@ -61,12 +68,12 @@ class FrozenWeight(nn.Module):
                 f"the {self.label} was not loaded: the adapter file lacks it, or load_adapter was given an offloaded "
                 "model; load the complete adapter with PeftModel.from_pretrained or fit again"
             )
-        if not weight.isfinite().all():
-            return (
-                f"the {self.label} holds NaN or infinite values: the adapter file is damaged; "
-                "load it again or fit again"
-            )
-        return None
+        return self.damage(weight)
+
+    def damage(self, weight: Tensor) -> str | None:
+        """What is wrong with a weight that a file holds and what to do, or None."""
+        held = no_weight(weight)
+        return held and f"the {self.label} holds {held}: the adapter file is damaged; load it again or fit again"
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         weight = state_dict.get(f"{prefix}weight")
@@ -77,8 +84,8 @@ class FrozenWeight(nn.Module):
             )
             return
         present = weight is not None and not weight.is_meta
-        if present and (problem := self.problem(weight)):
-            errors.append(problem)
+        if present and (damage := self.damage(weight)):
+            errors.append(damage)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if present:
             # Copying into a weight on meta does nothing, so that one is still to be looked at.

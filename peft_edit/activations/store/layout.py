@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ... import files
 from ...arguments import Argument, ArgumentError
+from ...json_files import mismatch, read_json
 from ...models.dtypes import FLOATING, dtype_name
+from ...models.sites import Site
 from .disk import reporting_full_disk
 from .format import UNKNOWN_DIGEST, header
 
@@ -30,17 +32,68 @@ ROW_TOKENS = get_args(RowTokens)
 # Tokens of which each is a row: those of the answers, and those of plain texts.
 EVERY_TOKEN = ("answer", "all")
 DTYPES = tuple(map(dtype_name, FLOATING.values()))
-# What reading needs of meta.json.
-REQUIRED = (
-    *("complete", "sites", "tokens", "hidden_size", "dtype", "modules", "shards"),
-    *("model", "fingerprint", "active_adapters"),
-)
+# Index of a decoder block as JSON's keys and names of tensors have it.
+LAYER = re.compile(r"0|[1-9][0-9]*")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 # A file of a store, or a hidden one that was being written when a run was killed. Generated answers are there only
 # until the index is.
 STORE_FILE = re.compile(
     r"(\.)?(meta\.json|(index|shard-\d+)\.safetensors|generated-\d+\.json)(?(1)(\.[0-9a-f]{8})?\.tmp)|\.lock"
 )
 AGAIN = ("collect again with ", Argument("resume", False))
+OTHER_FOLDER = "collect again into another folder"
+
+
+class ShardEntry(TypedDict):
+    """A shard in the manifest, see `shards.Shard`: its rows are those of the store from `first_row` on."""
+
+    file: str
+    first_row: int
+    rows: int
+    sha256: str
+
+
+class Data(TypedDict, total=False):
+    """The contrast set of a store."""
+
+    name: str | None
+    split: str | None
+    rows: int
+
+
+class Description(TypedDict, total=False):
+    """What meta.json may say besides, of a store that was collected. What is not here is compared, and never used."""
+
+    revision: str | None
+    data: Data | None
+    neutral: str | None
+    prompt_format: str | None
+
+
+class Manifest(Description):
+    """What reading needs of meta.json."""
+
+    complete: bool
+    sites: list[Site]
+    tokens: Literal["last", "mean", "random", "answer"]
+    hidden_size: int
+    dtype: str
+    modules: dict[str, dict[str, str | None]]
+    shards: list[ShardEntry]
+    model: str | None
+    fingerprint: str | None
+    active_adapters: list[str]
+
+
+class Versioned(TypedDict):
+    """What meta.json of every format version has."""
+
+    format_version: Any
+
+
+def shard_name(number: int) -> str:
+    """Name of a shard's file."""
+    return f"shard-{number:05d}.safetensors"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -49,18 +102,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the folder is no store, or its meta.json is damaged or of another program.
     """
-    file = path / META
-    try:
-        metadata = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{path} is no activation store: it has no {META}; pass the folder that collect wrote"
-        ) from None
-    except ValueError as error:
-        raise _damaged(file, str(error)) from error
-    if not isinstance(metadata, dict) or "format_version" not in metadata:
-        raise _damaged(file, "no format_version")
-    return metadata
+    if not (path / META).exists():
+        raise ValueError(f"{path} is no activation store: it has no {META}; pass the folder that collect wrote")
+    return read_json(path / META, Versioned, "damaged", OTHER_FOLDER)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -69,31 +113,44 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the folder is no store, of another format version, or its meta.json is damaged.
     """
-    file, metadata = path / META, read_manifest(path)
+    metadata = read_manifest(path)
     version = metadata["format_version"]
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}: collect again")
-    if missing := [name for name in REQUIRED if name not in metadata]:
-        raise _damaged(file, f"no {missing[0]}")
-    dtype, sites, modules, shards = (metadata[name] for name in ("dtype", "sites", "modules", "shards"))
-    if dtype not in DTYPES:
-        raise _damaged(file, f"dtype is {dtype!r}")
-    if not isinstance(sites, list) or not sites or not isinstance(modules, dict) or set(modules) != set(sites):
-        raise _damaged(file, f"sites are {sites!r}, modules are {modules!r:.80}")
-    layers = [sorted(of_site) for of_site in modules.values() if isinstance(of_site, dict)]
-    if len(layers) < len(sites) or not layers[0] or any(of_site != layers[0] for of_site in layers):
-        raise _damaged(file, f"modules are {modules!r:.80}")
-    if not all(layer.isdigit() for layer in layers[0]):
-        raise _damaged(file, f"layers are {layers[0]!r:.80}")
-    if not isinstance(shards, list) or not all(
-        isinstance(shard, dict) and {"file", "first_row", "rows", "sha256"} <= set(shard) for shard in shards
-    ):
-        raise _damaged(file, f"shards are {shards!r:.80}")
+        raise ValueError(f"{path} has format version {version!r}, this release reads {FORMAT_VERSION}: collect again")
+    if problem := mismatch(metadata, Manifest) or _contradiction(metadata):
+        raise ValueError(f"{path / META} is damaged ({problem}): {OTHER_FOLDER}")
     return metadata
 
 
-def _damaged(file: Path, what: str) -> ValueError:
-    return ValueError(f"{file} is damaged ({what}): collect again into another folder")
+def _contradiction(metadata: dict[str, Any]) -> str | None:
+    """What cannot be in a manifest whose fields have the right types, or None."""
+    sites, modules = metadata["sites"], metadata["modules"]
+    if not sites or len(set(sites)) < len(sites) or set(modules) != set(sites):
+        return f"sites are {sites!r}, modules are {modules!r:.80}"
+    layers = set(modules[sites[0]])
+    if not layers or any(set(of_site) != layers for of_site in modules.values()):
+        return f"modules are {modules!r:.80}"
+    if wrong := sorted(layer for layer in layers if not LAYER.fullmatch(layer)):
+        return f"a layer is {wrong[0]!r:.80}"
+    if metadata["dtype"] not in DTYPES:
+        return f"dtype is {metadata['dtype']!r:.80}"
+    if metadata["hidden_size"] < 0:
+        return f"hidden_size is {metadata['hidden_size']}"
+    return _gap(metadata["shards"])
+
+
+def _gap(shards: list[ShardEntry]) -> str | None:
+    """What is wrong with the list of a store's shards, or None: they are all the rows, each once, in files of this
+    folder."""
+    first_row = 0
+    for number, shard in enumerate(shards):
+        for name, expected in (("file", shard_name(number)), ("first_row", first_row)):
+            if shard[name] != expected:
+                return f"shards[{number}].{name} is {shard[name]!r:.80}, {expected!r} follows from the others"
+        if shard["rows"] < 0 or not DIGEST.fullmatch(shard["sha256"]):
+            return f"shards[{number}] is {shard!r:.160}"
+        first_row += shard["rows"]
+    return None
 
 
 def read_index(path: Path, names: Iterable[str] | None = None, *, without: Iterable[str] = ()) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...arguments import Argument, ArgumentError
-from .layout import AGAIN, INDEX, StoreShape, is_whole, read_index, read_metadata
+from .layout import AGAIN, INDEX, META, StoreShape, is_whole, read_index, read_metadata
 from .shards import shard_digest
 from .tensors import write_row_store
 
@@ -238,7 +238,7 @@ class ActivationStore:
         file = self.path / shard["file"]
         try:
             if number not in self._files:
-                self._files[number] = safe_open(file, framework="pt")
+                self._files[number] = self._open(file)
             tensor = self._files[number].get_tensor(f"{self.site}.{layer}")
         except (OSError, SafetensorError) as error:
             raise ArgumentError(f"{file} cannot be read ({error}): ", *AGAIN) from error
@@ -249,6 +249,13 @@ class ActivationStore:
                 *AGAIN,
             )
         return tensor
+
+    def _open(self, file: Path) -> Any:
+        """A shard, memory-mapped; raises ArgumentError for one with tensors of other sites and layers."""
+        opened, expected = safe_open(file, framework="pt"), set(StoreShape.of(self.metadata).names)
+        if differing := sorted(expected ^ set(opened.keys())):
+            raise ArgumentError(f"{file} is damaged: it and {META} disagree about {differing[0]}; ", *AGAIN)
+        return opened
 
     def check_files(self) -> Iterator[tuple[str, bool]]:
         """Compare the index and each shard with its checksum: yields its file name, and whether it is whole. Reads all

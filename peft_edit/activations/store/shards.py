@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...files import hidden, publish
 from .format import memory
-from .layout import StoreShape
+from .layout import StoreShape, shard_name
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Shard:
     @property
     def file(self) -> str:
         """Name of its file."""
-        return f"shard-{self.number:05d}.safetensors"
+        return shard_name(self.number)
 
 
 class ShardFile:

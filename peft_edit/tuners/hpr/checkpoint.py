@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ...adapters.read import read_config
+from ...adapters.read import read_config, read_weights
 from ...arguments import Argument, ArgumentError
 from ...models.sites import layer_index
 from .config import HPRConfig
@@ -42,7 +42,7 @@ def load_checkpoint(
             f"{fingerprint}): start in another ",
             *(Argument("output_dir"), ", or pass ", Argument("allow_fingerprint_mismatch", True)),
         )
-    tensors = load_peft_weights(str(folder), device="cpu")
+    tensors = read_weights(str(folder), str(path))
     tensors = {key: tensor for key, tensor in tensors.items() if ".hpr.hpr_" in key}
     of_checkpoint = {"layers": sorted({layer_index(key) for key in tensors})}
     of_adapter = {"layers": list(layers)}

@@ -12,6 +12,7 @@ from peft import TaskType
 from ...arguments import Argument, ArgumentError
 from ...cli import common
 from ...cli.options import Fields, Run
+from ...files import resolved
 from . import HPRConfig
 from .train import HPRTrainingArguments
 
@@ -154,7 +155,7 @@ def _training_arguments(options: dict[str, Any], out: Path, evaluated: bool) -> 
     steps = options.pop("max_steps")
     return HPRTrainingArguments(
         # Absolute, as it stands in the checkpoints: a training may go on from another working directory.
-        output_dir=str(out.resolve()),
+        output_dir=str(resolved(out)),
         max_steps=-1 if steps is None else steps,
         eval_strategy="epoch" if evaluated else "no",
         restore_callback_states_from_checkpoint=True,  # how long the patience has lasted

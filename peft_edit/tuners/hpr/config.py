@@ -45,14 +45,20 @@ class HPRConfig(EditConfig):
 
     num_angle_layers: int = field(
         default=4,
-        metadata={"help": "Linear layers in an angle network.", "minimum": 1, "allowed": "of at least 1"},
+        metadata={
+            "help": "Linear layers in an angle network.",
+            "minimum": 1,
+            "maximum": 1000,
+            "allowed": "from 1 to 1,000",
+        },
     )
     angle_hidden_size: int | None = field(
         default=None,
         metadata={
             "help": "Width of the hidden layers of an angle network. Default: halved.",
             "minimum": 1,
-            "allowed": "of at least 1",
+            "maximum": 1_000_000,
+            "allowed": "from 1 to 1,000,000",
         },
     )
     alpha: float = field(
@@ -80,8 +86,8 @@ class HPRConfig(EditConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_written("probe_accuracy")
-        if bad := [index for index in self.probe_accuracy if not str(index).isdigit()]:
+        self.check_written("probe_accuracy", dict[str, float])
+        if bad := [index for index in self.probe_accuracy if not str(index).isdecimal()]:
             raise ArgumentError(Argument("probe_accuracy"), f" must be of indices of layers, got {bad[0]!r}")
         if self.selected_layers is not None:
             empty = isinstance(self.selected_layers, Sized) and len(self.selected_layers) == 0

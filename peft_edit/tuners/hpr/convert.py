@@ -127,7 +127,7 @@ def _load_guidance(adapted: PeftModel, path: Path, target_layers: list[int]) -> 
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             # Of layers that were not selected the file may have tensors, or not.
-            extra = {n for n in names if not n.split(".")[0].isdigit() or int(n.split(".")[0]) not in target_layers}
+            extra = {n for n in names if not n.split(".")[0].isdecimal() or int(n.split(".")[0]) not in target_layers}
             extra |= {n for n in names - set(parameters) if n.split(".")[0] in map(str, layers)}
             for what, wrong in (("lacks", set(parameters) - names), ("has more than the guidance modules:", extra)):
                 if wrong:

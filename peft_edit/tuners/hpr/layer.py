@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...models.sites import layer_index
 from ..block import BlockEditLayer
+from ..frozen import no_weight
 from .config import HPRConfig
 from .maths import edit, reflection_angle
 
@@ -57,6 +58,16 @@ class HPRLayer(nn.Module, BlockEditLayer):
         self.hpr_angle[adapter_name] = angle_network(self.features, config.num_angle_layers, config.angle_hidden_size)
         if config.init_weights:
             nn.init.zeros_(self.hpr_probe[adapter_name].weight)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        starts = tuple(f"{prefix}{part}." for part in self.adapter_layer_names)
+        for name, tensor in state_dict.items():
+            if name.startswith(starts) and not tensor.is_meta and (held := no_weight(tensor)):
+                errors.append(
+                    f"{name.removeprefix(prefix)} of the HPR adapter at {self.site} holds {held}: the adapter file is "
+                    "damaged; load it again or train again"
+                )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def probe_logits(self, a: Tensor, adapter_name: str) -> Tensor:
         """w . a of activations (..., d): the logit of being positive, (...)."""

@@ -22,7 +22,7 @@ UNFINISHED = f"train_hpr{unfinished.UNFINISHED}"
 
 def checkpoints(out: Path) -> list[Path]:
     """Checkpoints of an unfinished training, the last one last."""
-    folders = (folder for folder in out.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdigit())
+    folders = (folder for folder in out.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdecimal())
     return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
 
 

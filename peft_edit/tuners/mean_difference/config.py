@@ -1,10 +1,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypedDict
 
 from ...models.sites import Site
 from ..config import EditConfig
+
+
+class SiteStatistics(TypedDict):
+    """What the fit found at a site."""
+
+    norm: float
+    rms: float
 
 
 @dataclass
@@ -53,4 +60,4 @@ class MeanDifferenceConfig(EditConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_written("fit_statistics", keys=("norm", "rms"))
+        self.check_written("fit_statistics", dict[str, SiteStatistics])

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ...arguments import Argument, ArgumentError
 from ...models.sites import Site
@@ -100,12 +100,8 @@ class SEAConfig(EditConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.rank_pattern, dict):
-            raise ArgumentError(
-                *(Argument("rank_pattern"), f" must be a dict, written by the fit, got {self.rank_pattern!r}"),
-                ": fit this adapter again",
-            )
-        self.check_written("fit_statistics", keys=())
+        self.check_written("rank_pattern", dict[str, Any])
+        self.check_written("fit_statistics", dict[str, dict[str, float]])
         self.rank_pattern = {site: _ranks(site, ranks) for site, ranks in self.rank_pattern.items()}
         check_energy("positive_energy", self.positive_energy)
         check_energy("negative_energy", self.negative_energy)

@@ -39,8 +39,8 @@ class SEAProjection(FrozenWeight):
         self.check()
         return project(x, self.weight, columns)
 
-    def problem(self, weight: Tensor) -> str | None:
-        if found := super().problem(weight):
+    def damage(self, weight: Tensor) -> str | None:
+        if found := super().damage(weight):
             return found
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         error = (wide @ wide.T - torch.eye(len(wide), dtype=wide.dtype, device=wide.device)).abs()
