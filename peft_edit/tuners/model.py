@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -27,6 +27,8 @@ class EditModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     # The layer that edits the output of a module as its child.
     block_layer_cls: type[BlockEditLayer]
+    # What to do where PEFT's methods add weighted adapters: their sum is another edit than the edits together.
+    combined_by: ClassVar[str] = "activate several at once, or learn one adapter from all demonstrations"
 
     def _prepare_adapter_config(self, peft_config, model_config: dict):
         # Default sites depend on the structure of the model, which only `_prepare_model` is given.
@@ -194,6 +196,32 @@ class EditModel(BaseTuner):
             f"Merging adapter {adapter_name!r} is inexact: relative error {mean:.3f} on average, "
             f"{errors[worst]:.3f} at {worst}."
         )
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: an edit is no sum of weights.
+
+        Raises:
+            TypeError: as PEFT's own methods raise it, with what to do instead.
+        """
+        raise TypeError(f"{type(self).__name__} does not support add_weighted_adapter: {self.combined_by}")
+
+    def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: an edit has no initial weights that the base model would have lost.
+
+        Raises:
+            TypeError: with what to do instead.
+        """
+        raise TypeError(
+            f"{type(self).__name__} does not support subtract_mutated_init: an edit leaves the weights of the base "
+            "model as they are, so save it without path_initial_model_for_weight_conversion"
+        )
+
+    def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
+        """Whether `peft.convert_to_lora` can make a LoRA adapter of this one, see that of the layers; None for the
+        active ones. `PeftModel.supports_lora_conversion` asks about those, whatever name it is given."""
+        names = self.active_adapters if adapter_name is None else [adapter_name]
+        layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        return all(layer.supports_lora_conversion(name) for layer in layers for name in names)
 
     def delete_adapter(self, adapter_name: str) -> None:
         was_active = adapter_name in self.active_adapters

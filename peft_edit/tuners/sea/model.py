@@ -49,6 +49,7 @@ class SEAModel(EditModel):
     prefix: str = "sea_"
     tuner_layer_cls = SEALayer
     block_layer_cls = SEABlock
+    combined_by = "peft_edit.combine_sea makes one adapter of several"
 
     def _create(
         self,
