@@ -65,6 +65,23 @@ def fingerprint(model: nn.Module) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def is_at_hand(model: nn.Module) -> bool:
+    """Whether the weights of a Transformers model that its fingerprint is taken of are plain tensors in memory. Those
+    that are quantised have other values, and those that are sharded, offloaded or not loaded take time to read."""
+    if not isinstance(model, PreTrainedModel):
+        return False
+    try:
+        blocks = decoder_blocks(model).values()
+    except ValueError:  # of such a model none is taken
+        return False
+    modules = (model.get_input_embeddings(), *map(model.get_submodule, blocks))
+    weights = [parameter for module in modules for parameter in module.parameters()]
+    return all(
+        weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta and type(weight.data) is Tensor
+        for weight in weights
+    )
+
+
 def active_adapters(model: nn.Module) -> list[str]:
     """Sorted names of the adapters that take part in a forward pass."""
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]

@@ -197,7 +197,7 @@ class EditLayer(BaseTunerLayer):
         """
         if not self.supports_lora_conversion(adapter_name):
             raise ValueError(
-                f"adapter {adapter_name!r} adds no weights to {self.site} that PEFT could convert to LoRA: "
+                f"adapter {adapter_name!r} adds no weights to {self.site} that PEFT could convert: "
                 "merge it where that can be done, or keep it as an adapter"
             )
         (output,) = self.output_tensors().values()

@@ -15,6 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..arguments import Argument, ArgumentError
+from ..models.fingerprint import fingerprint, is_at_hand
 from ..models.sites import find_sites, is_linear, layer_index, matches, out_features, target_modules, text_config
 from .block import BlockEditLayer, check_not_on_disk
 from .config import EditConfig
@@ -35,6 +36,7 @@ class EditModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: EditConfig, model: nn.Module) -> None:
+        _warn_of_another_model(peft_config, model)
         layers = peft_config.layers_to_transform
         if peft_config.target_modules is None:
             names = find_sites(model, peft_config.site, layers=layers).values()
@@ -268,6 +270,23 @@ class EditModel(BaseTuner):
                 handle.remove()
             for layer in layers:
                 layer.row_adapters = None
+
+
+def _warn_of_another_model(config: EditConfig, model: nn.Module) -> None:
+    """Warn where an adapter is loaded onto another model than that from whose activations it was learnt.
+
+    Not an error: PEFT loads an adapter onto whatever it fits, and that may be meant. Weights that take time to read are
+    not looked at, see `is_at_hand`.
+    """
+    if config.base_model_fingerprint is None or not is_at_hand(model):
+        return
+    if (of_model := fingerprint(model)) != config.base_model_fingerprint:
+        warnings.warn(
+            f"this {config.method} adapter was learnt on another model than it is loaded onto (fingerprint "
+            f"{config.base_model_fingerprint}, this model has {of_model}), so that its edit means nothing here: load "
+            f"it onto its own base model{f', {name}' if (name := config.base_model_name_or_path) else ''}",
+            stacklevel=2,
+        )
 
 
 def _check_rows(adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> bool:
