@@ -31,9 +31,9 @@ ALLOWED = {
     "tuners": {"arguments", "files", "models"},
     "activations": {"activations/store", "arguments", "data", "files", "models", "processes", "tuners"},
     "activations/store": {"arguments", "files", "models"},
-    "adapters": {"activations/store", "data", "files", "models", "tuners"},
+    "adapters": {"activations/store", "data", "evaluation", "files", "models", "tuners"},
     "merging": {"adapters", "files", "models", "tuners", "version"},
-    "evaluation": {"data", "models", "tuners"},
+    "evaluation": {"data", "models", "tuners", "version"},
     "demo": {"activations", "adapters", "data", "evaluation", "files", "tuners"},
     "cli": {
         *("activations", "activations/store", "adapters", "arguments", "data", "demo", "evaluation", "files"),

@@ -194,7 +194,17 @@ def _check_model(store: ActivationStore, model: nn.Module) -> None:
 
 
 def describe_data(store: ActivationStore) -> dict[str, Any]:
-    """What a configuration keeps of the data that an adapter comes from: the name, where the store has it, and the
-    number of questions."""
-    name = (store.metadata.get("data") or {}).get("name")
-    return {**({"data": data_name(name)} if name else {}), "questions": len(store.questions().unique())}
+    """What a configuration keeps of the data that an adapter comes from: the name and what is known of it, how its
+    activations were collected, and the number of questions."""
+    metadata = store.metadata
+    source = metadata.get("data") or {}
+    name = source.get("name")
+    known = {
+        "data": data_name(name) if name else None,
+        **{key: source.get(key) for key in ("subset", "split", "files")},
+        **{key: metadata.get(key) for key in ("tokens", "neutral", "prompt_format")},
+    }
+    return {
+        **{key: value for key, value in known.items() if value is not None},
+        "questions": len(store.questions().unique()),
+    }

@@ -9,13 +9,14 @@ that are selected only, so that a broken one can be left out.
 import os
 from collections.abc import Iterable, Sequence
 
-from datasets import Dataset, DatasetInfo, NamedSplit
+from datasets import Dataset, NamedSplit
 from tqdm.auto import tqdm
 
 from . import preferences
 from .known import KNOWN
 from .reading import Request, describe
 from .rows import CONTRAST_FEATURES, checked, drop_shared_answers, select
+from .source import file_names, source_info
 
 
 __all__ = ["CONTRAST_FEATURES", "KNOWN", "check_contrast_set", "load_contrast_set"]
@@ -77,6 +78,7 @@ def load_contrast_set(
     else:
         records, to_row = preferences.load(request, list(KNOWN)), preferences.to_row
     parts = [f"{option} {value!r}" for option, value in (("split", split), ("subset", subset)) if value is not None]
+    found = len(records)
     records = select(records, ids, " and ".join(parts) or "the rows")
     progress = tqdm(records, desc=f"reading {describe(name)}", unit="row", leave=None, delay=2)
     rows = drop_shared_answers([checked(to_row(record)) for record in progress], known)
@@ -85,7 +87,7 @@ def load_contrast_set(
     # Stores and model cards say what the demonstrations were.
     source = None if isinstance(name, Dataset) else os.fspath(name)
     source = os.path.basename(source) if source and os.path.isfile(source) else source
-    info = DatasetInfo(dataset_name=source, features=CONTRAST_FEATURES)
+    info = source_info(source, subset, file_names(data_files), split, len(rows) if ids is None else found)
     return Dataset.from_list(rows, info=info, split=None if split is None else NamedSplit(split))
 
 

@@ -17,15 +17,16 @@ the answer's tokens are those beyond the length of the prompt encoded alone.
   are its choices; their order follows from their texts, not from which are right.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Argument, ArgumentError
-from .contexts import Message, contexts_of, lettered, letters_of
+from .contexts import QA_PRIMER, Message, contexts_of, lettered, letters_of
 
 
 PromptFormat = Literal["auto", "chat", "plain", "few_shot_qa", "lettered_choices"]
@@ -71,6 +72,30 @@ def resolve_prompt_format(tokenizer: PreTrainedTokenizerBase, prompt_format: str
     if prompt_format == "auto":
         return "chat" if has_template else "plain"
     return prompt_format
+
+
+def prompt_record(tokenizer: PreTrainedTokenizerBase, prompt_format: str = "auto") -> dict[str, Any]:
+    """What results record of how prompts become tokens, as JSON values: all that decides on the tokens beside the data
+    and the tokenizer's vocabulary. Results that differ in any of it are not compared.
+
+    Args:
+        tokenizer: of the model.
+        prompt_format: as for `encode_prompts`.
+
+    Returns:
+        `format`, the one that is used, never "auto"; `template`, a hash of the chat template where it is "chat";
+        `examples`, those before each question where it is "few_shot_qa".
+
+    Raises:
+        ValueError: the format is not possible.
+    """
+    prompt_format = resolve_prompt_format(tokenizer, prompt_format)
+    template = tokenizer.get_chat_template() if prompt_format == "chat" else None
+    return {
+        "format": prompt_format,
+        "template": None if template is None else hashlib.sha256(template.encode()).hexdigest()[:16],
+        "examples": QA_PRIMER if prompt_format == "few_shot_qa" else None,
+    }
 
 
 def listed_choices(data: Dataset) -> list[list[str]]:

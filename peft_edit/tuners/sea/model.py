@@ -79,6 +79,6 @@ class SEAModel(EditModel):
         return Note(
             f"Merging adapter {adapter_name!r} replaces its rescale='token' by the mean rescale of each site: relative "
             f"error {mean:.3f} on average, {errors[worst]:.3f} at {worst}, measured on the fit's neutral "
-            "demonstrations. ",
-            *(Argument("rescale", "none"), " and 'mean' merge exactly."),
+            "demonstrations. Adapters that are fitted with ",
+            *(Argument("rescale", "none"), " or 'mean' merge exactly."),
         )
