@@ -88,7 +88,7 @@ def test_commands_make_store_adapter_and_results(fitted, run, tmp_path):
     results = json.loads(result.read_text())
     assert status == 0
     assert f"MC1: {100 * results['mc1']:.2f} %" in out and f"Perplexity: {results['perplexity']:.4f}" in out
-    assert len(results["questions"]) == 180 and results["adapter"] == str(fitted / "sea")
+    assert len(results["questions"]) == 180 and results["adapters"][0]["name"] == str(fitted / "sea")
     # At strength 0 an adapter is the base model.
     status, base, _ = run("evaluate", MODEL, TEST, "--batch-size", 256)
     _, zero, _ = run("evaluate", MODEL, TEST, "--adapter", fitted / "sea", "--strength", 0, "--batch-size", 256)

@@ -53,6 +53,7 @@ def test_export_lora_tells_what_it_leaves_out(run, adapter, tmp_path):
     status, out, err = run("export-lora", MODEL, sea, tmp_path / "lora", "--rank", 1)
     assert status == 0 and "Warning" not in err
     assert "Note: the export leaves out the edit's rescale='token': relative error " in out
+    assert "; an adapter fitted with --rescale none exports exactly.\n" in out  # an option of fit-sea
     assert "Note: updates of rank up to 2 are truncated to rank 1: relative error of the updates " in out
     assert "LoRA adapter of rank 1, 0.01 MB" in out
 

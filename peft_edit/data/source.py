@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetInfo, SplitInfo
+from datasets import Dataset, DatasetInfo, SplitDict, SplitInfo
 
 from .rows import CONTRAST_FEATURES
 
@@ -35,7 +35,7 @@ def source_info(
         dataset_name=name,
         config_name=subset,
         features=CONTRAST_FEATURES,
-        splits={of_all: SplitInfo(of_all, num_examples=rows)},
+        splits=SplitDict({of_all: SplitInfo(of_all, num_examples=rows)}),
         download_checksums={os.path.basename(os.path.normpath(file)): {} for file in files} or None,
     )
 

@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,8 @@ from ..version import __version__
 
 VERSION = 1
 MEASURES = ("mc1", "mc2", "perplexity")
+OF_MODEL = ("name", "revision", "fingerprint", "dtype")
+OF_DATA = ("name", "subset", "split", "files", "rows", "of_rows", "digest")
 # What makes data one data set, whose results must agree in all else.
 DATA_SET = ("name", "subset", "split", "files")
 # What to do where results differ in something, by the beginning of its name.
@@ -180,7 +183,9 @@ def read_results(results: Mapping[str, Any] | str | os.PathLike) -> Results:
             raise ValueError(f"{where} is damaged: {name} must be {allowed}, got {_short(given.get(name))}: {_AGAIN}")
     return Results(
         where=where,
-        **{name: given[name] for name in ("model", "adapters", "strength", "data", "prompts")},
+        model={**dict.fromkeys(OF_MODEL), **given["model"]},
+        data={**dict.fromkeys(OF_DATA), **given["data"]},
+        **{name: given[name] for name in ("adapters", "strength", "prompts")},
         texts=given.get("texts"),
         ids=[question["id"] for question in given["questions"]],
         measures=measures,
@@ -214,7 +219,7 @@ def _schema(given: Mapping[str, Any], measures: Mapping[str, Any]) -> list[tuple
             isinstance(given.get("questions"), list) and all(_has(q, int, "id") for q in given["questions"]),
             "a list of objects with id",
         ),
-        *((name, isinstance(v, (int, float)) and not isinstance(v, bool), "a number") for name, v in numbers),
+        *((name, _is_number(value), "a finite number") for name, value in numbers),
     ]
 
 
@@ -225,6 +230,10 @@ def _has(value: Any, kind: type, *names: str, optional: bool = False) -> bool:
         return False
     found = (value.get(name) for name in names)
     return all((optional and item is None) or (isinstance(item, kind) and not isinstance(item, bool)) for item in found)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _are(value: Any, kind: type) -> bool:
@@ -293,13 +302,13 @@ def check_adapter(
             f"{base_fingerprint} here; evaluate the model that the adapter was made for"
         )
     if len(results.adapters) > 1:
-        names = ", ".join(found["name"] for found in results.adapters)
+        names = ", ".join(repr(found["name"]) for found in results.adapters)
         raise ValueError(f"{results.where} is of several adapters ({names}): evaluate with {where} alone")
     for found in results.adapters:
         for name, value in adapter.items():
             if found[name] != value:
                 raise ArgumentError(
-                    f"{results.where} is of another adapter ({found['name']}, {name} {found[name]}) than {where} "
+                    f"{results.where} is of another adapter ({found['name']!r}, {name} {found[name]!r}) than {where} "
                     f"({name} {value}): evaluate with ",
                     Argument("adapter", where),
                 )
