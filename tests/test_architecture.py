@@ -24,7 +24,7 @@ METHODS = sorted(folder.name for folder in (PACKAGE / "tuners").iterdir() if (fo
 ALLOWED = {
     "files": set(),
     "arguments": set(),
-    "processes": set(),
+    "processes": {"models"},
     "version": set(),
     "models": set(),
     "data": {"arguments"},

@@ -100,6 +100,7 @@ def test_inspect_shows_and_checks_a_store(fitted, run, tmp_path):
     shown = dict(line.split(":", 1) for line in out.splitlines() if ":" in line)
     found = json.loads((tmp_path / "inspect.json").read_text())
     assert status == 0 and "All files are as they were written." in out
+    assert shown["neutral"].strip() == found["neutral"] == "text" and shown["prompt format"].strip() == "plain"
     assert shown["layers"].strip() == "0-4" and shown["demonstrations"].strip() == shown["questions"].strip() == "400"
     assert found["damaged"] == [] and found["bytes"] == sum(f.stat().st_size for f in (fitted / "store").iterdir())
 
@@ -120,6 +121,16 @@ def test_inspect_shows_and_checks_a_store(fitted, run, tmp_path):
     (damaged / "meta.json").write_text(json.dumps(metadata | {"complete": False, "shards": []}))
     assert "not collected completely" in refused(run, "inspect", damaged)
     assert "is no activation store" in refused(run, "inspect", tmp_path)
+
+
+def test_what_the_fit_prints_is_explained(fitted, run, tmp_path):
+    _, out, _ = run("fit-sea", MODEL, fitted / "store", tmp_path / "sea")
+    table, (*explained, _) = out.splitlines()[:6], out.splitlines()[6:]
+    assert table[0].split()[-3:] == ["signature", "rescale", "deviation"]
+    assert [line.split(":")[0] for line in explained] == ["signature", "deviation"]
+    config = json.loads((tmp_path / "sea" / "adapter_config.json").read_text())
+    known = {"data": "demonstrations.jsonl", "tokens": "last", "neutral": "text", "prompt_format": "plain"}
+    assert config["fitted_on"] == {**known, "questions": 400, "demonstrations": 400}
 
 
 def test_both_sites_are_collected_in_one_pass(run, tmp_path):
