@@ -139,7 +139,8 @@ def test_both_sites_are_collected_in_one_pass(run, tmp_path):
     for site in ("mlp", "block"):
         assert run("fit-sea", MODEL, tmp_path / "store", tmp_path / site, "--site", site, "--centered")[0] == 0
         assert json.loads((tmp_path / site / "adapter_config.json").read_text())["site"] == site
-    assert "sites: mlp, block" in " ".join(run("inspect", tmp_path / "store")[1].split())
+    shown = " ".join(run("inspect", tmp_path / "store")[1].split())
+    assert "sites: mlp, block" in shown and "data: demonstrations.jsonl, 40 of 400 rows" in shown
 
 
 def test_commands_can_be_run_again(fitted, run):

@@ -909,7 +909,10 @@ def test_the_metadata_of_a_collected_store(tmp_path, llama):
         "dtype": "bfloat16",
         "hidden_size": 32,
         "active_adapters": [],
-        "data": {"name": None, "split": None, "rows": len(QUESTIONS)},
+        "data": {
+            **dict.fromkeys(("name", "subset", "split", "files")),
+            **{"rows": len(QUESTIONS), "of_rows": len(QUESTIONS)},
+        },
         "modules": {"mlp": {str(i): f"model.layers.{i}.mlp.down_proj" for i in range(3)}},
     }
     assert {name: meta[name] for name in expected} == expected
