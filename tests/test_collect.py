@@ -911,7 +911,7 @@ def test_the_metadata_of_a_collected_store(tmp_path, llama):
         "active_adapters": [],
         "data": {
             **dict.fromkeys(("name", "subset", "split", "files")),
-            **{"rows": len(QUESTIONS), "of_rows": len(QUESTIONS)},
+            **{"rows": len(QUESTIONS), "of_rows": None},
         },
         "modules": {"mlp": {str(i): f"model.layers.{i}.mlp.down_proj" for i in range(3)}},
     }
