@@ -186,7 +186,7 @@ def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -
 
 def _is_json(value: Any) -> bool:
     try:
-        return json.loads(json.dumps(value)) == value
+        return bool(json.dumps(value))
     except (TypeError, ValueError):
         return False
 

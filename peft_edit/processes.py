@@ -13,6 +13,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
+from .models.run import TOKEN_BAR
+
 
 T = TypeVar("T")
 
@@ -72,12 +74,12 @@ class Processes:
         return broadcast_object_list([result])[0] if self.count > 1 else result
 
     def bar(self, what: str, total: int, done: int) -> tqdm:
-        """Progress bar of this process's share, of which some sequences are done already."""
+        """Progress bar of this process's share, in tokens, of which some are done already."""
         if self.count > 1:
             what = f"{what}, process {self.index + 1} of {self.count}"
         # Bars of several processes would overwrite each other.
         hidden = not self.is_main
-        return tqdm(total=total, initial=done, desc=what, unit="seq", leave=None, disable=hidden or total == 0)
+        return tqdm(total=total, initial=done, desc=what, leave=None, disable=hidden or total == 0, **TOKEN_BAR)
 
 
 def processes() -> Processes:

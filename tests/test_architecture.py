@@ -24,7 +24,7 @@ METHODS = sorted(folder.name for folder in (PACKAGE / "tuners").iterdir() if (fo
 ALLOWED = {
     "files": set(),
     "arguments": set(),
-    "processes": set(),
+    "processes": {"models"},
     "version": set(),
     "json_files": {"arguments"},
     "models": {"json_files"},
@@ -32,9 +32,9 @@ ALLOWED = {
     "tuners": {"arguments", "files", "json_files", "models"},
     "activations": {"activations/store", "arguments", "data", "files", "json_files", "models", "processes", "tuners"},
     "activations/store": {"arguments", "files", "json_files", "models"},
-    "adapters": {"activations/store", "data", "files", "json_files", "models", "tuners"},
+    "adapters": {"activations/store", "data", "evaluation", "files", "json_files", "models", "tuners"},
     "merging": {"adapters", "files", "models", "tuners", "version"},
-    "evaluation": {"data", "models", "tuners"},
+    "evaluation": {"data", "json_files", "models", "tuners", "version"},
     "demo": {"activations", "adapters", "data", "evaluation", "files", "tuners"},
     "cli": {
         *("activations", "activations/store", "adapters", "arguments", "data", "demo", "evaluation", "files"),

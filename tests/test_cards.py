@@ -15,20 +15,35 @@ from peft_edit.adapters.card import for_repository, index_card, is_generated, ma
 from peft_edit.adapters.save import save_adapter
 from peft_edit.cli import main
 from peft_edit.cli.hub import card
+from peft_edit.models.fingerprint import adapter_record, tensors_of
 
 
 every_method = pytest.mark.parametrize("method", methods().values(), ids=list(methods()))
 LLAMA = "meta-llama/Llama-2-7b-hf"
-BASE = {
-    "model": "m",
-    "adapter": None,
-    "strength": 1.0,
-    "mc1": 0.4,
-    "mc2": 0.5,
-    "perplexity": 2.0,
-    "questions": [{}] * 7,
-}
-EDITED = BASE | {"adapter": "/home/me/sea", "mc1": 0.65, "mc2": 0.6, "perplexity": 2.125}
+FINGERPRINT = "0" * 16
+
+
+def results(config=None, data=None, ids=range(7), **changes) -> dict:
+    """Results as `evaluate --json` writes them: of the base model, or with the adapter of a configuration."""
+    adapters = [] if config is None else [{"name": "/home/me/sea", **adapter_record(config, {})}]
+    return {
+        "version": 1,
+        "model": {"name": "/home/me/m", "revision": None, "fingerprint": FINGERPRINT, "dtype": "float32"},
+        "adapters": adapters,
+        "strength": 1.0,
+        "data": {
+            **dict.fromkeys(("name", "subset", "split", "files")),
+            **{"rows": len(ids), "of_rows": len(ids), "digest": "d" * 16, **(data or {})},
+        },
+        "prompts": {"format": "plain", "template": None, "examples": None},
+        "texts": {"file": "unrelated.txt", "digest": "e" * 16},
+        "mc1": 0.4 if config is None else 0.65,
+        "mc2": 0.5 if config is None else 0.6,
+        "perplexity": 2.0 if config is None else 2.125,
+        "questions": [{"id": i, "mc1": True, "mc2": 0.5} for i in ids],
+        "versions": {},
+        **changes,
+    }
 
 
 def text_of(folder) -> str:
@@ -45,7 +60,7 @@ def sea_config(**changes) -> SEAConfig:
             "rank_pattern": {site: [5 + i, 7] for i, site in enumerate(sites)},
             "fit_statistics": {site: {**statistics, "strength": 1.0} for site in sites},
             "fitted_on": {"data": "truthful_qa", "questions": 367, "demonstrations": 400},
-            "base_model_fingerprint": "0" * 16,
+            "base_model_fingerprint": FINGERPRINT,
             **changes,
         }
     )
@@ -64,9 +79,8 @@ def hpr_config(**changes) -> HPRConfig:
 
 
 def test_metadata_of_sea():
-    metadata = model_card(
-        sea_config(), results=[BASE, EDITED | {"data": {"name": "truthful_qa", "split": "test"}}]
-    ).data
+    data = {"name": "truthful_qa", "split": "test"}
+    metadata = model_card(sea_config(), results=[results(data=data), results(sea_config(), data)]).data
     assert metadata.base_model == LLAMA and metadata.library_name == "peft"
     assert metadata.pipeline_tag == "text-generation" and metadata.datasets == ["truthfulqa/truthful_qa"]
     assert {"sea", "activation-editing", "peft-edit"} <= set(metadata.tags)
@@ -102,6 +116,10 @@ def test_metadata_of_hpr():
             ],
         ),
         (sea_config(rescale="none"), ["It can be merged into the weights exactly"]),
+        (
+            sea_config(fitted_on={"demonstrations": 9, "tokens": "last", "neutral": "text", "prompt_format": "chat"}),
+            ["Of the activations: tokens `last`, neutral `text`, prompt format `chat`."],
+        ),
         (sea_config(fit_statistics={}), ["It cannot be merged into the weights: the mean of the factors"]),
         (sea_config(site="block"), ["It cannot be merged into the weights (edit of whole decoder blocks)"]),
         (
@@ -152,23 +170,55 @@ def test_what_is_not_known_is_left_out():
 
 
 def test_results_before_and_after():
-    strong = EDITED | {"strength": 2.0, "mc1": 0.7}
-    text = str(model_card(sea_config(), results=[strong, EDITED, BASE]))
-    assert "Measured on 7 questions.\n\n| model | MC1 % | MC2 % |\n|---|---:|---:|\n" in text
+    config = sea_config()
+    strong = results(config, strength=2.0, mc1=0.7)
+    text = str(model_card(config, results=[strong, results(config), results()]))
+    caption = "Measured on 7 questions, prompt format `plain`."
+    assert f"{caption}\n\n| model | MC1 % | MC2 % |\n|---|---:|---:|\n" in text
     rows = ["| base model | 40.0 | 50.0 |", "| this adapter | 65.0 (+25.0) | 60.0 (+10.0) |"]
     rows.append("| this adapter, strength 2 | 70.0 (+30.0) | 60.0 (+10.0) |")
     assert "\n".join(rows) in text
-    assert "## Side effects\n\nPerplexity of other text.\n\n| model | perplexity |" in text
+    assert "## Side effects\n\nPerplexity of other text, `unrelated.txt`.\n\n| model | perplexity |" in text
     assert "| this adapter | 2.125 (+0.125) |" in text
     assert "/home" not in text
 
 
 def test_results_on_several_data():
-    other = EDITED | {"data": {"name": "/data/own.jsonl"}, "accuracy": 0.25}
-    card = model_card(sea_config(), results=[BASE, other])
-    assert "Measured on `own.jsonl`, 7 questions.\n\n| model | MC1 % | MC2 % | accuracy |" in str(card)
-    assert "| this adapter | 65.0 | 60.0 | 0.2500 |" in str(card)  # no base on the same data
-    assert {result.dataset_name for result in card.data.eval_results} == {"own.jsonl"}
+    config = sea_config()
+    other = results(config, {"name": "own.jsonl"}, prompts={"format": "chat", "template": "f" * 16})
+    bbq = {"name": "bbq", "subset": "age_ambig", "files": ["bbq.jsonl"], "of_rows": 30}
+    card = model_card(config, results=[results(), other, results(config, bbq)])
+    assert "Measured on `own.jsonl`, 7 questions, prompt format `chat`.\n\n| model | MC1 % | MC2 % |\n" in str(card)
+    assert "| this adapter | 65.0 | 60.0 |" in str(card)  # no base on the same data
+    assert "`bbq`, subset `age_ambig`, a local copy (`bbq.jsonl`), 7 of 30 questions, prompt" in str(card)
+
+
+HUB = {"name": "truthful_qa", "split": "train"}
+
+
+@pytest.mark.parametrize(
+    ("data", "claimed"),
+    [
+        (HUB, "truthfulqa/truthful_qa"),
+        ({"name": "user/preferences"}, "user/preferences"),
+        ({"name": "bbq", "subset": "age_ambig"}, "oskarvanderwal/bbq"),
+        (HUB | {"of_rows": 367}, None),  # a part: limit, skip or ids
+        (HUB | {"of_rows": None}, None),  # not known to be all
+        (HUB | {"files": ["TruthfulQA.csv"]}, None),
+        ({"name": "preferences.jsonl"}, None),
+        ({}, None),
+    ],
+)
+def test_the_metadata_claims_no_data_set_of_the_hub_for_files_and_parts(data, claimed):
+    found = model_card(sea_config(), results=[results(sea_config(), data)]).data.eval_results or []
+    assert {result.dataset_type for result in found} == ({claimed} if claimed else set())
+
+
+def test_the_metadata_claims_no_data_set_of_the_hub_for_what_an_adapter_was_fitted_to():
+    fitted_on = {"data": "truthful_qa", "split": "train", "files": ["TruthfulQA.csv"], "demonstrations": 9}
+    card = model_card(sea_config(fitted_on=fitted_on))
+    assert card.data.datasets is None
+    assert "of `truthful_qa` (split `train`, a local copy, `TruthfulQA.csv`)." in str(card)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +333,7 @@ def test_the_fit_records_its_data(llama, tmp_path):
     fit_sea(model, store)
     model.save_pretrained(tmp_path / "sea")
     reloaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "sea")
-    expected = {"data": "mine.jsonl", "questions": 12, "demonstrations": 12}
+    expected = {"data": "mine.jsonl", "tokens": "last", "questions": 12, "demonstrations": 12}
     assert reloaded.peft_config["default"].fitted_on == expected
     assert "to 12 demonstrations from 12 questions of `mine.jsonl`." in text_of(tmp_path / "sea")
     assert str(tmp_path) not in json.dumps(expected) + text_of(tmp_path / "sea")
@@ -299,26 +349,33 @@ def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
 
 
 def test_command_writes_the_results_into_the_card(llama, tmp_path, monkeypatch, capsys):
-    get_peft_model(llama, SEAConfig(init_weights=False)).save_pretrained(tmp_path / "sea")
-    results = []
-    for name, content in (("base", BASE), ("edited", EDITED)):
+    sea = tmp_path / "sea"
+    model = get_peft_model(llama, SEAConfig(init_weights=False))
+    model.save_pretrained(sea)
+    of_adapter = {"name": str(sea), **adapter_record(model.peft_config["default"], tensors_of(model, "default"))}
+    given = []
+    for name, content in (
+        ("base", results()),
+        ("edited", results(model.peft_config["default"], adapters=[of_adapter])),
+    ):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-        results += ["--results", tmp_path / f"{name}.json"]
-    status, out, _ = run(monkeypatch, capsys, "card", tmp_path / "sea", *results, "--base-model", LLAMA)
-    assert status == 0 and out == f"Card: {tmp_path / 'sea' / 'README.md'}\n"
-    text = text_of(tmp_path / "sea")
+        given += ["--results", tmp_path / f"{name}.json"]
+    status, out, _ = run(monkeypatch, capsys, "card", sea, *given, "--base-model", LLAMA)
+    assert status == 0 and out == f"Card: {sea / 'README.md'}\n"
+    text = text_of(sea)
     assert "| this adapter | 65.0 (+25.0) |" in text and f"base_model: {LLAMA}\n" in text and is_generated(text)
 
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other.json").write_text(json.dumps(EDITED | {"adapter": str(tmp_path / "other")}))
+    other = results(adapters=[of_adapter | {"weights": "0" * 16}])
+    (tmp_path / "other.json").write_text(json.dumps(other))
     for arguments, expected in (
-        ((tmp_path / "sea", "--results", tmp_path / "other.json"), f"are none of {tmp_path / 'sea'}: pass those"),
-        ((tmp_path / "sea",), "is not a generated card: move it away"),
-        ((tmp_path / "sea", "--base-model", "a/b/c"), "--base-model must be an id on the Hub"),
-        ((tmp_path / "sea", "--results", tmp_path / "none.json"), "there is no file"),
+        ((sea, "--results", tmp_path / "other.json"), f"evaluate with --adapter {sea}"),
+        ((sea, *given[:2], *given[:2]), "are of the same model on the same data: pass one of them"),
+        ((sea,), "is not a generated card: move it away"),
+        ((sea, "--base-model", "a/b/c"), "--base-model must be an id on the Hub"),
+        ((sea, "--results", tmp_path / "none.json"), "there is no file"),
         ((tmp_path / "none",), "there is no folder"),
     ):
-        (tmp_path / "sea" / "README.md").write_text("mine" if "generated" in expected else "")
+        (sea / "README.md").write_text("mine" if "generated" in expected else "")
         status, _, err = run(monkeypatch, capsys, "card", *arguments)
         assert status == 2 and expected in err and err.count("\n") == 1, err
 
@@ -371,17 +428,17 @@ def test_a_card_never_fails_a_save(method, tmp_path, changes, caplog):
         assert not failed
 
 
-RESULT = EDITED | {"adapter": "/home/me/sea", "data": {"name": "truthful_qa", "split": "test"}}
+RESULT = results(sea_config(), {"name": "truthful_qa", "split": "test"})
 
 
 @given(data=st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_one_field_of_results_that_lies(tmp_path_factory, data):
     """There is a card, or one line says why not."""
     path = tmp_path_factory.mktemp("results") / "results.json"
     write(path, data.draw(damages(RESULT)))
     try:
-        written = model_card(sea_config(), results=[path, BASE])
+        written = model_card(sea_config(), results=[path, results()])
     except ValueError as error:
         assert one_line(error) and str(path) in str(error)
     else:

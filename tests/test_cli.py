@@ -88,7 +88,7 @@ def test_commands_make_store_adapter_and_results(fitted, run, tmp_path):
     results = json.loads(result.read_text())
     assert status == 0
     assert f"MC1: {100 * results['mc1']:.2f} %" in out and f"Perplexity: {results['perplexity']:.4f}" in out
-    assert len(results["questions"]) == 180 and results["adapter"] == str(fitted / "sea")
+    assert len(results["questions"]) == 180 and results["adapters"][0]["name"] == str(fitted / "sea")
     # At strength 0 an adapter is the base model.
     status, base, _ = run("evaluate", MODEL, TEST, "--batch-size", 256)
     _, zero, _ = run("evaluate", MODEL, TEST, "--adapter", fitted / "sea", "--strength", 0, "--batch-size", 256)
@@ -100,6 +100,7 @@ def test_inspect_shows_and_checks_a_store(fitted, run, tmp_path):
     shown = dict(line.split(":", 1) for line in out.splitlines() if ":" in line)
     found = json.loads((tmp_path / "inspect.json").read_text())
     assert status == 0 and "All files are as they were written." in out
+    assert shown["neutral"].strip() == found["neutral"] == "text" and shown["prompt format"].strip() == "plain"
     assert shown["layers"].strip() == "0-4" and shown["demonstrations"].strip() == shown["questions"].strip() == "400"
     assert found["damaged"] == [] and found["bytes"] == sum(f.stat().st_size for f in (fitted / "store").iterdir())
 
@@ -122,13 +123,24 @@ def test_inspect_shows_and_checks_a_store(fitted, run, tmp_path):
     assert "is no activation store" in refused(run, "inspect", tmp_path)
 
 
+def test_what_the_fit_prints_is_explained(fitted, run, tmp_path):
+    _, out, _ = run("fit-sea", MODEL, fitted / "store", tmp_path / "sea")
+    table, (*explained, _) = out.splitlines()[:6], out.splitlines()[6:]
+    assert table[0].split()[-3:] == ["signature", "rescale", "deviation"]
+    assert [line.split(":")[0] for line in explained] == ["signature", "deviation"]
+    config = json.loads((tmp_path / "sea" / "adapter_config.json").read_text())
+    known = {"data": "demonstrations.jsonl", "tokens": "last", "neutral": "text", "prompt_format": "plain"}
+    assert config["fitted_on"] == {**known, "questions": 400, "demonstrations": 400}
+
+
 def test_both_sites_are_collected_in_one_pass(run, tmp_path):
     arguments = [MODEL, ASSETS / "demonstrations.jsonl", tmp_path / "store", "--site", "mlp,block", "--limit", 40]
     assert run("collect", *arguments)[0] == 0
     for site in ("mlp", "block"):
         assert run("fit-sea", MODEL, tmp_path / "store", tmp_path / site, "--site", site, "--centered")[0] == 0
         assert json.loads((tmp_path / site / "adapter_config.json").read_text())["site"] == site
-    assert "sites: mlp, block" in " ".join(run("inspect", tmp_path / "store")[1].split())
+    shown = " ".join(run("inspect", tmp_path / "store")[1].split())
+    assert "sites: mlp, block" in shown and "data: demonstrations.jsonl, 40 of 400 rows" in shown
 
 
 def test_commands_can_be_run_again(fitted, run):

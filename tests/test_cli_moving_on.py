@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import test_cli
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftModel, get_peft_model
 from test_cli import MODEL, refused
 from tiny import CONFIGS, logits, vivid_model
 from transformers import AutoModelForCausalLM
 
 from peft_edit import HPRConfig, SEAConfig
+from peft_edit.adapters.hub import _operations
+from peft_edit.adapters.read import read_config
 from peft_edit.cli import common
 
 
@@ -53,6 +56,7 @@ def test_export_lora_tells_what_it_leaves_out(run, adapter, tmp_path):
     status, out, err = run("export-lora", MODEL, sea, tmp_path / "lora", "--rank", 1)
     assert status == 0 and "Warning" not in err
     assert "Note: the export leaves out the edit's rescale='token': relative error " in out
+    assert "; an adapter fitted with --rescale none exports exactly.\n" in out  # an option of fit-sea
     assert "Note: updates of rank up to 2 are truncated to rank 1: relative error of the updates " in out
     assert "LoRA adapter of rank 1, 0.01 MB" in out
 
@@ -127,3 +131,28 @@ def test_what_convert_refuses(run, bases, tmp_path):
     assert "--layers must be numbers" in refused(run, "convert", bases[3], sea, out, "--layers", "last")
     assert refused(run, "convert", bases[3], sea, out, "--layers", 7).endswith("got 7: lower --layers")
     assert not out.exists()
+
+
+def test_the_card_and_the_upload_of_an_export(run, adapter, tmp_path):
+    sea, lora = adapter("sea", SEAConfig(init_weights=False, rescale="none")), tmp_path / "lora"
+    assert run("export-lora", MODEL, sea, lora)[0] == 0
+    files = {name: tmp_path / f"{name}.json" for name in ("base", "edited")}
+    for name, options in (("base", ()), ("edited", ("--adapter", lora))):
+        assert run("evaluate", MODEL, test_cli.TEST, "--limit", 3, *options, "--json", files[name])[0] == 0
+    given = [argument for file in files.values() for argument in ("--results", file)]
+    status, out, err = run("card", lora, *given, "--base-model", "user/base")
+    assert status == 0 and out == f"Card: {lora / 'README.md'}\n", err
+    card = (lora / "README.md").read_text()
+    assert "Measured on `test.jsonl`, 3 of 180 questions" in card and "| this adapter | " in card
+    assert "is of another adapter" in refused(run, "card", sea, "--results", files["edited"])
+    # What goes up names its repository, as the card of an edit does.
+    files = _operations(NoReadme(), lora, {"": read_config(lora)}, "user/lora", None)
+    readme = next(file.path_or_fileobj for file in files if file.path_in_repo == "README.md").decode()
+    assert 'PeftModel.from_pretrained(base, "user/lora")' in readme
+
+
+class NoReadme:
+    """A repository without a README.md."""
+
+    def hf_hub_download(self, *args, **kwargs):
+        raise LocalEntryNotFoundError("none")

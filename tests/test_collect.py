@@ -409,13 +409,24 @@ def test_neutral_text_prompt_and_auto(tmp_path, llama):
             close(found["auto"][i], literal(prompt + neutral)[-1])
 
 
+@pytest.mark.parametrize(("lacking", "chosen"), [((), "text"), (range(5), "generated"), ((1, 3), "text and generated")])
+def test_the_store_records_the_neutral_that_was_chosen(tmp_path, llama, lacking, chosen):
+    data = contrast(without_neutral(*lacking))
+    assert len(data) == 5
+    found = collect_activations(llama, TOKENIZER, data, tmp_path / "a", max_new_tokens=2)
+    assert found.metadata["neutral"] == chosen
+    if chosen != "text and generated":  # what was chosen may be asked for as well
+        again = collect_activations(llama, TOKENIZER, data, tmp_path / "a", max_new_tokens=2, neutral=chosen)
+        assert again.metadata == found.metadata
+
+
 def test_only_the_prompts_that_need_it_are_answered_and_each_once(tmp_path, llama, monkeypatch):
     asked = []
     original = generating.greedy_answers
 
-    def greedy(model, tokenizer, prompts, batches, steps):
+    def greedy(model, tokenizer, prompts, batches, *others):
         asked.extend(list(prompts[i]) for batch in batches for i in batch)
-        return original(model, tokenizer, prompts, batches, steps)
+        return original(model, tokenizer, prompts, batches, *others)
 
     monkeypatch.setattr(generating, "greedy_answers", greedy)
     collect_activations(llama, TOKENIZER, contrast(without_neutral(0, 1, 4)), tmp_path / "a")
@@ -898,7 +909,10 @@ def test_the_metadata_of_a_collected_store(tmp_path, llama):
         "dtype": "bfloat16",
         "hidden_size": 32,
         "active_adapters": [],
-        "data": {"name": None, "split": None, "rows": len(QUESTIONS)},
+        "data": {
+            **dict.fromkeys(("name", "subset", "split", "files")),
+            **{"rows": len(QUESTIONS), "of_rows": None},
+        },
         "modules": {"mlp": {str(i): f"model.layers.{i}.mlp.down_proj" for i in range(3)}},
     }
     assert {name: meta[name] for name in expected} == expected

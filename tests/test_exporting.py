@@ -5,17 +5,24 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from accelerate import cpu_offload
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from test_cards import results
 from tiny import FAMILIES, SIZES, logits, token_ids, vivid_model
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from peft_edit import HPRConfig, SEAConfig, edit_strength, sea_to_lora
-from peft_edit.tuners.sea import SEALayer
+from peft_edit.adapters import hub
+from peft_edit.adapters.card import is_generated, write_card
+from peft_edit.models.fingerprint import adapter_record
+from peft_edit.tuners.sea import SEALayer, export_lora
+from peft_edit.tuners.sea.export_lora import served_rank
 
 
 D = 32
@@ -322,3 +329,108 @@ def test_exporting_again_replaces_the_export_and_keeps_the_users_card(tmp_path):
         "adapter_model.safetensors",
         "sea_to_lora.json",
     }
+
+
+# Servers, sizes and the card
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8, 9, 64, 65, 256, 257, 320, 321, 512, 513, 4096])
+def test_the_next_rank_that_vllm_takes(rank):
+    taken = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+    served = served_rank(rank)
+    assert served == min((value for value in taken if value >= rank), default=None)
+
+
+def wide(features, intermediate, rank):
+    """A model of one layer with an edit of this rank."""
+    config = LlamaConfig(
+        **{**SIZES, "hidden_size": features, "num_hidden_layers": 1}, intermediate_size=intermediate, head_dim=8
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), SEAConfig(rescale="none"))
+    (layer,) = [m for m in model.modules() if isinstance(m, SEALayer)]
+    basis = torch.linalg.qr(torch.randn(features, rank, generator=torch.Generator().manual_seed(0)))[0].T
+    layer.set_factors("default", basis[: rank // 2], basis[rank // 2 :])
+    model.peft_config["default"].rank_pattern[layer.site] = [rank // 2, rank - rank // 2]
+    return model
+
+
+@pytest.mark.parametrize("rank", [8, 9])
+def test_a_rank_that_vllm_does_not_take_is_said(tmp_path, rank, monkeypatch):
+    monkeypatch.setattr(export_lora, "SERVED_RANKS", (1, 8))  # in place of ranks up to 512, for a small model
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        export = sea_to_lora(wide(32, 48, rank), tmp_path)
+    notes = [str(w.message) for w in caught if "vLLM" in str(w.message)]
+    card = (tmp_path / "README.md").read_text()
+    assert export.rank == rank and notes == export.notes
+    if rank == 8:
+        assert notes == [] and "vLLM takes it with `--max-lora-rank 8`." in card and export.max_lora_rank == 8
+    else:
+        assert notes == ["rank 9 is above 8, the highest that vLLM takes: merge the edit, or truncate with rank=8"]
+        assert "vLLM takes no rank above 512, and not this adapter." in card and export.max_lora_rank is None
+
+
+@pytest.mark.parametrize(("rank", "warns"), [(19, False), (20, True), (21, True)])
+def test_an_export_as_large_as_the_weights_is_said(tmp_path, rank, warns):
+    """LoRA of rank r has (d + m) r elements for a weight of d x m: at r = 20 as many for 32 x 53.3."""
+    model = wide(32, 53 if rank == 20 else 54, rank)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        export = sea_to_lora(model, tmp_path)
+    elements = sum(t.numel() for t in load_file(tmp_path / "adapter_model.safetensors").values())
+    edited = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj").weight.numel()
+    notes = [str(w.message) for w in caught if "no fewer than" in str(w.message)]
+    assert len(notes) == (elements >= edited) == warns and notes == export.notes
+    if warns:
+        assert notes[0].startswith(f"the LoRA adapter has {elements:,} elements, no fewer than the {edited:,} of the ")
+        assert f"- The LoRA adapter has {elements:,} elements" in (tmp_path / "README.md").read_text()
+
+
+def test_the_card_has_what_is_known_of_the_edit(tmp_path):
+    fitted_on = {"data": "truthful_qa", "split": "train", "demonstrations": 367, "prompt_format": "chat"}
+    model = fitted(positive_energy=0.99, centered=True, fitted_on=fitted_on)
+    model.peft_config["default"].base_model_name_or_path = "user/base"
+    export = sea_to_lora(model, tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    for line in (
+        "# SEA edit as a LoRA adapter for base",
+        "| `positive_energy` | `0.99` |",
+        "| `centered` | `true` |",
+        "to 367 demonstrations of [truthfulqa/truthful_qa](",
+        "Of the activations: prompt format `chat`.",
+        "It has the same effect as the edit, up to rounding.",
+        "vLLM takes it with `--max-lora-rank 8`.",
+        f"| `{SITE.format(1)}` | 4 | 4 | 4 | 0 | 0 |",
+        "@inproceedings{qiu2024spectral",
+    ):
+        assert line in card.text, line
+    assert "import peft_edit" not in card.text and "\n\n\n" not in card.text
+    assert card.data.base_model == "user/base" and card.data.datasets == ["truthfulqa/truthful_qa"]
+    assert {"lora", "sea", "activation-editing", "peft-edit"} <= set(card.data.tags)
+    assert export.source["positive_energy"] == 0.99 and is_generated(card.content)
+
+
+def test_the_card_of_an_export_takes_results(tmp_path):
+    sea_to_lora(fitted(), tmp_path)
+    config = hub.read_edit_config(tmp_path)
+    adapter = {"name": "lora", **adapter_record(config, load_file(tmp_path / "adapter_model.safetensors"))}
+    assert write_card(tmp_path, config, results=[results(), results(adapters=[adapter], mc1=0.65)])
+    assert "| this adapter | 65.0 (+25.0) |" in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match="is of another adapter"):
+        write_card(tmp_path, config, results=[results(adapters=[adapter | {"weights": "0" * 16}])])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"source": 1}', '{"source": {"site": "x"}}', '{"source": null}'])
+def test_a_damaged_record_of_an_export_is_named(tmp_path, content):
+    sea_to_lora(fitted(), tmp_path)
+    (tmp_path / "sea_to_lora.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"sea_to_lora.json does not say what was exported .*: export the adapter again"
+    ):
+        hub.read_edit_config(tmp_path)
+
+
+def test_other_lora_adapters_get_no_card(tmp_path):
+    get_peft_model(vivid_model(), LoraConfig()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no SEA, .* adapter, nor one that was exported to LoRA"):
+        hub.read_edit_config(tmp_path)

@@ -25,10 +25,14 @@ from hub_repository import Repository, commit_id
 from hub_server import HubServer, fail, hang_up
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
+from peft.utils import load_peft_weights
+from test_cards import results
 
 from peft_edit import methods
 from peft_edit.adapters.card import is_generated
+from peft_edit.adapters.read import read_config
 from peft_edit.adapters.unfinished import UNFINISHED
+from peft_edit.models.fingerprint import adapter_record
 from peft_edit.tuners.hpr import resuming
 
 
@@ -117,11 +121,12 @@ def test_all_from_the_hub(hub, client):
 
 
 def test_results_in_the_card_of_a_model(hub, client, folders):
-    results = {"adapter": str(folders / "SEA"), "mc1": 0.5, "data": {"name": "truthful_qa"}, "questions": 7}
-    client(push_model, "SEA", "user/results", base_model="user/base", results=[results], **WRITE)
+    record = adapter_record(read_config(folders / "SEA"), load_peft_weights(str(folders / "SEA"), "cpu"))
+    measured = results(data={"name": "truthful_qa"}, adapters=[{"name": "SEA", **record}], mc1=0.5)
+    client(push_model, "SEA", "user/results", base_model="user/base", results=[measured], **WRITE)
     card = ModelCard(repository(hub, "user/results").files["README.md"].decode())
     assert card.data.base_model == "user/base" and card.data.eval_results[0].metric_value == 0.5
-    assert "Measured on `truthful_qa`, 7 questions." in card.text
+    assert "Measured on `truthful_qa`, 7 questions, prompt format `plain`." in card.text
 
 
 def test_pushing_the_same_again_makes_no_commit(hub, client, pushed):

@@ -65,7 +65,7 @@ def test_a_planted_direction_is_found(tmp_path):
         assert abs(site.norm - 3) < 0.1 and site.norm == pytest.approx(float(vector.norm()), rel=1e-6)
     config = model.peft_config["default"]
     assert set(config.fit_statistics) == {f"model.layers.{i}" for i in range(LAYERS)}
-    assert config.fitted_on == {"questions": 400, "demonstrations": 400} and fit.demonstrations == 400
+    assert config.fitted_on == {"tokens": "last", "questions": 400, "demonstrations": 400} and fit.demonstrations == 400
 
 
 def test_the_vector_is_the_difference_of_the_means(tmp_path):

@@ -467,7 +467,7 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize("file", [INDEX, "config.json"])
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_one_field_of_the_checkpoints_files_that_lies(small, tmp_path_factory, file, data):
     """The checkpoint reads as before, or one line says why it does not."""
     base = tmp_path_factory.mktemp("damaged") / "base"

@@ -325,7 +325,7 @@ def test_options_of_an_evaluation_from_a_file(fitted, run, file, tmp_path):
     assert status == 0 and "Questions: 4" in out
     options = results["options"]
     assert results["command"] == "evaluate" and options["limit"] == 4 and options["batch_size"] == 256
-    assert options["adapter"] == results["adapter"] == str(fitted / "sea") and options["dtype"] == "auto"
+    assert options["adapter"] == results["adapters"][0]["name"] == str(fitted / "sea") and options["dtype"] == "auto"
     assert "config" not in options and len(options) == len(
         [o for o in options_of(COMMANDS["evaluate"]) if not o.is_secret]
     )

@@ -4,12 +4,15 @@ import contextlib
 
 import pytest
 import torch
-from edits import EDITS, METHOD_OF, edited_model, own_parameters, trains, two_adapters
-from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
+from edits import EDITS, METHOD_OF, edited_model, layers_of, own_parameters, trains, two_adapters
+from peft import PeftConfig, PeftMixedModel, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
-from tiny import agree, base_logits, logits, token_ids, vivid_model
+from tiny import FAMILIES, agree, base_logits, logits, token_ids, vivid_model
 from transformers import Trainer, TrainingArguments
+
+from peft_edit import edit_strength
 
 
 HEAD = {"modules_to_save": ["lm_head"]}
@@ -240,3 +243,98 @@ def test_peft_says_what_it_cannot_do(saved, edit):
     native.load_adapter(folder)
     with pytest.raises(ValueError, match="Hotswapping is currently only supported for LoRA"):
         native.load_adapter(folder / "other", adapter_name="default", hotswap=True)
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_what_scales_and_adds_weights_is_refused_with_what_to_do(edit, wrapped, tmp_path):
+    model = two_adapters(edit)
+    before = logits(model)
+    layers = layers_of(model)
+    combine = {"SEA": "peft_edit.combine_sea"}.get(METHOD_OF[edit].name, "activate several at once, or learn one")
+    tuner = model if wrapped else model.base_model
+    refused = [
+        (combine, lambda: tuner.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both")),
+        ("save it without path_initial", lambda: tuner.subtract_mutated_init({}, "default")),
+        ("save it without path_initial", lambda: save_as_converted(model, tmp_path)),
+        ("peft_edit.edit_strength", lambda: layers[0].set_scale("default", 2)),
+        ("peft_edit.edit_strength", lambda: layers[0].scale_layer(2)),
+        ("peft_edit.edit_strength", lambda: layers[0].unscale_layer()),
+    ]
+    for remedy, call in refused:
+        with pytest.raises(TypeError, match="does not support") as caught:
+            call()
+        assert remedy in str(caught.value) and "\n" not in str(caught.value)
+    with (
+        pytest.raises(ValueError, match="only supported for models with `LoraLayer`s"),
+        rescale_adapter_scale(model, 1),
+    ):
+        pass
+    assert list(model.peft_config) == ["default", "other"] and list(tmp_path.iterdir()) == []
+    agree(logits(model), before)
+
+
+def save_as_converted(model, folder):
+    model.save_pretrained(folder / "out", path_initial_model_for_weight_conversion=str(folder / "initial"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("edit", EDITS)
+def test_peft_converts_to_lora_what_is_a_change_of_weights(edit, family):
+    model = edited_model(edit, family)
+    expected = logits(model)
+    # GPT-2 and OPT have biases at the MLP's output, which PEFT's conversion leaves out.
+    can = edit == "SEA at the MLP" and family not in ("gpt2", "opt")
+    assert model.supports_lora_conversion() is can
+    assert model.supports_lora_conversion("default") is can
+    if not can:
+        with pytest.raises(TypeError, match="do not support LoRA conversion"):
+            convert_to_lora(model, rank=4)
+        with pytest.raises(ValueError, match=r"adds no weights to .* that PEFT could convert: merge"):
+            layers_of(model)[0].get_delta_weight("default")
+        return
+    config, tensors = convert_to_lora(model, rank=4)  # two directions at each site
+    lora = get_peft_model(vivid_model(family), config)
+    set_peft_model_state_dict(lora, tensors)
+    assert (expected - base_logits(family)).abs().max() > 0.01
+    torch.testing.assert_close(logits(lora.eval()), expected, rtol=1e-4, atol=1e-4)
+
+
+CONVERTED = {
+    "token": ({"rescale": "token"}, False),
+    "mean": ({"rescale": "mean"}, True),
+    "average": ({"rescale": "average"}, True),
+    "positive": ({"projections": "positive"}, True),
+    "feature map": ({"feature_map": "tanh"}, False),
+}
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_conversion_to_lora_is_answered_truthfully(kind):
+    fields, can = CONVERTED[kind]
+    model = edited_model("SEA at the MLP", **fields)
+    assert model.supports_lora_conversion() is can
+    if not can:
+        return
+    delta = {layer.site: layer.get_delta_weight("default") for layer in layers_of(model)}
+    merged = model.merge_and_unload()
+    for site, change in delta.items():
+        before, after = (m.get_submodule(site).weight for m in (vivid_model(), merged))
+        torch.testing.assert_close(before + change, after.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_conversion_to_lora_of_other_adapters_and_states():
+    model = edited_model("SEA at the MLP", init_weights=True)
+    assert model.supports_lora_conversion()
+    assert all(layer.get_delta_weight("default").count_nonzero() == 0 for layer in layers_of(model))
+    model.add_adapter("other", EDITS["SEA at the MLP"](rescale="token"))
+    assert model.base_model.supports_lora_conversion("default")
+    assert not model.base_model.supports_lora_conversion("other")
+    assert model.supports_lora_conversion()
+    model.set_adapter("other")
+    assert not model.supports_lora_conversion()
+    model = edited_model("SEA at the MLP")
+    with edit_strength(model, 0.5):
+        assert not model.supports_lora_conversion()
+    model.merge_adapter()
+    assert not model.supports_lora_conversion()  # the weights hold the edit already

@@ -264,7 +264,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["rows", "pairs"])
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_one_field_of_the_manifest_that_lies(whole, tmp_path_factory, kind, data):
     """The store reads as before, or one line says why it does not: there are never other rows."""
     path = tmp_path_factory.mktemp("damaged") / "store"

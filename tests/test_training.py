@@ -350,7 +350,12 @@ def test_from_activations_of_a_model_to_its_edit(tmp_path, family):
     trained(model, tmp_path / "run", store, store, per_device_train_batch_size=2, learning_rate=0.01)
     assert model.peft_config["default"].base_model_fingerprint == store.metadata["fingerprint"] == fingerprint(base)
     questions = len(store.questions().unique())
-    assert model.peft_config["default"].fitted_on == {"questions": questions, "token_pairs": len(store)}
+    assert model.peft_config["default"].fitted_on == {
+        "tokens": "answer",
+        "prompt_format": "plain",
+        "questions": questions,
+        "token_pairs": len(store),
+    }
     select_layers(model, store, top_k=2, prune=True)
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(tiny_model(family), tmp_path / "adapter").eval()

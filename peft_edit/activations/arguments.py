@@ -36,8 +36,8 @@ class CollectArguments(PromptOptions):
             Which answers demonstrate: the "first" of each list, a "random" one, or "all", every positive with every
             negative. `tokens="answer"` takes all.
         prompt_format (`str`), template_arguments (`dict`, *optional*), template_time (`str`, *optional*):
-            How a prompt and its answer become tokens, see `PromptOptions`. The time is by default that at which the
-            store was begun.
+            How a prompt and its answer become tokens, see `PromptOptions`. The time is by default the day on
+            which the store was begun.
         max_new_tokens (`int`):
             Longest generated answer, in tokens.
         batch_size (`int`, *optional*):

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import takes
 from ..data import check_contrast_set
-from ..data.chat import now
+from ..data.chat import today
 from ..data.prompts import settled
 from ..data.texts import load_texts
 from ..models.run import can_share_prompts, inference
@@ -76,7 +76,7 @@ def collect_activations(
     arguments, path, bare, together = CollectArguments(**options), Path(path), unwrap(model), processes()
     data = load_texts(data) if arguments.of_texts else check_contrast_set(data)
     begun = together.from_main(time_of_store, path) if arguments.resume else None
-    arguments = settled(tokenizer, arguments, begun or together.from_main(now))
+    arguments = settled(tokenizer, arguments, begun or together.from_main(today))
     settings = settings_of(model, tokenizer, data, arguments)
     progress = together.from_main(progress_of, path, settings, arguments.resume)
     if progress is Progress.COMPLETE:

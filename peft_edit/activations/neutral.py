@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import files
 from ..json_files import read_json
-from ..models.run import batches_within, greedy_answers
+from ..models.run import TokenProgress, batches_within, greedy_answers
 from ..processes import Processes
 from .arguments import CollectArguments
 from .sequences import Encoded
@@ -50,13 +50,13 @@ def answer_prompts(
 
     mine = together.share(range(len(batches)))
     missing = [number for number in mine if _read(kept[number], batches[number]) is None]
-    total, left = (sum(len(batches[number]) for number in some) for some in (mine, missing))
+    total, left = (sum(len(prompts[i]) + new for number in some for i in batches[number]) for some in (mine, missing))
     with together.bar("generating neutral answers", total, total - left) as bar:
-        generated = greedy_answers(model, tokenizer, prompts, [batches[number] for number in missing], new)
+        wanted, progress = [batches[number] for number in missing], TokenProgress(model, bar)
+        generated = greedy_answers(model, tokenizer, prompts, wanted, new, progress)
         for number, found in zip(missing, generated, strict=True):
             with reporting_full_disk(path, 0, "the answers so far are kept"):
                 files.write_text(kept[number], json.dumps(found))
-            bar.update(len(found))
     together.wait()
 
     answers = [array("i")] * len(prompts)

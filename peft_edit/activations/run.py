@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers.cache_utils import Cache
 
-from ..models.run import cache_name, input_device, pad, prompt_cache, select_rows
+from ..models.run import TokenProgress, cache_name, input_device, pad, prompt_cache, select_rows
 from ..processes import Processes
 from .recorder import Recorder
 from .store.layout import EVERY_TOKEN, INDEX, StoreShape, is_whole, read_index, read_token_ids
@@ -91,6 +89,15 @@ class Plan:
         spans = (range(batches[0].sequences.start, batches[-1].sequences.stop) for batches in self.batches)
         return [Shard(number, sum(map(self.rows, span)), len(span)) for number, span in enumerate(spans)]
 
+    def tokens_in(self, sequences: range) -> int:
+        """How many tokens consecutive sequences have."""
+        return self._ends[sequences.stop] - self._ends[sequences.start]
+
+    def tokens_of_shard(self, number: int) -> int:
+        """How many tokens the sequences of a shard have."""
+        batches = self.batches[number]
+        return self.tokens_in(range(batches[0].sequences.start, batches[-1].sequences.stop))
+
     @cached_property
     def _bucket_sequences(self) -> list[range]:
         first: dict[int, int] = {}
@@ -158,17 +165,20 @@ def run_shards(
     """
     names = {f"{site}.{i}": name for site, of_site in metadata["modules"].items() for i, name in of_site.items()}
     shape = StoreShape.of(metadata)
-    total, left = (sum(shard.sequences for shard in some) for some in (together.share(plan.shards), shards))
+    mine = together.share(plan.shards)
+    total, left = (sum(plan.tokens_of_shard(shard.number) for shard in some) for some in (mine, shards))
     bar = together.bar("collecting", total, total - left)
     with bar, Recorder(model, names, mean=plan.tokens == "mean") as recorder:
-        runner, meter = _Runner(model, plan, recorder), _Meter(bar)
+        runner, progress, size = _Runner(model, plan, recorder), TokenProgress(model, bar), 0
         for shard in shards:
             for batch in plan.batches[shard.number]:
-                rows = runner.run(batch)
+                with progress.over(plan.tokens_in(batch.sequences)):
+                    rows = runner.run(batch)
                 for name, tensor in rows.items():
                     _check_finite(tensor.to(shape.dtype), name, plan, batch)
                 yield shard, rows
-                meter.update(plan, batch, len(tensor) * shape.row_bytes)
+                size += len(tensor) * shape.row_bytes
+                bar.set_postfix_str(f"{size / 1e6:,.1f} MB", refresh=False)
 
 
 class _Runner:
@@ -206,22 +216,6 @@ class _Runner:
             self._cache = prompt_cache(self.model, prompts, common=self.plan.cuts[bucket][0])
             self._rows = {prompt: row for row, prompt in enumerate(prompts)}
             self._bucket = bucket
-
-
-class _Meter:
-    """What the progress bar shows beside sequences: tokens per second and the size on disk."""
-
-    def __init__(self, bar: tqdm):
-        self._bar = bar
-        self._tokens = self._bytes = 0
-        self._start = time.monotonic()
-
-    def update(self, plan: Plan, batch: Batch, size: int) -> None:
-        self._tokens += sum(len(plan.ids(i)) for i in batch.sequences)
-        self._bytes += size
-        rate = self._tokens / (time.monotonic() - self._start)
-        self._bar.set_postfix_str(f"{rate:,.0f} tokens/s, {self._bytes / 1e6:,.1f} MB", refresh=False)
-        self._bar.update(len(batch.sequences))
 
 
 def _check_finite(rows: Tensor, name: str, plan: Plan, batch: Batch) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Argument, ArgumentError
 from ..data.prompts import encode_prompts, listed_choices
+from ..data.source import source_of
 from ..models.fingerprint import active_adapters, adapters_fingerprint, fingerprint
 from ..models.kind import check_causal, check_generates
 from ..models.sites import find_sites, is_linear, out_features, text_config, unwrap
@@ -51,7 +52,7 @@ def settings_of(
     return {
         "sites": arguments.chosen_sites,
         "tokens": arguments.tokens,
-        "neutral": arguments.neutral,
+        "neutral": _neutral(data, arguments),
         "answers": arguments.answers,
         **arguments.of_prompts,
         "max_new_tokens": arguments.max_new_tokens,
@@ -65,11 +66,19 @@ def settings_of(
         "fingerprint": fingerprint(model),
         "active_adapters": active_adapters(model),
         "adapters_fingerprint": adapters_fingerprint(model),
-        "data": {"name": data.info.dataset_name, "split": data.split and str(data.split), "rows": len(data)},
+        "data": source_of(data),
         "data_fingerprint": _data_fingerprint(data, tokenizer, arguments),
         "batch_size": arguments.batch_size,
         "max_tokens_per_batch": arguments.max_tokens_per_batch,
     }
+
+
+def _neutral(data: Dataset, arguments: CollectArguments) -> str | None:
+    """Where the neutral activations are taken: "auto" is the text of a row that has one, and generated for others."""
+    if arguments.neutral != "auto":
+        return arguments.neutral
+    texts = {text is not None for text in data["neutral"]}
+    return " and ".join(name for name, has in (("text", True), ("generated", False)) if has in texts)
 
 
 def _width(model: nn.Module, modules: dict[str, dict[int, str]]) -> int:

@@ -15,13 +15,17 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from peft import PeftConfig
+from peft.utils import load_peft_weights
 
 from ..arguments import Argument, ArgumentError
 from ..data.names import data_id, is_hub_id
+from ..evaluation.results import Results, check_adapter, check_comparable, read_results
 from ..files import write_text
+from ..models.fingerprint import adapter_record
 from ..tuners.config import EditConfig
 from ..tuners.method import Method, method_of
-from .card_results import Results, eval_results_of, read_results, tables_of
+from .card_results import eval_results_of, tables_of
+from .exported import Exported, read_exported
 
 
 logger = logging.getLogger(__name__)
@@ -33,30 +37,47 @@ UNKNOWN_REPOSITORY = "your-name/your-adapter"
 MARKER = "<!-- Written by peft_edit, and written anew with the adapter until somebody edits it. {} -->"
 MARKER_LINE = re.compile(re.escape(MARKER).replace(r"\{\}", r"([0-9a-f]{16})"))
 
+# Results as they are given: JSON values, or a file of them.
+GivenResults = Mapping[str, Any] | str | os.PathLike
+
 # Metadata that PEFT and Transformers write.
 STUB_METADATA = ("base_model", "library_name", "pipeline_tag", "tags")
 
 
-def model_card(config: PeftConfig, *, base_model: str | None = None, results: Iterable[Results] = ()) -> ModelCard:
-    """The model card of an adapter that edits. What is not known is left out.
+def model_card(
+    config: PeftConfig,
+    *,
+    base_model: str | None = None,
+    results: Iterable[GivenResults] = (),
+    folder: Path | None = None,
+) -> ModelCard:
+    """The model card of an adapter that edits, or of the LoRA adapter that one was exported to. What is not known is
+    left out.
 
     Args:
         config: of the adapter; what its fit or training wrote there becomes the card.
         base_model: id of the base model on the Hub, where the configuration names a local folder.
         results: what `peft-edit evaluate --json` wrote, as files or dictionaries: of the base model (before), and with
             this adapter (after).
+        folder: of the adapter, where it is saved: with its tensors results are compared, and what it was exported from
+            stands there.
 
     Raises:
-        ValueError: results of another kind, or a base model that can be no id on the Hub.
+        ValueError: results of another kind, that do not match each other or the adapter, or a base model that can be no
+            id on the Hub.
     """
     if base_model is not None and not is_hub_id(base_model):
         raise ArgumentError(Argument("base_model"), f" must be an id on the Hub such as user/model, got {base_model!r}")
     name = base_model or config.base_model_name_or_path
     base_id = name if name and is_hub_id(name) else None
+    exported = None if folder is None else read_exported(folder, config)
+    edit = config if exported is None else exported.config
     read = [read_results(result) for result in results]
-    text = _template(method_of(config)).render(
-        title=_title(config, name),
-        method=config.peft_type.value,
+    _check_results(read, config, edit, folder)
+    title = _title(edit, name, exported)
+    text = _template(method_of(edit), exported).render(
+        title=title,
+        method=edit.peft_type.value,
         base_id=base_id,
         base_text=_link(base_id, "") if base_id else f"`{Path(name).name}`" if name else "its base model",
         results=[
@@ -65,21 +86,38 @@ def model_card(config: PeftConfig, *, base_model: str | None = None, results: It
             if (tables := tables_of(read, side))
         ],
         repository=UNKNOWN_REPOSITORY,
-        **_of_config(config),
+        export=exported and exported.record,
+        **_of_config(edit),
     )
     # Blocks that are left out leave blank lines.
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-    return _card(_metadata(config, base_id, _title(config, name), eval_results_of(read)), text)
+    return _card(_metadata(config, edit, base_id, title, eval_results_of(read)), text)
 
 
-def _metadata(config: PeftConfig, base_id: str | None, title: str, measured: list[EvalResult]) -> ModelCardData:
-    datasets = {data_id(part.get("data")): None for part in _parts(config)}
+def _check_results(read: list[Results], config: PeftConfig, edit: EditConfig, folder: Path | None) -> None:
+    """Raise ValueError unless results match each other and the adapter."""
+    if not read:
+        return
+    check_comparable(read)
+    where = "this adapter" if folder is None else str(folder)
+    known = adapter_record(config, {} if folder is None else load_peft_weights(str(folder), device="cpu"))
+    if folder is None:
+        del known["weights"]
+    for result in read:
+        check_adapter(result, known, where, edit.base_model_fingerprint)
+
+
+def _metadata(
+    config: PeftConfig, edit: EditConfig, base_id: str | None, title: str, measured: list[EvalResult]
+) -> ModelCardData:
+    datasets = {data_id(part.get("data"), part.get("files")): None for part in _parts(edit)}
     datasets = [dataset for dataset in datasets if dataset]
+    tags = [edit.peft_type.value.lower(), "activation-editing", "representation-engineering", "peft-edit"]
     return ModelCardData(
         base_model=base_id,
         library_name="peft",
         pipeline_tag="text-generation" if config.task_type == "CAUSAL_LM" else None,
-        tags=[config.peft_type.value.lower(), "activation-editing", "representation-engineering", "peft-edit"],
+        tags=tags if config is edit else [config.peft_type.value.lower(), *tags],
         datasets=datasets or None,
         model_name=title if measured else None,
         eval_results=measured or None,
@@ -92,14 +130,20 @@ def _of_config(config: EditConfig) -> dict[str, Any]:
     layers = method.card_layers(config)
     # What a method of such tokens counts: a configuration may have numbers of another method.
     counted = {"token_pairs" if tokens == "answer" else "demonstrations" for tokens in method.tokens}
+    fitted_on = parts[0] if len(parts) == 1 and counted & set(parts[0]) else {}
     return {
         "config": config,
         "settings": [(f"`{name}`", f"`{json.dumps(getattr(config, name))}`") for name in method.card_settings(config)],
         "layers": layers,
-        "fitted_on": parts[0] if len(parts) == 1 and counted & set(parts[0]) else {},
-        "data_text": _data_text(parts[0].get("data")),
+        "fitted_on": fitted_on,
+        "data_text": _data_text(parts[0]),
+        "collected": [
+            (name, fitted_on[key])
+            for name, key in (("tokens", "tokens"), ("neutral", "neutral"), ("prompt format", "prompt_format"))
+            if key in fitted_on
+        ],
         # Of a joint edit the adapters that it was made of.
-        "combined": [(part, _data_text(part.get("data"))) for part in parts] if len(parts) > 1 else [],
+        "combined": [(part, _data_text(part)) for part in parts] if len(parts) > 1 else [],
     }
 
 
@@ -108,9 +152,15 @@ def _parts(config: EditConfig) -> list[dict[str, Any]]:
     return config.fitted_on.get("combined") or [config.fitted_on]
 
 
-def _data_text(name: str | None) -> str | None:
-    dataset = data_id(name)
-    return _link(dataset, "datasets/") if dataset else name and f"`{name}`"
+def _data_text(fitted_on: Mapping[str, Any]) -> str | None:
+    """What an adapter was fitted to, in a sentence."""
+    name, files = fitted_on.get("data"), fitted_on.get("files")
+    if not name:
+        return None
+    dataset = data_id(name, files)
+    parts = [f"{key} `{fitted_on[key]}`" for key in ("subset", "split") if fitted_on.get(key)]
+    parts += [f"a local copy, {', '.join(f'`{file}`' for file in files)}"] if files else []
+    return (_link(dataset, "datasets/") if dataset else f"`{name}`") + (f" ({', '.join(parts)})" if parts else "")
 
 
 def _card(metadata: ModelCardData, text: str) -> ModelCard:
@@ -119,27 +169,28 @@ def _card(metadata: ModelCardData, text: str) -> ModelCard:
 
 
 def write_card(
-    folder: str | os.PathLike, config: PeftConfig, *, base_model: str | None = None, results: Iterable[Results] = ()
+    folder: str | os.PathLike,
+    config: PeftConfig,
+    *,
+    base_model: str | None = None,
+    results: Iterable[GivenResults] = (),
 ) -> bool:
     """Write the card of an adapter into its folder, unless somebody has written the README.md there, or edited it.
 
     Args:
-        folder: of the adapter.
+        folder: of the adapter, one that edits or the LoRA adapter that such a one was exported to.
         config, base_model, results: see `model_card`.
 
     Returns:
         Whether the card was written.
 
     Raises:
-        ValueError: as for `model_card`; results of an adapter in another folder.
+        ValueError: as for `model_card`.
     """
-    folder, results = Path(folder), list(results)
-    for adapter in (read_results(result)["adapter"] for result in results):
-        if adapter is not None and os.path.exists(adapter) and not folder.samefile(adapter):
-            raise ValueError(f"results of {adapter} are none of {folder}: pass those of evaluate --adapter {folder}")
+    folder = Path(folder)
     if has_own_readme(folder):
         return False
-    write_text(folder / README, str(model_card(config, base_model=base_model, results=results)))
+    write_text(folder / README, str(model_card(config, base_model=base_model, results=results, folder=folder)))
     return True
 
 
@@ -223,13 +274,15 @@ def _is_stub(text: str) -> bool:
     return all(line in known or filled_in.fullmatch(line) for line in lines)
 
 
-def _title(config: EditConfig, base_model: str | None = None) -> str:
+def _title(config: EditConfig, base_model: str | None = None, exported: Exported | None = None) -> str:
     name, short = base_model or config.base_model_name_or_path, method_of(config).short
-    return f"{short[0].upper()}{short[1:]} adapter{f' for {Path(name).name}' if name else ''}"
+    what = "adapter" if exported is None else "edit as a LoRA adapter"
+    return f"{short[0].upper()}{short[1:]} {what}{f' for {Path(name).name}' if name else ''}"
 
 
-def _template(method: Method) -> jinja2.Template:
-    """The template of a method's card, `card.md` in its folder; it extends the one beside this file."""
+def _template(method: Method, exported: Exported | None) -> jinja2.Template:
+    """The template of a method's card, `card.md` in its folder, or `lora.md` of an export; both extend the one beside
+    this file."""
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader(
             [
@@ -242,7 +295,7 @@ def _template(method: Method) -> jinja2.Template:
         lstrip_blocks=True,
         autoescape=False,  # Markdown
     )
-    return environment.get_template("method/card.md")
+    return environment.get_template(f"method/{'card' if exported is None else 'lora'}.md")
 
 
 def _link(repo_id: str, prefix: str) -> str:

@@ -2,123 +2,92 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, TypedDict
+from collections.abc import Sequence
 
 from huggingface_hub import EvalResult
 
 from ..data.names import data_id, data_name
-from ..json_files import mismatch, read_json
+from ..evaluation.results import Results
 
 
-# Measure -> its name in tables, the factor there and the decimals. Others are shown by their own names.
+# Measure -> its name in tables, the factor there and the decimals.
 MEASURES = {"mc1": ("MC1 %", 100, 1), "mc2": ("MC2 %", 100, 1), "perplexity": ("perplexity", 1, 3)}
 SIDE_EFFECTS = ("perplexity",)
 
-Results = Mapping[str, Any] | str | os.PathLike
 
-
-class Data(TypedDict, total=False):
-    """The data of an evaluation."""
-
-    name: str | None
-    split: str | None
-
-
-class Conditions(TypedDict, total=False):
-    """What results may say besides: the scores of each question or their number, and under what they were measured."""
-
-    strength: float
-    data: Data | None
-    questions: list | int | None
-
-
-class Evaluation(Conditions):
-    """What `peft-edit evaluate --json` writes; every other number with a point is a measure."""
-
-    adapter: str | None
-
-
-def read_results(results: Results) -> dict[str, Any]:
-    """Results of one evaluation, without the scores of each question."""
-    where, given = "results", results
-    if not isinstance(results, Mapping):
-        where = str(results)
-        given = read_json(Path(results), Any, "no JSON", "pass what peft-edit evaluate --json wrote")
-    problem = mismatch(dict(given) if isinstance(given, Mapping) else given, Evaluation)
-    numbers = {} if problem else {name: value for name, value in given.items() if isinstance(value, float)}
-    measures = {name: value for name, value in numbers.items() if name != "strength"}
-    if not measures:
-        raise ValueError(
-            f"{where} must be what peft-edit evaluate --json wrote, with adapter and mc1 or the like "
-            f"({problem or 'no measure'})"
-        )
-    data, questions = given.get("data") or {}, given.get("questions")  # the scores of each, or their number
-    return {
-        "adapter": given["adapter"],
-        "edited": given["adapter"] is not None,
-        "strength": given.get("strength", 1.0),
-        "data": data_name(data["name"]) if data.get("name") else None,
-        "split": data.get("split"),
-        "questions": len(questions) if isinstance(questions, list) else questions,
-        "measures": measures,
-    }
-
-
-def eval_results_of(read: list[dict[str, Any]]) -> list[EvalResult]:
-    """The metadata's results: those with the adapter as it is, on data whose name is known."""
+def eval_results_of(read: Sequence[Results]) -> list[EvalResult]:
+    """The metadata's results: those with the adapter as it is, on all rows of a data set, or of its split or subset,
+    that came from the Hub. It would be told as the Hub's where it is a local copy, or a part."""
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=data_id(result["data"]) or result["data"],
-            dataset_name=result["data"],
-            dataset_split=result["split"],
+            dataset_type=data_id(result.data["name"], result.data["files"]),
+            dataset_name=", ".join(filter(None, (result.data["name"], result.data["subset"]))),
+            dataset_split=result.data["split"],
             metric_type=name,
-            metric_name=name.upper() if name in ("mc1", "mc2") else name,
+            metric_name=name.upper(),
             metric_value=round(value, 4),
         )
         for result in read
-        if result["edited"] and result["strength"] == 1 and result["data"] is not None
-        for name, value in result["measures"].items()
+        if result.adapters and result.strength == 1 and _is_whole(result)
+        if data_id(result.data["name"], result.data["files"])
+        for name, value in result.measures.items()
         if name not in SIDE_EFFECTS  # which is of other text
     ]
 
 
-def tables_of(read: list[dict[str, Any]], side_effects: bool) -> list[tuple[str, list[str], list[list[str]]]]:
+def _is_whole(result: Results) -> bool:
+    return result.data["rows"] is not None and result.data["rows"] == result.data["of_rows"]
+
+
+def tables_of(read: Sequence[Results], side_effects: bool) -> list[tuple[str, list[str], list[list[str]]]]:
     """Caption, header and rows for each data set: the base model, then the edits by strength, with their change."""
     tables = []
-    for key in dict.fromkeys((r["data"], r["split"], r["questions"]) for r in read):
-        of_data = [r for r in read if (r["data"], r["split"], r["questions"]) == key]
-        of_data.sort(key=lambda r: (r["edited"], r["strength"]))
-        measured = dict.fromkeys(name for r in of_data for name in r["measures"])
+    for key in dict.fromkeys(result.data_set for result in read):
+        of_data = [result for result in read if result.data_set == key]
+        of_data.sort(key=lambda result: (bool(result.adapters), result.strength))
+        measured = dict.fromkeys(name for result in of_data for name in result.measures)
         names = [name for name in measured if (name in SIDE_EFFECTS) == side_effects]
         if not names:
             continue
-        base = next((r["measures"] for r in of_data if not r["edited"]), {})
-        rows = [[_row_name(r), *(_cell(name, r, base) for name in names)] for r in of_data]
-        caption = "Perplexity of other text." if side_effects else _caption(*key)
-        tables.append((caption, ["model", *(MEASURES.get(name, (name,))[0] for name in names)], rows))
+        base = next((result.measures for result in of_data if not result.adapters), {})
+        rows = [[_row_name(result), *(_cell(name, result, base) for name in names)] for result in of_data]
+        caption = _perplexity_caption(of_data) if side_effects else _caption(of_data[0])
+        tables.append((caption, ["model", *(MEASURES[name][0] for name in names)], rows))
     return tables
 
 
-def _caption(data: str | None, split: str | None, questions: int | None) -> str:
-    parts = (data and f"`{data}`", split and f"split `{split}`", questions and f"{questions} questions")
-    return f"Measured on {', '.join(filter(None, parts)) or 'data that are not recorded'}."
+def _caption(result: Results) -> str:
+    data = result.data
+    name, files = data["name"] and data_name(data["name"]), data["files"]
+    count, total = len(result.ids), data["of_rows"]
+    parts = (
+        name and f"`{name}`",
+        data["subset"] and f"subset `{data['subset']}`",
+        data["split"] and f"split `{data['split']}`",
+        files and f"a local copy ({', '.join(f'`{file}`' for file in files)})",
+        f"{count} of {total} questions" if total is not None and total > count else f"{count} questions",
+        f"prompt format `{result.prompts['format']}`",
+    )
+    return f"Measured on {', '.join(filter(None, parts))}."
 
 
-def _row_name(result: dict[str, Any]) -> str:
-    if not result["edited"]:
+def _perplexity_caption(results: Sequence[Results]) -> str:
+    file = next((result.texts.get("file") for result in results if result.texts), None)
+    return f"Perplexity of other text{f', `{file}`' if file else ''}."
+
+
+def _row_name(result: Results) -> str:
+    if not result.adapters:
         return "base model"
-    return "this adapter" if result["strength"] == 1 else f"this adapter, strength {result['strength']:g}"
+    return "this adapter" if result.strength == 1 else f"this adapter, strength {result.strength:g}"
 
 
-def _cell(name: str, result: dict[str, Any], base: dict[str, float]) -> str:
-    if name not in result["measures"]:
+def _cell(name: str, result: Results, base: dict[str, float]) -> str:
+    if name not in result.measures:
         return ""
-    _, factor, decimals = MEASURES.get(name, (name, 1, 4))
-    text = f"{factor * result['measures'][name]:.{decimals}f}"
-    if not result["edited"] or name not in base:
+    _, factor, decimals = MEASURES[name]
+    text = f"{factor * result.measures[name]:.{decimals}f}"
+    if not result.adapters or name not in base:
         return text
-    return f"{text} ({factor * (result['measures'][name] - base[name]):+.{decimals}f})"
+    return f"{text} ({factor * (result.measures[name] - base[name]):+.{decimals}f})"

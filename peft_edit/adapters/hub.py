@@ -19,8 +19,8 @@ from torch import nn
 from ..data.names import is_hub_id
 from ..tuners.config import EditConfig
 from ..tuners.method import names
-from .card import README, for_repository, has_own_readme, index_card, is_generated, model_card
-from .card_results import Results
+from .card import README, GivenResults, for_repository, has_own_readme, index_card, is_generated, model_card, write_card
+from .exported import read_exported
 from .hub_errors import plain_errors
 from .read import read_config
 from .unfinished import is_unfinished
@@ -40,7 +40,7 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
     base_model: str | None = None,
-    results: Iterable[Results] = (),
+    results: Iterable[GivenResults] = (),
 ) -> CommitInfo:
     """Save the adapters of a model and upload them, with their model card, in one commit.
 
@@ -61,8 +61,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         if base_model is not None or results:
-            card = model_card(read_edit_config(Path(folder)), base_model=base_model, results=results)
-            card.save(Path(folder) / README)
+            write_card(folder, read_edit_config(Path(folder)), base_model=base_model, results=results)
         return push_folder(
             folder,
             repo_id,
@@ -174,15 +173,21 @@ def push_checkpoint(folder: Path, repo_id: str, *, private: bool = False) -> str
 
 
 def read_edit_config(folder: Path) -> EditConfig:
-    """The configuration of the adapter in a folder, one that edits.
+    """The configuration of the adapter in a folder, one that edits or the LoRA adapter that such a one was exported to.
 
     Raises:
         ValueError: there is none.
     """
     config = _read_adapters(folder).get("")
-    if not isinstance(config, EditConfig):
-        raise ValueError(f"{folder} holds no {names()} adapter: pass the folder that was saved")
+    if config is None or not _is_edit(folder, config):
+        raise ValueError(
+            f"{folder} holds no {names()} adapter, nor one that was exported to LoRA: pass the folder that was saved"
+        )
     return config
+
+
+def _is_edit(folder: Path, config: PeftConfig) -> bool:
+    return isinstance(config, EditConfig) or read_exported(folder, config) is not None
 
 
 def _read_adapters(folder: Path) -> dict[str, PeftConfig]:
@@ -229,9 +234,10 @@ def _operations(
             if path.is_file() and not _stays(path):
                 files[path.relative_to(folder).as_posix()] = path
         name = f"{place}/{README}" if place else README
-        if isinstance(config, EditConfig) and not has_own_readme(folder / place):
+        if _is_edit(folder / place, config) and not has_own_readme(folder / place):
             text = files[name].read_text(encoding="utf-8") if name in files else ""
-            files[name] = for_repository(text if is_generated(text) else str(model_card(config)), repo_id, place)
+            card = text if is_generated(text) else str(model_card(config, folder=folder / place))
+            files[name] = for_repository(card, repo_id, place)
     if "" not in configs and not has_own_readme(folder):
         files[README] = str(index_card(configs))
     for name in [name for name, text in files.items() if isinstance(text, str)]:

@@ -223,9 +223,26 @@ def _check_model(store: ActivationStore, model: nn.Module) -> None:
 
 
 def describe_data(store: ActivationStore) -> dict[str, Any]:
-    """What a configuration keeps of the data that an adapter comes from: the name, where the store has it, and the
-    numbers of questions, or of texts and their tokens."""
-    name = (store.metadata.get("data") or {}).get("name")
-    counts = {"texts" if store.tokens == "all" else "questions": len(store.questions().unique())}
-    tokens = {"tokens": len(store)} if store.tokens == "all" else {}
-    return {**({"data": data_name(name)} if name else {}), **counts, **tokens}
+    """What a configuration keeps of the data that an adapter comes from: the name and what is known of it, how its
+    activations were collected, and the number of questions."""
+    metadata = store.metadata
+    known = {
+        **_describe_source(store),
+        **{key: metadata.get(key) for key in ("tokens", "neutral", "prompt_format")},
+    }
+    return {
+        **{key: value for key, value in known.items() if value is not None},
+        "questions": len(store.questions().unique()),
+    }
+
+
+def describe_retained(store: ActivationStore) -> dict[str, Any]:
+    """What a configuration keeps of the texts to leave alone: the same, and the numbers of texts and of tokens."""
+    source = {key: value for key, value in _describe_source(store).items() if value is not None}
+    return {**source, "texts": len(store.questions().unique()), "tokens": len(store)}
+
+
+def _describe_source(store: ActivationStore) -> dict[str, Any]:
+    source = store.metadata.get("data") or {}
+    name = source.get("name")
+    return {"data": data_name(name) if name else None, **{key: source.get(key) for key in ("subset", "split", "files")}}

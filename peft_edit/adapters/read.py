@@ -131,7 +131,9 @@ def _with_adapter(model: PreTrainedModel, folder: str, adapter: str) -> PeftMode
         raise ValueError(f"{adapter} does not fit the model: {first.strip()}{count}") from error
     except ArgumentError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise ValueError(f"{adapter} has no tensor {error}: the file does not belong to its {CONFIG_NAME}") from error
+    except (ValueError, TypeError, AttributeError) as error:
         reason = one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(f"{adapter} does not fit the model: {reason}") from error
 

@@ -127,7 +127,7 @@ def _describe(opened, metadata: dict, size: int) -> dict:
         "revision": metadata.get("revision"),
         "fingerprint": metadata["fingerprint"],
         "active adapters": ", ".join(metadata["active_adapters"]) or None,
-        "data": ", ".join(str(value) for value in list((metadata.get("data") or {}).values())[:2] if value) or None,
+        "data": _describe_data(metadata.get("data") or {}),
         "sites": ", ".join(opened.sites),
         "layers": format_layers(opened.layers),
         "hidden size": opened.hidden_size,
@@ -145,6 +145,14 @@ def _describe(opened, metadata: dict, size: int) -> dict:
 def _rows_of(store) -> str:
     """What the rows of the data are that a store was collected from."""
     return "texts" if store.tokens == "all" else "questions"
+
+
+def _describe_data(source: dict) -> str | None:
+    """What is shown of where the rows come from."""
+    parts = [*map(source.get, ("name", "subset", "split")), *(source.get("files") or ())]
+    rows, total = source.get("rows"), source.get("of_rows")
+    part = f"{rows} of {total} rows" if None not in (rows, total) and rows < total else None
+    return ", ".join(str(value) for value in (*parts, part) if value is not None) or None
 
 
 def _what(store) -> str:

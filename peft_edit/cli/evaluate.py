@@ -46,6 +46,7 @@ def evaluate(
     Example: peft-edit evaluate meta-llama/Llama-2-7b-hf truthful_qa --split test --adapter sea-truthful
     """
     from .. import evaluation
+    from ..evaluation.results import record
     from ..tuners.strength import edit_strength
 
     texts, adapter, strength = None, options.adapter, options.strength
@@ -63,12 +64,23 @@ def evaluate(
         result = evaluation.evaluate_multiple_choice(
             base, tokenizer, contrast, batch_size=options.batch_size, **options.of_prompts
         )
-        of_data = {"name": data.data, "subset": data.subset, "split": data.split}
-        results = {"model": model.model, "adapter": adapter, "strength": strength, "data": of_data, **result.to_dict()}
+        measured = result.to_dict()
         if texts is not None:
-            results["perplexity"] = evaluation.perplexity(base, tokenizer, texts, batch_size=options.batch_size)
+            measured["perplexity"] = evaluation.perplexity(base, tokenizer, texts, batch_size=options.batch_size)
+    results = record(
+        base,
+        tokenizer,
+        contrast,
+        measured,
+        prompts=options,
+        strength=strength,
+        texts=texts,
+        texts_file=options.perplexity,
+        names={"default": adapter} if adapter is not None else None,
+    )
     output.write(run.record(results))
     print(f"Questions: {len(result.questions)}")
+    print(f"Prompt format: {results['prompts']['format']}")
     print(f"MC1: {100 * result.mc1:.2f} %")
     print(f"MC2: {100 * result.mc2:.2f} %")
     if texts is not None:

@@ -10,13 +10,14 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 
-from datasets import Dataset, DatasetInfo, NamedSplit
+from datasets import Dataset, NamedSplit
 from tqdm.auto import tqdm
 
 from . import preferences
 from .known import KNOWN
 from .reading import Request, describe, unformatted
 from .rows import CONTRAST_FEATURES, checked, drop_shared_answers, select
+from .source import file_names, source_info
 
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ def load_contrast_set(
     else:
         records, to_row = preferences.load(request, list(KNOWN)), preferences.to_row
     parts = [f"{option} {value!r}" for option, value in (("split", split), ("subset", subset)) if value is not None]
+    found = len(records)
     records = select(records, ids, " and ".join(parts) or "the rows")
     progress = tqdm(records, desc=f"reading {describe(name)}", unit="row", leave=None, delay=2)
     rows = drop_shared_answers([checked(to_row(record), describe(name)) for record in progress], known)
@@ -88,7 +90,7 @@ def load_contrast_set(
     # Stores and model cards say what the demonstrations were.
     source = None if isinstance(name, Dataset) else os.fspath(name)
     source = os.path.basename(source) if source and os.path.isfile(source) else source
-    info = DatasetInfo(dataset_name=source, features=CONTRAST_FEATURES)
+    info = source_info(source, subset, file_names(data_files), split, len(rows) if ids is None else found)
     return Dataset.from_list(rows, info=info, split=None if split is None else NamedSplit(split))
 
 

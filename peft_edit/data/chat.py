@@ -69,7 +69,7 @@ def encode_conversations(
         answers: for each conversation its answers, any number of them.
         row_ids: n names of the rows for error messages.
         arguments: of the template, such as {"enable_thinking": False}.
-        time: that a template which writes the date is told, in ISO format; None for now.
+        time: that a template which writes the date is told, in ISO format; None for today.
 
     Returns:
         For each conversation the ids before an answer, and for each answer the ids of both together. An answer's
@@ -272,15 +272,15 @@ def _check_arguments(tokenizer, arguments: Mapping[str, Any]) -> None:
 
 def _at_time(template: str, time: str | None) -> str:
     """A template that takes its clock from a macro: the sandbox lets no function in."""
-    moment = datetime.fromisoformat(time or now())
+    moment = datetime.fromisoformat(time or today())
     directives = sorted(set(re.findall(r"%-?[A-Za-z]", template)), key=len, reverse=True)
     replaced = "".join(f" | replace({json.dumps(d)}, {json.dumps(moment.strftime(d))})" for d in directives)
     return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro %}}\n{template}"
 
 
-def now() -> str:
-    """The time, in the ISO format of template times."""
-    return datetime.now().isoformat(timespec="seconds")
+def today() -> str:
+    """The date, in the ISO format of template times: whatever is run on one day has the same prompts."""
+    return datetime.now().date().isoformat()
 
 
 def _answer(text: str) -> Message:

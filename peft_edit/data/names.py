@@ -18,9 +18,10 @@ def is_hub_id(name: str) -> bool:
     return not os.path.exists(name)
 
 
-def data_id(name: str | None) -> str | None:
-    """The id on the Hub of a data set; None where it is none, or not known."""
-    if name is None:
+def data_id(name: str | None, files: object = None) -> str | None:
+    """The id on the Hub of a data set; None where it is none, where it is not known, and where local `files` were read
+    in its place."""
+    if name is None or files:
         return None
     if name in KNOWN:
         return KNOWN[name].repository

@@ -18,6 +18,8 @@ the answer's tokens are those beyond the length of the prompt encoded alone.
   are its choices; their order follows from their texts, not from which are right.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
@@ -27,8 +29,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Argument, ArgumentError, check_options
-from .chat import Message, encode_conversations, has_chat_template, now, reads_clock
-from .contexts import contexts_of, lettered, letters_of
+from .chat import Message, encode_conversations, has_chat_template, reads_clock, today
+from .contexts import QA_PRIMER, contexts_of, lettered, letters_of
 
 
 PromptFormat = Literal["auto", "chat", "plain", "few_shot_qa", "lettered_choices"]
@@ -47,7 +49,7 @@ class PromptOptions:
         template_arguments (`dict`, *optional*):
             Of the chat template, such as {"enable_thinking": False}.
         template_time (`str`, *optional*):
-            That a chat template which writes the date is told, in ISO format. By default now.
+            That a chat template which writes the date is told, in ISO format. By default today, 0:00.
     """
 
     prompt_format: PromptFormat = field(default="auto", metadata={"help": "How prompt and answer become tokens."})
@@ -56,7 +58,7 @@ class PromptOptions:
     )
     template_time: str | None = field(
         default=None,
-        metadata={"help": "Time told to a template that writes the date, such as 2026-01-31. Default: now."},
+        metadata={"help": "Time told to a template that writes the date, such as 2026-01-31. Default: today."},
     )
 
     def __post_init__(self):
@@ -86,7 +88,7 @@ def settled(tokenizer: PreTrainedTokenizerBase, options: Options, time: str | No
     Args:
         tokenizer: of the model.
         options: as given.
-        time: where the options give none; None for now.
+        time: where the options give none; None for today.
 
     Raises:
         ValueError: the format is not possible, or arguments are given to a template that is not used.
@@ -98,7 +100,7 @@ def settled(tokenizer: PreTrainedTokenizerBase, options: Options, time: str | No
             *(Argument("template_arguments"), " need ", Argument("prompt_format", "chat")),
             f", which is {prompt_format!r}: leave them out, or load a tokenizer that has a chat template",
         )
-    time = options.template_time or time or now()
+    time = options.template_time or time or today()
     return replace(
         options, prompt_format=prompt_format, template_time=time if chat and reads_clock(tokenizer) else None
     )
@@ -145,6 +147,35 @@ def resolve_prompt_format(tokenizer: PreTrainedTokenizerBase, prompt_format: str
     return prompt_format
 
 
+def prompt_record(tokenizer: PreTrainedTokenizerBase, options: PromptOptions) -> dict[str, Any]:
+    """What results record of how prompts become tokens, as JSON values: all that decides on the tokens beside the data
+    and the tokenizer's vocabulary. Results that differ in any of it are not compared.
+
+    Args:
+        tokenizer: of the model.
+        options: as given.
+
+    Returns:
+        `format`, the one that is used, never "auto"; `template`, a hash of the chat template where the format is "chat"
+        and the tokenizer has one as text; `template_arguments` and `template_time`, where it takes them; `examples`,
+        those before each question where the format is "few_shot_qa".
+
+    Raises:
+        ValueError: as for `settled`.
+    """
+    used = settled(tokenizer, options)
+    template = getattr(tokenizer, "chat_template", None) if used.prompt_format == "chat" else None
+    if isinstance(template, dict):  # of several templates "default" is used
+        template = template.get("default", json.dumps(template, sort_keys=True))
+    return {
+        "format": used.prompt_format,
+        "template": None if template is None else hashlib.sha256(template.encode()).hexdigest()[:16],
+        "template_arguments": used.template_arguments or None,
+        "template_time": used.template_time,
+        "examples": QA_PRIMER if used.prompt_format == "few_shot_qa" else None,
+    }
+
+
 def listed_choices(data: Dataset) -> list[list[str]]:
     """All answers of each question of a contrast set: the `choices` of `encode_prompts` and `encode_answers`."""
     columns = (data["positives"], data["negatives"], data["mc1_choices"])
@@ -172,7 +203,7 @@ def encode_prompts(
         prompt_format: `"auto"` (chat where the tokenizer has a template, else plain), `"chat"`, `"plain"`,
             `"few_shot_qa"` or `"lettered_choices"`.
         template_arguments: of the chat template, such as {"enable_thinking": False}; other formats take no notice.
-        template_time: that a chat template which writes the date is told, in ISO format; None for now.
+        template_time: that a chat template which writes the date is told, in ISO format; None for today.
         row_ids: n names of the rows for error messages; None counts from 0.
         choices: for each prompt the 2 to 26 choices that `"lettered_choices"` lists, see `listed_choices`; other
             formats take no notice of them.

@@ -11,6 +11,7 @@ from ..tuners.method import methods
 
 
 ASSETS = Path(__file__).parent / "assets"
+UNRELATED = "unrelated.txt"
 
 
 @dataclass
@@ -53,9 +54,9 @@ def run(out: Path) -> dict[str, Any]:
         scene = Scene(out, progress)
         scene.evaluate("base", scene.base_model())
         evidence = {name: module.show(scene) for name, module in shown.items()}
-    scene.write_results("base", "base", None)
+    scene.write_results("base", "base")
     for name, found in evidence.items():
-        scene.write_results(name.lower(), found.row, name.lower())
+        scene.write_results(name.lower(), found.row)
     results = {"demonstrations": len(scene.demonstrations), "questions": len(scene.test), "rows": scene.rows}
     for found in evidence.values():
         results |= found.results
@@ -72,6 +73,7 @@ class Scene:
         demonstrations, validation, test: contrast sets.
         unrelated: texts for side effects.
         rows: of the table.
+        records: model of the table to its results, as `evaluation.results` has them.
     """
 
     def __init__(self, folder: Path, progress):
@@ -84,8 +86,9 @@ class Scene:
         self.demonstrations, self.validation, self.test = (
             load_contrast_set(ASSETS / f"{name}.jsonl") for name in ("demonstrations", "validation", "test")
         )
-        self.unrelated = (ASSETS / "unrelated.txt").read_text(encoding="utf-8").splitlines()
+        self.unrelated = (ASSETS / UNRELATED).read_text(encoding="utf-8").splitlines()
         self.rows: list[dict[str, Any]] = []
+        self.records: dict[str, dict[str, Any]] = {}
 
     @staticmethod
     def base_model():
@@ -112,10 +115,12 @@ class Scene:
 
     def evaluate(self, name: str, model) -> None:
         """Add a row to the table."""
-        result = self.mc(model, self.test)
-        self.rows.append(
-            {"model": name, "mc1": result.mc1, "mc2": result.mc2, "perplexity": self.perplexity(model)},
-        )
+        from ..evaluation.results import record
+
+        measured = {**self.mc(model, self.test).to_dict(), "perplexity": self.perplexity(model)}
+        self.rows.append({"model": name, **{key: measured[key] for key in ("mc1", "mc2", "perplexity")}})
+        texts = {"texts": self.unrelated, "texts_file": UNRELATED}
+        self.records[name] = record(model, self.tokenizer, self.test, measured, **texts)
         self.progress.update()
 
     def difference(self, model, other) -> float:
@@ -126,9 +131,9 @@ class Scene:
         with torch.no_grad():
             return float((model(ids).logits - other(ids).logits).abs().max())
 
-    def write_results(self, name: str, row: str, adapter: str | None) -> None:
-        """Write what `peft-edit evaluate --json` writes, without the scores of each question."""
-        measures = next(r for r in self.rows if r["model"] == row)
-        results = {"model": "model", "adapter": adapter, "strength": 1.0, "data": {"name": "test.jsonl"}}
-        results |= {"questions": len(self.test), **{name: measures[name] for name in ("mc1", "mc2", "perplexity")}}
-        write_json(self.folder / f"{name}.json", results)
+    def write_results(self, name: str, row: str) -> None:
+        """Write what `peft-edit evaluate --json` writes, of a model of the table. The adapter is saved under the
+        name."""
+        results = self.records[row]
+        adapters = [{**adapter, "name": name} for adapter in results["adapters"]]
+        write_json(self.folder / f"{name}.json", {**results, "adapters": adapters})

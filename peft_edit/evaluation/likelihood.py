@@ -12,6 +12,8 @@ from tqdm.auto import tqdm
 from ..data.prompts import EncodedAnswer
 from ..models.kind import check_language_model, check_vocabulary
 from ..models.run import (
+    TOKEN_BAR,
+    TokenProgress,
     cache_name,
     can_share_prompts,
     check_length,
@@ -48,17 +50,22 @@ def answer_log_likelihoods(
         check_vocabulary(bare, (answer.input_ids for answer in answers), f"row {row_id}")
     check_length(bare, max(len(answer.input_ids) for answers in questions for answer in answers))
     scores: list[list[float]] = [[] for _ in questions]
-    with inference(model), tqdm(total=len(questions), desc="evaluating", unit="question", leave=None) as progress:
-        share = can_share_prompts(bare)
+    total = sum(map(_tokens, questions))
+    with inference(model), tqdm(total=total, desc="evaluating", leave=None, **TOKEN_BAR) as bar:
+        share, progress = can_share_prompts(bare), TokenProgress(bare, bar)
         for group in _groups(questions, batch_size):
             answers = [answer for i in group for answer in questions[i]]
             owners = [place for place, i in enumerate(group) for _ in questions[i]]
             shared = _shared_length(questions[group[0]]) if share else 0
-            flat = iter(_score_group(model, bare, answers, owners, shared))
+            with progress.over(_tokens(answers)):
+                flat = iter(_score_group(model, bare, answers, owners, shared))
             for i in group:
                 scores[i] = [next(flat) for _ in questions[i]]
-            progress.update(len(group))
     return scores
+
+
+def _tokens(answers: list[EncodedAnswer]) -> int:
+    return sum(len(answer.input_ids) for answer in answers)
 
 
 def _shared_length(answers: list[EncodedAnswer]) -> int:

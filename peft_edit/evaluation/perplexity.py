@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Argument, ArgumentError
 from ..models.kind import check_language_model, check_vocabulary
-from ..models.run import check_length, inference, input_device, pad
+from ..models.run import TOKEN_BAR, TokenProgress, check_length, inference, input_device, pad
 from ..models.sites import unwrap
 from ..tuners.layer import check_independent_of_padding
 
@@ -40,11 +40,14 @@ def perplexity(
         raise ValueError("perplexity needs texts of at least two tokens")
     check_length(bare, len(encoded[-1]))
     total, count = 0.0, 0
-    with inference(model):
-        for start in tqdm(range(0, len(encoded), batch_size), desc="perplexity", unit="batch", leave=None):
+    total_tokens = sum(map(len, encoded))
+    with inference(model), tqdm(total=total_tokens, desc="perplexity", leave=None, **TOKEN_BAR) as bar:
+        progress = TokenProgress(bare, bar)
+        for start in range(0, len(encoded), batch_size):
             batch = encoded[start : start + batch_size]
             ids, mask = pad(batch, input_device(bare))
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+            with progress.over(sum(map(len, batch))):
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
             scored, targets = mask[:, 1:].bool().to(logits.device), ids[:, 1:].to(logits.device)
             total += float(functional.cross_entropy(logits[scored].float(), targets[scored], reduction="sum"))
             count += int(scored.sum())

@@ -6,13 +6,15 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from accelerate.utils import align_module_device
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
@@ -29,6 +31,8 @@ SAMPLES_PER_TENSOR = 16
 SAMPLE_STEP = 2_654_435_761
 # Smallest normal float16: below it a model that was loaded in float16 has lost bits.
 SMALLEST = 2.0**-14
+# Of the names in the file of an adapter that a `PeftModel` saved.
+WRAPPER = "base_model.model."
 # What an adapter's configuration says of where it comes from, and not of what it does.
 ORIGIN_FIELDS = ("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version")
 CONFIG_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -65,6 +69,23 @@ def fingerprint(model: nn.Module) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def is_at_hand(model: nn.Module) -> bool:
+    """Whether the weights of a Transformers model that its fingerprint is taken of are plain tensors in memory. Those
+    that are quantised have other values, and those that are sharded, offloaded or not loaded take time to read."""
+    if not isinstance(model, PreTrainedModel):
+        return False
+    try:
+        blocks = decoder_blocks(model).values()
+    except ValueError:  # of such a model none is taken
+        return False
+    modules = (model.get_input_embeddings(), *map(model.get_submodule, blocks))
+    weights = [parameter for module in modules for parameter in module.parameters()]
+    return all(
+        weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta and type(weight.data) is Tensor
+        for weight in weights
+    )
+
+
 def active_adapters(model: nn.Module) -> list[str]:
     """Sorted names of the adapters that take part in a forward pass."""
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
@@ -90,6 +111,45 @@ def adapters_fingerprint(model: nn.Module) -> str | None:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def adapter_record(config: PeftConfig, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Hashes that tell an adapter from another one, the same in memory and on disk, whatever it is called.
+
+    Args:
+        config: of the adapter. Where it was made, such as the name of its base model, does not count.
+        tensors: those of the adapter's file by their names there, or `tensors_of`. Their dtype does not count, nor do
+            embeddings that are saved with it.
+
+    Returns:
+        `method`, and the hashes `config` and `weights`, 16 hexadecimal digits each.
+    """
+    fields = {key: value for key, value in config.to_dict().items() if key not in ORIGIN_FIELDS}
+    of_config = hashlib.sha256(json.dumps(fields, sort_keys=True, default=_in_order).encode())
+    prefix, others = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, ""), set(config.modules_to_save or ())
+    of_weights = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        name = name.removeprefix(WRAPPER)
+        if prefix in name or others & set(name.split(".")):
+            wide = tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32)).contiguous()
+            of_weights.update(f"{name} {tuple(wide.shape)}".encode())
+            of_weights.update(wide.flatten().view(torch.uint8).numpy())
+    return {
+        "method": str(getattr(config.peft_type, "value", config.peft_type)),
+        "config": of_config.hexdigest()[:16],
+        "weights": of_weights.hexdigest()[:16],
+    }
+
+
+def tensors_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The tensors of an adapter by the names that they have in its file, without what stands for a `PeftModel`."""
+    tensors = {}
+    for name, tensor in _adapter_tensors(unwrap(model), {adapter_name}):
+        parts = [part for part in name.split(".") if part != "modules_to_save"]
+        del parts[len(parts) - 1 - parts[::-1].index(adapter_name)]
+        # An adapter of another method that was added later may lie around the layer.
+        tensors[".".join(part for part in parts if part != "base_layer")] = tensor
+    return tensors
 
 
 def _adapter_tensors(model: nn.Module, adapters: set[str]) -> Iterator[tuple[str, Tensor]]:

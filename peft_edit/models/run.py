@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .sites import text_config
+from .sites import decoder_blocks, text_config
 
 
 def cache_name(model: nn.Module) -> str | None:
@@ -69,9 +70,10 @@ def greedy_answers(
     prompts: Sequence[Sequence[int]],
     batches: Iterable[Sequence[int]],
     max_new_tokens: int,
+    progress: TokenProgress | None = None,
 ) -> Iterator[list[list[int]]]:
     """The model's own greedy answers, without end of sequence: for each batch, which names places in `prompts`, those
-    of its prompts."""
+    of its prompts. Progress is in tokens of prompts and of answers of full length."""
     own = model.generation_config
     stop = own.eos_token_id if own is not None else tokenizer.eos_token_id
     stop = [stop] if isinstance(stop, int) else list(stop or [])
@@ -83,7 +85,9 @@ def greedy_answers(
         # `generate` fills in from the model's own configuration, and its penalties and beams are not greedy.
         model.generation_config = config
         try:
-            output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
+            tokens = sum(len(prompts[i]) + max_new_tokens for i in batch)
+            with nullcontext() if progress is None else progress.over(tokens):
+                output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
         finally:
             model.generation_config = own
         rows = output[:, input_ids.shape[1] :].tolist()
@@ -116,6 +120,49 @@ def input_device(model: nn.Module) -> torch.device:
     hook = getattr(embeddings, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return embeddings.weight.device if device is None else torch.device(device)
+
+
+# How bars of tokens are shown; a bar that moves by unequal steps must not guess how often to look at the clock.
+TOKEN_BAR = {"unit": "token", "unit_scale": True, "miniters": 0}
+
+
+class TokenProgress:
+    """Moves a bar of tokens while batches run, with each decoder block, so that a long batch does not look stuck.
+
+    Args:
+        model: without a `PeftModel` around it.
+        bar: with an `update`.
+    """
+
+    def __init__(self, model: nn.Module, bar: tqdm):
+        self.bar = bar
+        try:
+            self._blocks = [model.get_submodule(name) for name in decoder_blocks(model).values()]
+        except ValueError:  # they cannot be told: the bar moves after each batch
+            self._blocks = []
+        self._left = 0.0
+
+    @contextmanager
+    def over(self, tokens: int) -> Iterator[None]:
+        """Move the bar by so many tokens while the batch inside the `with` block runs, in any number of passes: at
+        most by those that pass through the blocks, and by the rest at the end."""
+        self._left = float(tokens)
+        handles = [block.register_forward_hook(self._advance) for block in self._blocks]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.bar.update(self._left)
+
+    def _advance(self, block: nn.Module, args: tuple, output: Tensor | tuple | list) -> None:
+        if torch.compiler.is_compiling():
+            return
+        h = output[0] if isinstance(output, (tuple, list)) else output
+        if isinstance(h, Tensor):
+            step = min(self._left, h.shape[:-1].numel() / len(self._blocks))
+            self._left -= step
+            self.bar.update(step)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ class Retained(TypedDict, total=False):
     """The texts that an edit was told to leave alone."""
 
     data: str | None
+    files: list[str] | None
     texts: int
     tokens: int
     weight: float
@@ -29,6 +30,12 @@ class Provenance(TypedDict, total=False):
     """What an adapter was fitted to or trained on, see `EditConfig`."""
 
     data: str | None
+    subset: str | None
+    split: str | None
+    files: list[str] | None
+    tokens: str
+    neutral: str | None
+    prompt_format: str
     questions: int
     demonstrations: int
     token_pairs: int

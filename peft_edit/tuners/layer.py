@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from typing import NoReturn
 
 import torch
 from accelerate.utils import align_module_device
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..arguments import Argument, ArgumentError
 from ..models.outputs import OutputTensor
+from ..models.sites import is_linear
 from .config import EditConfig
 
 
@@ -169,6 +171,65 @@ class EditLayer(BaseTunerLayer):
                     f"adapter {adapter_name!r} cannot be merged: the weights of {self.site} are quantised or sharded "
                     f"({kind}); keep it as an adapter, or merge into a plain model"
                 )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `peft.convert_to_lora` can convert an adapter here: to merge it changes the weight of one linear
+        layer, exactly, and no bias, which that function leaves out."""
+        outputs = self.output_tensors()
+        if set(outputs) != {"weight"} or not is_linear(self.get_base_layer()) or self.merged:
+            return False
+        if outputs["weight"].parameter.is_meta:
+            return False
+        if not self.is_fitted(adapter_name):
+            return True  # it changes nothing here
+        try:
+            self.check_mergeable(adapter_name)
+        except ValueError:
+            return False
+        return self.merge_error(adapter_name) is None
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What merging adds to the weight of the linear layer, in its shape and in float32 or wider, for
+        `peft.convert_to_lora`. Zero where the adapter does not edit.
+
+        Raises:
+            ValueError: the adapter cannot be converted, see `supports_lora_conversion`.
+        """
+        if not self.supports_lora_conversion(adapter_name):
+            raise ValueError(
+                f"adapter {adapter_name!r} adds no weights to {self.site} that PEFT could convert: "
+                "merge it where that can be done, or keep it as an adapter"
+            )
+        (output,) = self.output_tensors().values()
+        weight = output.parameter.detach()
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if not self.is_fitted(adapter_name):
+            return torch.zeros_like(weight)
+        merged = torch.empty_like(weight)
+        self.merge_into(weight, output.axis, adapter_name, merged)
+        return merged - weight
+
+    def set_scale(self, adapter: str, scale: float) -> NoReturn:
+        """Refused, as `scale_layer` and `unscale_layer` are: an edit has a strength, see `edit_strength`.
+
+        Raises:
+            TypeError: with what to do instead.
+        """
+        self._refuse_scale("set_scale")
+
+    def scale_layer(self, scale: float) -> NoReturn:
+        """Refused, see `set_scale`."""
+        self._refuse_scale("scale_layer")
+
+    def unscale_layer(self, scale: float | None = None) -> NoReturn:
+        """Refused, see `set_scale`."""
+        self._refuse_scale("unscale_layer")
+
+    def _refuse_scale(self, name: str) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} does not support {name}: an edit has a strength and no scaling; use "
+            "`with peft_edit.edit_strength(model, ...)`, or set the strength in its configuration"
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """

@@ -35,6 +35,8 @@ class Method:
         no_merge: why it never merges into weights, None where it can: "it rotates each token by ...".
         no_lora: why it cannot become a LoRA adapter, None where `to_lora` can make one.
         check_lora: (configuration, out_dir) raises ValueError, with the reason, where that cannot be.
+        lora_record: name of the file, JSON, that `to_lora` writes beside the LoRA adapter: its "source" is the edit's
+            configuration; the rest is for the template of the card, `lora.md` in the method's folder.
         to_lora: (model, out_dir, rank=) writes the active adapter as a LoRA adapter; the result has `rank`, `exact`,
             `notes`, `table()` and `to_dict()`.
         published: whether a folder holds what the method's published code writes.
@@ -57,6 +59,7 @@ class Method:
     no_lora: str | None = None
     check_lora: Callable[[Any, Path], None] | None = None
     to_lora: Callable[..., Any] | None = None
+    lora_record: str | None = None
     published: Callable[[Path], bool] | None = None
     convert: Callable[..., Any] | None = None
     published_files: str = ""

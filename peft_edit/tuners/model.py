@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..arguments import Argument, ArgumentError
+from ..models.fingerprint import fingerprint, is_at_hand
 from ..models.sites import find_sites, is_linear, layer_index, matches, out_features, target_modules, text_config
 from .block import BlockEditLayer, check_not_on_disk
 from .config import EditConfig
@@ -27,12 +28,15 @@ class EditModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     # The layer that edits the output of a module as its child.
     block_layer_cls: type[BlockEditLayer]
+    # What to do where PEFT's methods add weighted adapters: their sum is another edit than the edits together.
+    combined_by: ClassVar[str] = "activate several at once, or learn one adapter from all demonstrations"
 
     def _prepare_adapter_config(self, peft_config, model_config: dict):
         # Default sites depend on the structure of the model, which only `_prepare_model` is given.
         return peft_config
 
     def _prepare_model(self, peft_config: EditConfig, model: nn.Module) -> None:
+        _warn_of_another_model(peft_config, model)
         layers = peft_config.layers_to_transform
         if peft_config.target_modules is None:
             names = find_sites(model, peft_config.site, layers=layers).values()
@@ -195,6 +199,32 @@ class EditModel(BaseTuner):
             f"{errors[worst]:.3f} at {worst}."
         )
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: an edit is no sum of weights.
+
+        Raises:
+            TypeError: as PEFT's own methods raise it, with what to do instead.
+        """
+        raise TypeError(f"{type(self).__name__} does not support add_weighted_adapter: {self.combined_by}")
+
+    def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: an edit has no initial weights that the base model would have lost.
+
+        Raises:
+            TypeError: with what to do instead.
+        """
+        raise TypeError(
+            f"{type(self).__name__} does not support subtract_mutated_init: an edit leaves the weights of the base "
+            "model as they are, so save it without path_initial_model_for_weight_conversion"
+        )
+
+    def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
+        """Whether `peft.convert_to_lora` can make a LoRA adapter of this one, see that of the layers; None for the
+        active ones. `PeftModel.supports_lora_conversion` asks about those, whatever name it is given."""
+        names = self.active_adapters if adapter_name is None else [adapter_name]
+        layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        return all(layer.supports_lora_conversion(name) for layer in layers for name in names)
+
     def delete_adapter(self, adapter_name: str) -> None:
         was_active = adapter_name in self.active_adapters
         active = [name for name in self.active_adapters if name != adapter_name]
@@ -240,6 +270,23 @@ class EditModel(BaseTuner):
                 handle.remove()
             for layer in layers:
                 layer.row_adapters = None
+
+
+def _warn_of_another_model(config: EditConfig, model: nn.Module) -> None:
+    """Warn where an adapter is loaded onto another model than that from whose activations it was learnt.
+
+    Not an error: PEFT loads an adapter onto whatever it fits, and that may be meant. Weights that take time to read are
+    not looked at, see `is_at_hand`.
+    """
+    if config.base_model_fingerprint is None or not is_at_hand(model):
+        return
+    if (of_model := fingerprint(model)) != config.base_model_fingerprint:
+        warnings.warn(
+            f"this {config.method} adapter was learnt on another model than it is loaded onto (fingerprint "
+            f"{config.base_model_fingerprint}, this model has {of_model}), so that its edit means nothing here: load "
+            f"it onto its own base model{f', {name}' if (name := config.base_model_name_or_path) else ''}",
+            stacklevel=2,
+        )
 
 
 def _check_rows(adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -83,6 +83,9 @@ def save_into(config_cls: type[EditConfig], replaced: Callable[[Path], AbstractC
     def save_pretrained(self: PeftModel, save_directory: str, *args, **kwargs) -> None:
         given = signature(of_peft).bind(self, save_directory, *args, **kwargs).arguments
         edits = any(isinstance(config, config_cls) for config in self.peft_config.values())
+        if edits and given.get("path_initial_model_for_weight_conversion") is not None:
+            # PEFT refuses too, after it has written a configuration over the one in that folder.
+            self.base_model.subtract_mutated_init()
         # PEFT itself refuses a file, and writes nothing in other processes than the main one.
         if not edits or not given.get("is_main_process", True) or os.path.isfile(save_directory):
             of_peft(self, save_directory, *args, **kwargs)

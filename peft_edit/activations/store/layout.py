@@ -57,8 +57,11 @@ class Data(TypedDict, total=False):
     """The contrast set of a store."""
 
     name: str | None
+    subset: str | None
     split: str | None
+    files: list[str] | None
     rows: int
+    of_rows: int | None
 
 
 class Description(TypedDict, total=False):
@@ -68,6 +71,7 @@ class Description(TypedDict, total=False):
     data: Data | None
     neutral: str | None
     prompt_format: str | None
+    template_time: str | None
 
 
 class Manifest(Description):
@@ -75,7 +79,7 @@ class Manifest(Description):
 
     complete: bool
     sites: list[Site]
-    tokens: Literal["last", "mean", "random", "answer"]
+    tokens: Literal["last", "mean", "random", "answer", "all"]
     hidden_size: int
     dtype: str
     modules: dict[str, dict[str, str | None]]

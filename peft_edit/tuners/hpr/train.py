@@ -18,7 +18,7 @@ from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ...activations.store import ActivationStore, Store, open_pairs, open_store
-from ...adapters.match import check_retain, check_store, describe_data, find_adapter, replace_config
+from ...adapters.match import check_retain, check_store, describe_data, describe_retained, find_adapter, replace_config
 from ...adapters.save import replaced_adapters
 from ...arguments import Argument, ArgumentError
 from .arguments import HPRTrainingArguments
@@ -333,7 +333,7 @@ class HPRTrainer(Trainer):
         retain = self.train_dataset.retain
         if retain is None:
             return {}
-        return {"retain": {**describe_data(retain), "weight": self.args.retain_weight}}
+        return {"retain": {**describe_retained(retain), "weight": self.args.retain_weight}}
 
 
 def _check_best_metric(metric: str, stores: list[str]) -> None:

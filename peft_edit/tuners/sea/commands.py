@@ -81,6 +81,8 @@ def _print(fit) -> None:
         for f in fit.layers
     ]
     print(common.table(header, rows))
+    print("signature: sum of the singular values of the two mean activations, which tells layers apart (SEA)")
+    print("deviation: standard deviation of the rescale, the factor that gives an edited activation its norm back")
 
 
 COMMANDS = [fit_sea]

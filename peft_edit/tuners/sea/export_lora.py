@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ...adapters.card import with_marker
+from ...adapters.card import write_card
 from ...adapters.match import check_unmerged, find_config
 from ...adapters.save import adapter_folder, check_adapter_folder
 from ...arguments import Argument, ArgumentError, Note, parts_of
@@ -31,6 +31,8 @@ from .subspaces import change, low_rank
 
 # Written beside the adapter; a LoRA adapter without it is not ours to replace.
 RECORD = "sea_to_lora.json"
+# What vLLM takes for --max-lora-rank.
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class SiteExport:
         truncation_error: of the update, relative, in the Frobenius norm; 0 where rank is exact_rank.
         rescale_error: what leaving out the edit's rescaling costs: root mean square of the relative error, on the
             neutral demonstrations of the fit; 0 for rescale="none".
+        size: of the layer's weight, in elements.
     """
 
     site: str
@@ -53,6 +56,7 @@ class SiteExport:
     rank: int
     truncation_error: float
     rescale_error: float
+    size: int
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,20 @@ class LoRAExport:
     Attributes:
         adapter_name: the adapter that was exported.
         rank: r of the LoRA adapter, that of all layers; lower ones are padded with zeros.
+        max_lora_rank: the lowest of vLLM's `--max-lora-rank` that takes it; None above the highest.
         lora_bias: whether the adapter also changes biases.
         sites: one entry for each layer.
         notes: what a user of the export must know, the texts of the warnings.
+        source: the configuration of the adapter, as JSON values.
     """
 
     adapter_name: str
     rank: int
+    max_lora_rank: int | None
     lora_bias: bool
     sites: list[SiteExport]
     notes: list[str]
+    source: dict[str, Any]
 
     @property
     def exact(self) -> bool:
@@ -142,8 +150,6 @@ def sea_to_lora(
         )
     r = max(site.rank for site in sites)
     bias = any(b is not None for _, _, b in updates.values())
-    export = LoRAExport(adapter_name, r, bias, sites, _notes(config, sites, rank, bias))
-
     tensors = {}
     for site, (left, right, site_bias) in updates.items():
         name = f"base_model.model.{site}"
@@ -151,12 +157,14 @@ def sea_to_lora(
         tensors[f"{name}.lora_B.weight"] = nn.functional.pad(left, (0, r - left.shape[1]))
         if bias:
             tensors[f"{name}.lora_B.bias"] = left.new_zeros(len(left)) if site_bias is None else site_bias
+    notes = _notes(config, sites, rank, bias) + _notes_on_size(sites, r, sum(map(Tensor.numel, tensors.values())))
+    export = LoRAExport(adapter_name, r, served_rank(r), bias, sites, notes, _source(config))
     lora_config = _lora_config(model, config, export)
     with adapter_folder(out_dir, "LORA") as folder:
         lora_config.save_pretrained(folder)
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / RECORD).write_text(json.dumps(export.to_dict(), indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_card(lora_config, export), encoding="utf-8")
+        write_card(folder, lora_config)
     for note in export.notes:
         warnings.warn(note, stacklevel=2)
     return export
@@ -175,13 +183,13 @@ def check_exportable(config: PeftConfig) -> None:
         )
     elif config.rescale == "average":
         reason = (
-            "rescale='average' halves activations, which is no low-rank update; merge it, or use ",
+            "rescale='average' halves activations, which is no low-rank update; merge it, or fit with ",
             Argument("rescale", "none"),
         )
     elif config.projections == "positive":
         reason = (
             "projections='positive' removes all but the kept directions, which is no low-rank update; merge it, or "
-            "use ",
+            "fit with ",
             Argument("projections", "both"),
         )
     elif config.modules_to_save:
@@ -247,6 +255,7 @@ def _export_site(
         rank=min(exact_rank, rank or exact_rank),
         truncation_error=error,
         rescale_error=_rescale_error(layer, config),
+        size=weight.numel(),
     )
     left, right = left.float().contiguous(), right.float().contiguous()
     return site, (left, right, None if bias is None else bias.float())
@@ -289,7 +298,7 @@ def _notes(config: SEAConfig, sites: list[SiteExport], rank: int | None, bias: b
         error = f"relative error {_spread(sites, 'rescale_error')}, measured on the fit's neutral demonstrations"
         notes.append(
             Note(
-                f"the export leaves out the edit's rescale={config.rescale!r}: {error}; ",
+                f"the export leaves out the edit's rescale={config.rescale!r}: {error}; an adapter fitted with ",
                 *(Argument("rescale", "none"), " exports exactly"),
             )
         )
@@ -306,41 +315,45 @@ def _notes(config: SEAConfig, sites: list[SiteExport], rank: int | None, bias: b
     return notes
 
 
+def served_rank(rank: int) -> int | None:
+    """The lowest of vLLM's values of `--max-lora-rank` that takes a rank; None above the highest."""
+    return next((served for served in SERVED_RANKS if served >= rank), None)
+
+
+def _notes_on_size(sites: list[SiteExport], rank: int, elements: int) -> list[str]:
+    """What to say of an adapter that servers do not take, or that saves nothing.
+
+    Args:
+        sites: that are exported.
+        rank: of the adapter.
+        elements: of its tensors together.
+    """
+    notes = []
+    if served_rank(rank) is None:
+        highest = SERVED_RANKS[-1]
+        notes.append(
+            Note(
+                f"rank {rank} is above {highest}, the highest that vLLM takes: merge the edit, or truncate with ",
+                Argument("rank", highest),
+            )
+        )
+    if elements >= (edited := sum(site.size for site in sites)):
+        notes.append(
+            Note(
+                f"the LoRA adapter has {elements:,} elements, no fewer than the {edited:,} of the weights that it "
+                "edits: merge the edit, or truncate with a lower ",
+                Argument("rank"),
+            )
+        )
+    return notes
+
+
+def _source(config: SEAConfig) -> dict[str, Any]:
+    """A configuration as JSON values, which `adapters.exported` reads."""
+    return json.loads(json.dumps(config.to_dict(), default=sorted))
+
+
 def _spread(sites: list[SiteExport], name: str) -> str:
     errors = {site.site: getattr(site, name) for site in sites}
     worst = max(errors, key=errors.get)
     return f"{sum(errors.values()) / len(errors):.3g} on average, {errors[worst]:.3g} at {worst}"
-
-
-def _card(config: LoraConfig, export: LoRAExport) -> str:
-    base = config.base_model_name_or_path
-    # A folder of this machine is no model that others could find.
-    metadata = [f"base_model: {base}"] if base and not os.path.exists(base) else []
-    metadata += ["library_name: peft", "tags:", "- lora", "- activation-editing", "- sea"]
-    exact = "It has the same effect as the edit, up to rounding." if not export.notes else "What to know:"
-    return with_marker(
-        "\n".join(
-            [
-                "---",
-                *metadata,
-                "---",
-                "",
-                "# SEA edit as a LoRA adapter",
-                "",
-                "This LoRA adapter was not trained. It is a Spectral Editing of Activations (SEA, "
-                "[arXiv 2405.09719](https://arxiv.org/abs/2405.09719)) of the outputs of "
-                f"{len(export.sites)} linear layers, written as a low-rank update of their weights. {exact}",
-                "",
-                *(f"- {note[0].upper()}{note[1:]}." for note in export.notes),
-                "",
-                f"Rank and `lora_alpha` are {export.rank} in every layer (vLLM: `--max-lora-rank` of at least that).",
-                "",
-                "```python",
-                "from peft import AutoPeftModelForCausalLM",
-                "",
-                'model = AutoPeftModelForCausalLM.from_pretrained("this/folder")',
-                "```",
-                "",
-            ]
-        )
-    )

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...activations.store import ActivationStore, Store, open_store
-from ...adapters.match import check_retain, check_store, check_unmerged, describe_data, find_adapter, replace_config
+from ...adapters.match import (
+    check_retain,
+    check_store,
+    check_unmerged,
+    describe_data,
+    describe_retained,
+    find_adapter,
+    replace_config,
+)
 from ...arguments import ArgumentError, parts_of
 from ...processes import processes
 from .config import SEAConfig
@@ -144,7 +152,7 @@ def fit_sea(
         fitted_on={
             **describe_data(store),
             "demonstrations": len(store),
-            **({} if retain is None else {"retain": describe_data(retain)}),
+            **({} if retain is None else {"retain": describe_retained(retain)}),
         },
     )
     return SEAFit(adapter_name, len(store), fits)

@@ -10,7 +10,7 @@ from ...models.sites import by_layer, layer_index
 from ..method import Method
 from .config import FIT_SETTINGS, SEAConfig
 from .convert import convert_sea
-from .export_lora import check_lora, sea_to_lora
+from .export_lora import RECORD, check_lora, sea_to_lora
 from .layer import SEALayer
 from .model import SEAModel
 
@@ -50,6 +50,7 @@ METHOD = Method(
     card_layers=card_layers,
     check_lora=check_lora,
     to_lora=sea_to_lora,
+    lora_record=RECORD,
     published=holds_projections,
     convert=convert_sea,
     published_files="uu_positive.pt and uu_negative.pt",

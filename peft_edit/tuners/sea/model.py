@@ -49,6 +49,7 @@ class SEAModel(EditModel):
     prefix: str = "sea_"
     tuner_layer_cls = SEALayer
     block_layer_cls = SEABlock
+    combined_by = "peft_edit.combine_sea makes one adapter of several"
 
     def _create(
         self,
@@ -78,6 +79,6 @@ class SEAModel(EditModel):
         return Note(
             f"Merging adapter {adapter_name!r} replaces its rescale='token' by the mean rescale of each site: relative "
             f"error {mean:.3f} on average, {errors[worst]:.3f} at {worst}, measured on the fit's neutral "
-            "demonstrations. ",
-            *(Argument("rescale", "none"), " and 'mean' merge exactly."),
+            "demonstrations. Adapters that are fitted with ",
+            *(Argument("rescale", "none"), " or 'mean' merge exactly."),
         )
