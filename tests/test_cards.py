@@ -224,12 +224,12 @@ def test_the_metadata_claims_no_data_set_of_the_hub_for_what_an_adapter_was_fitt
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("[]", r"must be what peft-edit evaluate .*\(it must be an object, got \[\]\)"),
-        ('{"adapter": null}', r"must be what peft-edit .*\(no measure\)"),
-        ('{"mc1": 0.5}', r"must be what peft-edit .*\(no adapter\)"),
-        ('{"adapter": 5, "mc1": 0.5}', r"must be what peft-edit .*\(adapter must be text or null, got 5\)"),
-        ('{"adapter": null, "mc1": 0.5, "strength": "2"}', r"must be what peft-edit .*\(strength must be a number"),
-        ('{"adapter": null, "mc1": 0.5, "data": {"name": 5}}', r"must be what peft-edit .*\(data\.name must be text"),
+        ("[]", r"must be what peft-edit evaluate --json wrote, with mc1 or mc2 or perplexity"),
+        ('{"adapter": null}', r"must be what peft-edit evaluate --json wrote, with mc1"),
+        ('{"mc1": 0.5}', r"has version None of the results, this release reads 1"),
+        (json.dumps(results(adapters=5)), r"is damaged \(adapters must be a list, got 5\)"),
+        (json.dumps(results(strength="2")), r"is damaged \(strength must be a number, got '2'\)"),
+        (json.dumps(results(data={"name": 5})), r"is damaged \(data\.name must be text or null, got 5\)"),
         ("{", "is no JSON"),
     ],
 )

@@ -110,7 +110,7 @@ def test_rows_are_gathered_over_shards(tmp_path, shard_rows):
     opened = ActivationStore(tmp_path)
     assert (len(opened), opened.layers, opened.questions().tolist()) == (4, [1, 4], [7, 7, 9, 9])
     assert torch.equal(opened.pairs(), pairs) and opened.pairs().dtype == torch.int64
-    assert "4 pairs" in repr(opened)
+    assert "4 token pairs" in repr(opened)
     for layer in (1, 4):
         assert torch.equal(opened.answer_tokens(layer), rows[layer])
         assert torch.equal(opened.negative(layer), rows[layer][pairs[:, 0]])

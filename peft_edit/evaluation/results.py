@@ -21,11 +21,10 @@ import hashlib
 import json
 import os
 import platform
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import peft
 import tokenizers
@@ -38,7 +37,7 @@ from transformers import PreTrainedTokenizerBase
 from ..arguments import Argument, ArgumentError
 from ..data.prompts import PromptOptions, prompt_record
 from ..data.source import rows_digest, source_of
-from ..json_files import read_json
+from ..json_files import mismatch, read_json
 from ..models.fingerprint import active_adapters, adapter_record, fingerprint, tensors_of
 from ..models.sites import unwrap
 from ..version import __version__
@@ -62,6 +61,71 @@ REMEDIES = {
     "texts": "take the perplexity of the same texts",
 }
 _AGAIN = "evaluate again with this release of peft_edit"
+
+
+class OfModel(TypedDict, total=False):
+    """What results say of the base model."""
+
+    name: str | None
+    fingerprint: str | None
+
+
+class OfAdapter(TypedDict):
+    """What results say of an adapter."""
+
+    name: str
+    method: str
+    config: str
+    weights: str
+
+
+class OfRows(TypedDict):
+    """Which rows results are of."""
+
+    digest: str
+
+
+class OfSource(OfRows, total=False):
+    """What results say of the data."""
+
+    name: str | None
+    subset: str | None
+    split: str | None
+    files: list[str] | None
+    rows: int | None
+    of_rows: int | None
+
+
+class OfPrompts(TypedDict):
+    """What results say of the prompts, beside what is compared and never used."""
+
+    format: str
+
+
+class OfQuestion(TypedDict):
+    """What results say of a question, beside its scores."""
+
+    id: int
+
+
+class Measures(TypedDict, total=False):
+    """What was measured."""
+
+    mc1: float
+    mc2: float
+    perplexity: float
+    texts: OfRows | None
+
+
+class Recorded(Measures):
+    """What reading needs of results."""
+
+    model: OfModel
+    adapters: list[OfAdapter]
+    strength: float
+    data: OfSource
+    prompts: OfPrompts
+    questions: list[OfQuestion]
 
 
 @dataclass(frozen=True)
@@ -168,7 +232,7 @@ def read_results(results: Mapping[str, Any] | str | os.PathLike) -> Results:
     where = "results" if isinstance(results, Mapping) else str(results)
     if not isinstance(results, Mapping):
         results = read_json(Path(results), Any, "no JSON", "pass what peft-edit evaluate --json wrote")
-    given = results if isinstance(results, Mapping) else {}
+    given = dict(results) if isinstance(results, Mapping) else {}
     measures = {name: given[name] for name in MEASURES if name in given}
     if not measures:
         raise ValueError(f"{where} must be what peft-edit evaluate --json wrote, with {' or '.join(MEASURES)}")
@@ -177,9 +241,8 @@ def read_results(results: Mapping[str, Any] | str | os.PathLike) -> Results:
             f"{where} has version {given.get('version')!r} of the results, this release reads {VERSION}, which records "
             f"what they follow from: {_AGAIN}"
         )
-    for name, fits, allowed in _schema(given, measures):
-        if not fits:
-            raise ValueError(f"{where} is damaged: {name} must be {allowed}, got {_short(given.get(name))}: {_AGAIN}")
+    if problem := mismatch(given, Recorded):
+        raise ValueError(f"{where} is damaged ({problem}): {_AGAIN}")
     return Results(
         where=where,
         model={**dict.fromkeys(OF_MODEL), **given["model"]},
@@ -189,54 +252,6 @@ def read_results(results: Mapping[str, Any] | str | os.PathLike) -> Results:
         ids=[question["id"] for question in given["questions"]],
         measures=measures,
     )
-
-
-def _schema(given: Mapping[str, Any], measures: Mapping[str, Any]) -> list[tuple[str, bool, str]]:
-    """Name of each key, whether its value is as it must be, and that in words."""
-    texts, model, data = given.get("texts"), given.get("model"), given.get("data")
-    numbers = [("strength", given.get("strength")), *measures.items()]
-    return [
-        ("model", _has(model, str, "fingerprint", "name", optional=True), "an object with name and fingerprint"),
-        (
-            "adapters",
-            isinstance(given.get("adapters"), list)
-            and all(_has(adapter, str, "name", "method", "config", "weights") for adapter in given["adapters"]),
-            "a list of objects with name, method, config and weights",
-        ),
-        (
-            "data",
-            _has(data, str, "digest")
-            and _has(data, str, "name", "subset", "split", optional=True)
-            and _has(data, int, "rows", "of_rows", optional=True)
-            and (data.get("files") is None or _are(data["files"], str)),
-            "an object with name, subset, split, files, rows, of_rows and digest",
-        ),
-        ("prompts", _has(given.get("prompts"), str, "format"), "an object with format"),
-        ("texts", texts is None or _has(texts, str, "digest"), "an object with digest, or null"),
-        (
-            "questions",
-            isinstance(given.get("questions"), list) and all(_has(q, int, "id") for q in given["questions"]),
-            "a list of objects with id",
-        ),
-        *((name, _is_number(value), "a finite number") for name, value in numbers),
-    ]
-
-
-def _has(value: Any, kind: type, *names: str, optional: bool = False) -> bool:
-    """Whether a value is an object whose values of these names are of a type; `optional` ones may be null, or
-    missing."""
-    if not isinstance(value, Mapping):
-        return False
-    found = (value.get(name) for name in names)
-    return all((optional and item is None) or (isinstance(item, kind) and not isinstance(item, bool)) for item in found)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _are(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 def check_comparable(results: Sequence[Results]) -> None:

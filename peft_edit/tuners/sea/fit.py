@@ -187,9 +187,8 @@ def _fit_site(
         retained=retained,
     )
     bases = fitted.positive.basis, fitted.negative.basis
-    statistics = site_statistics(neutral, *bases, config, scale)
-    left_alone = [neutral] if retain is None else _text_rows(retain, index, fit_device)
-    statistics["change"] = relative_change(left_alone, *bases, config, scale, statistics["mean_rescale"])
+    left_alone = None if retain is None else _text_rows(retain, index, fit_device)
+    statistics = site_statistics(neutral, *bases, config, scale, left_alone)
     site_fit = SiteFit(
         layer=index,
         site=layer.site,
@@ -255,7 +254,12 @@ def relative_change(
 
 
 def site_statistics(
-    neutral: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor, config: SEAConfig, scale: float = 1.0
+    neutral: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    config: SEAConfig,
+    scale: float = 1.0,
+    left_alone: Iterable[Tensor] | None = None,
 ) -> dict[str, float]:
     """What the configuration records of a site, see `RECORDED`.
 
@@ -264,6 +268,7 @@ def site_statistics(
         positive, negative: (k+, d) and (k-, d), the factors.
         config: of the edit.
         scale: divisor before the feature map.
+        left_alone: activations of the retain set, (r, d) each, float64; None for the neutral ones.
     """
     edited = edit(
         neutral,
@@ -284,8 +289,9 @@ def site_statistics(
         ratio.relative_error,
         ratio.unscaled_error,
         config.statistics_strength,
+        relative_change(left_alone or [neutral], positive, negative, config, scale, ratio.mean),
     )
-    return dict(zip(RECORDED, values, strict=False))
+    return dict(zip(RECORDED, values, strict=True))
 
 
 def _device(layer: SEALayer) -> torch.device:
