@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..arguments import Argument, ArgumentError
+from ..models.dtypes import dtype_name, is_quantised
 from ..models.fingerprint import fingerprint
 from ..models.load import check_local
 from .hub_errors import plain_errors
@@ -58,6 +59,11 @@ def load_adapter(model: PreTrainedModel, adapter: str, allow_fingerprint_mismatc
         weights = load_peft_weights(folder, device="cpu")
     except SafetensorError as error:
         raise ValueError(f"the tensors of {adapter} are damaged ({error}): save the adapter again") from error
+    if bad := [name for name, tensor in weights.items() if is_quantised(tensor.dtype)]:
+        raise ValueError(
+            f"{bad[0]} of {adapter} is of {dtype_name(weights[bad[0]].dtype)}, in which nothing can be computed: save "
+            "the adapter in float32, float16 or bfloat16"
+        )
     try:
         adapted = PeftModel.from_pretrained(model, folder)
     except RuntimeError as error:  # torch's collected errors of load_state_dict, a headline before them
