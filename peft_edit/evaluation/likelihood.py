@@ -20,18 +20,19 @@ from ..models.run import (
     prompt_cache,
     select_rows,
 )
-from ..models.sites import unwrap
+from ..models.sites import runnable, unwrap
 
 
 def answer_log_likelihoods(
     model: nn.Module, questions: list[list[EncodedAnswer]], *, batch_size: int = 16
 ) -> list[list[float]]:
     """Log-likelihood in nats of each answer given its prompt, summed over the answer's tokens."""
-    bare = unwrap(model)
+    model, bare = runnable(model), unwrap(model)
     check_length(bare, max(len(answer.input_ids) for answers in questions for answer in answers))
     scores: list[list[float]] = [[] for _ in questions]
     with inference(model), tqdm(total=len(questions), desc="evaluating", unit="question", leave=None) as progress:
-        share = can_share_prompts(bare)
+        # DataParallel splits tensors between devices, and no caches.
+        share = can_share_prompts(bare) and not any(isinstance(m, nn.DataParallel) for m in model.modules())
         for group in _groups(questions, batch_size):
             answers = [answer for i in group for answer in questions[i]]
             owners = [place for place, i in enumerate(group) for _ in questions[i]]

@@ -17,7 +17,7 @@ from ..models.run import (
     input_device,
     pad,
 )
-from ..models.sites import unwrap
+from ..models.sites import runnable, unwrap
 from ..tuners.layer import check_independent_of_padding
 
 
@@ -28,7 +28,7 @@ def perplexity(
     check_independent_of_padding(model)
     if batch_size < 1:
         raise ArgumentError(Argument("batch_size"), f" must be at least 1, got {batch_size}")
-    bare = unwrap(model)
+    model, bare = runnable(model), unwrap(model)
     texts = list(texts)
     encoded = tokenizer(texts)["input_ids"] if texts else []
     encoded = sorted((ids for ids in encoded if len(ids) > 1), key=len)
