@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.generation import CompileConfig
 
 from peft_edit import HPRConfig, SEAConfig, edit_strength
+from peft_edit.tuners.frozen import FrozenWeight
 
 
 SEA, HPR = (functools.partial(config, init_weights=False) for config in (SEAConfig, HPRConfig))
@@ -146,3 +147,47 @@ def test_changes_after_compiling_are_followed(edit):
     before = len(graphs)
     check(adapter_names=["default", "other"])
     assert len(graphs) == before and not counters["graph_break"]
+
+
+FROZEN = [edit for edit in GENERAL if all(not p.requires_grad for p in edited_model(edit).parameters())]
+
+
+@pytest.mark.parametrize(
+    "edit, full, value", [*((e, True, v) for e in FROZEN for v in ("nan", "meta")), (FROZEN[0], False, "nan")]
+)
+def test_a_weight_that_was_never_loaded_is_noticed_while_compiling(edit, full, value):
+    """And not a silent NaN of the graph."""
+    model, (backend, _) = edited_model(edit), counting_backend()
+    weights = [module for module in model.modules() if isinstance(module, FrozenWeight)]
+    assert weights and not any(weight.checked for weight in weights)
+    empty = torch.empty_like(weights[0].weight, device="meta" if value == "meta" else None)
+    weights[0].weight = torch.nn.Parameter(empty if value == "meta" else empty.fill_(torch.nan), requires_grad=False)
+    compiled = torch.compile(model, backend=backend, fullgraph=full)
+    with pytest.raises((RuntimeError, ValueError), match=f"{weights[0].label} was not loaded") as error:
+        logits(compiled)
+    assert full or isinstance(error.value, ValueError)  # the very error of eager mode
+
+
+@pytest.mark.parametrize("edit", FROZEN)
+def test_a_weight_that_comes_later_is_looked_at_too(edit):
+    model, (backend, graphs) = edited_model(edit), counting_backend()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    torch.testing.assert_close(logits(compiled), logits(model))
+    weights = {name: module for name, module in model.named_modules() if isinstance(module, FrozenWeight)}
+    assert all(weight.checked for weight in weights.values()) and len(graphs) == 1
+    name, weight = next(iter(weights.items()))
+    parent, _, child = name.rpartition(".")
+    broken = type(weight)(torch.full_like(weight.weight, torch.nan), weight.label)
+    model.get_submodule(parent)[child] = broken
+    with pytest.raises(RuntimeError, match=f"{weight.label} was not loaded"):
+        logits(compiled)
+
+
+@pytest.mark.parametrize("edit", FROZEN)
+def test_an_export_needs_weights_that_were_looked_at(edit):
+    model, ids = edited_model(edit).get_base_model(), token_ids()
+    with pytest.raises(ValueError, match="was not looked at yet: call the model once before it is exported"):
+        torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, strict=False)
+    expected = logits(model, ids)
+    exported = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, strict=False)
+    torch.testing.assert_close(exported.module()(input_ids=ids, use_cache=False).logits, expected)

@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from stores import write_pair_store
 from test_training import (
     BAD_MODELS,
     BAD_STORES,
@@ -24,7 +25,7 @@ from test_training import (
     weights,
     write_store,
 )
-from tiny import FAMILIES, tiny_model, token_ids, vivid_model
+from tiny import FAMILIES, LargestNew, tiny_model, token_ids, vivid_model
 
 from peft_edit import HPRConfig, SEAConfig, fingerprint, select_layers
 from peft_edit.models.sites import find_sites, unwrap
@@ -102,6 +103,27 @@ def test_accuracy_is_the_share_of_right_decisions(store, monkeypatch, chunk):
     expected = brute_force(store, model)
     assert found.accuracy == pytest.approx(expected, abs=1e-12) and len(set(expected.values())) == 3
     assert found.selected == [max(expected, key=expected.get)] and found.adapter_name == "default"
+
+
+@pytest.mark.parametrize("shard_rows", [None, [150, 7, 143]])
+def test_a_layer_is_read_in_chunks(tmp_path, monkeypatch, shard_rows):
+    """So that a store of any size takes little memory."""
+    generator = torch.Generator().manual_seed(0)
+    rows = {i: torch.randn(300, 32, generator=generator) for i in range(3)}
+    modules = {str(i): f"model.layers.{i}" for i in range(3)}
+    pairs = torch.arange(300).view(2, 150).T
+    store = write_pair_store(tmp_path, rows, pairs, modules=modules, shard_rows=shard_rows)
+    model = get_peft_model(tiny_model(), HPRConfig(init_weights=False))
+    expected = select_layers(model, store, top_k=1).accuracy
+    assert torch.equal(torch.cat(list(store.answer_chunks(1, 10))), rows[1])
+    assert max(map(len, store.answer_chunks(1, 10))) == 10
+    monkeypatch.setattr(selection, "CHUNK_ROWS", 10)
+    with LargestNew(model) as new:
+        assert select_layers(model, store, top_k=1).accuracy == expected
+    assert new.largest < 2 * 300 <= rows[0].numel() / 2
+    chunk = next(store.answer_chunks(0, 10))
+    chunk.zero_()  # a caller's own
+    assert torch.equal(next(store.answer_chunks(0, 10)), rows[0][:10])
 
 
 def test_it_is_the_accuracy_that_the_training_reports(tmp_path, store):

@@ -318,10 +318,11 @@ def test_nothing_matches(llama, target_modules):
 
 
 def test_nothing_left_of_the_matches(llama):
-    with pytest.raises(NoMatchingPeftModuleError, match=r"layers_to_transform': \[7\]") as error:
+    match = r"^no module of LlamaForCausalLM matches target_modules=.'down_proj'. and layers_to_transform=.7."
+    with pytest.raises(NoMatchingPeftModuleError, match=match) as error:
         get_peft_model(llama, SEAConfig(target_modules=["down_proj"], layers_to_transform=7))
     assert one_line(error)
-    with pytest.raises(NoMatchingPeftModuleError) as error:
+    with pytest.raises(NoMatchingPeftModuleError, match=r"exclude_modules=.'down_proj'.: pass names as in") as error:
         get_peft_model(tiny_model(), SEAConfig(exclude_modules=["down_proj"]))
     assert one_line(error)
 

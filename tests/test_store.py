@@ -177,7 +177,10 @@ BAD_TENSORS = {
     ),
     "another width": ({"positive": {0: torch.ones(5, 4), 2: torch.ones(5, 3)}}, r"got positive\[2\] of shape \(5, 3\)"),
     "not a matrix": ({sign: {0: torch.ones(4)} for sign in SIGNS}, r"got positive\[0\] of shape \(4,\)"),
-    "integers": ({sign: {0: torch.ones(5, 4).long()} for sign in SIGNS}, r"floating dtype, got positive\[0\] of .*int"),
+    "integers": (
+        {sign: {0: torch.ones(5, 4).long()} for sign in SIGNS},
+        r"one of float64, .* got positive\[0\] of int64",
+    ),
     "dtypes differ": ({"negative": {0: torch.ones(5, 4), 2: torch.ones(5, 4).half()}}, r"negative\[2\] of .*float16"),
     "unknown site": ({"site": "attention"}, "site must be one of 'mlp', 'block', got 'attention'"),
     "unknown tokens": ({"tokens": "first"}, "tokens must be one of 'last', 'mean', 'random', got 'first'"),

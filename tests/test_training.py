@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -496,6 +497,10 @@ def test_accumulated_gradients_equal_those_of_one_batch(tmp_path, store):
     "changes",
     [
         {"bf16": True},
+        {"bf16_full_eval": True, "fp16": False},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"auto_find_batch_size": True, "use_cache": True, "eval_accumulation_steps": 1},
+        {"train_sampling_strategy": "sequential"},
         {"optim": "sgd", "learning_rate": 0.5},
         {"optim": "adafactor"},
         {"optim": "adamw_torch", "lr_scheduler_type": "constant_with_warmup"},
@@ -970,6 +975,50 @@ def test_arguments_that_do_not_suit_are_refused(tmp_path, store):
         "eval_dataset",
         "eval_strategy='no'",
     )
+
+
+UNSUITED = {
+    "label_smoothing_factor": 0.1,
+    "neftune_noise_alpha": 5.0,
+    "gradient_checkpointing": True,
+    "activation_checkpointing": True,
+    "use_liger_kernel": True,
+    "train_sampling_strategy": "group_by_length",
+    "group_by_length": True,
+    "include_num_input_tokens_seen": "all",
+    "batch_eval_metrics": True,
+    "eval_do_concat_batches": False,
+    "optim_target_modules": "all-linear",
+    "deepspeed": {"zero_optimization": {"stage": 2}},
+    "fsdp": "full_shard",
+    "include_for_metrics": ["inputs"],
+    "remove_unused_columns": True,
+}
+# Versions of Transformers differ in what they have.
+UNSUITED = {name: UNSUITED[name] for name in UNSUITED if name in signature(HPRTrainingArguments).parameters}
+
+
+@pytest.mark.parametrize("name", UNSUITED)
+def test_options_without_a_meaning_here_are_one_line_each(tmp_path, store, name):
+    value = UNSUITED[name]
+    one_line_error(
+        lambda: arguments(tmp_path / "run", **{name: value}),
+        f"{name}={value!r} has no meaning for HPR: ",
+        "leave it out",
+    )
+    later = arguments(tmp_path / "run", eval_strategy="no")
+    setattr(later, name, value)
+    one_line_error(lambda: HPRTrainer(adapted(), later, train_dataset=store), f"{name}={value!r}")
+
+
+def test_the_best_needs_what_decides(tmp_path, store, held_out):
+    one_line_error(
+        lambda: arguments(tmp_path / "run", prediction_loss_only=True),
+        "prediction_loss_only=True leaves out 'probe_accuracy'",
+        "metric_for_best_model='loss'",
+    )
+    changes = {"prediction_loss_only": True, "metric_for_best_model": "loss", "num_train_epochs": 1}
+    trained(adapted(), tmp_path / "run", store, held_out, **changes)
 
 
 @pytest.mark.parametrize("place", ["train", "eval"])

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..arguments import Argument, ArgumentError
+from ..models.dtypes import as_written
 from ..tuners.block import BlockEditLayer
 from ..tuners.layer import EditLayer
 
@@ -67,7 +68,8 @@ class Recorder:
         if self.mean:
             h = h.to(torch.promote_types(h.dtype, torch.float32))
             weights = kept.to(h.dtype) / kept.sum(dim=1, keepdim=True)
-            self._rows[name] = torch.einsum("bs,bsd->bd", weights, h)
+            with as_written(h):
+                self._rows[name] = torch.einsum("bs,bsd->bd", weights, h)
         else:
             self._rows[name] = h[kept]
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..data.names import is_hub_id
+from ..models.sites import without_wrappers
 from ..tuners.config import EditConfig
 from ..tuners.method import names
 from .card import README, GivenResults, for_repository, has_own_readme, index_card, is_generated, model_card, write_card
@@ -58,6 +59,9 @@ def push_to_hub(
     Raises:
         See `push_folder`.
     """
+    model = without_wrappers(model)
+    if not getattr(model, "peft_config", None):
+        raise ValueError(f"{type(model).__name__} has no adapter to upload: add or load one")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         if base_model is not None or results:

@@ -14,7 +14,7 @@ from ..activations.store import ActivationStore
 from ..arguments import Argument, ArgumentError
 from ..data.names import data_name
 from ..models.fingerprint import fingerprint
-from ..models.sites import layer_index
+from ..models.sites import layer_index, without_wrappers
 from ..tuners.layer import EditLayer, edit_layers
 from ..tuners.method import methods
 
@@ -39,6 +39,7 @@ def find_config(model: nn.Module, adapter_name: str | None, config_cls: type[Con
     Raises:
         ValueError: there is no such adapter, or it is of another method.
     """
+    model = without_wrappers(model)
     configs = getattr(model, "peft_config", {})
     if adapter_name is None:
         active = getattr(model, "active_adapters", [])
@@ -99,11 +100,12 @@ def replace_config(model: nn.Module, adapter_name: str, **changes: Any) -> PeftC
         adapter_name: of the adapter.
         changes: field to value.
     """
+    model = without_wrappers(model)
     config = replace(model.peft_config[adapter_name], **changes)
     model.peft_config[adapter_name] = config
     for layer in edit_layers(model):
         if layer.has_adapter(adapter_name):
-            layer.configs[adapter_name] = config
+            layer.set_config(adapter_name, config)
     return config
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..arguments import Argument, ArgumentError, one_line
 from ..json_files import read_json
+from ..models.dtypes import dtype_name, is_quantised
 from ..models.fingerprint import fingerprint
 from ..models.load import check_local
 from .hub_errors import plain_errors
@@ -114,6 +115,11 @@ def read_weights(folder: str, adapter: str) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"the tensors of {adapter} are damaged ({error}): save the adapter again") from error
     for name, tensor in weights.items():
+        if tensor.is_floating_point() and is_quantised(tensor.dtype):
+            raise ValueError(
+                f"{name} of {adapter} is of {dtype_name(tensor.dtype)}, in which nothing can be computed: save the "
+                "adapter in float32, float16 or bfloat16"
+            )
         if not tensor.is_floating_point():
             raise ValueError(f"{name} of {adapter} has values of {tensor.dtype}, which are no weights: save it again")
         if not tensor.isfinite().all():

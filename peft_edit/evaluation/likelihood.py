@@ -23,7 +23,7 @@ from ..models.run import (
     prompt_cache,
     select_rows,
 )
-from ..models.sites import unwrap
+from ..models.sites import runnable, unwrap
 
 
 def answer_log_likelihoods(
@@ -45,14 +45,16 @@ def answer_log_likelihoods(
         ValueError: the model is of another kind, a sequence is longer than it takes, or has an id without an embedding.
     """
     check_language_model(model)
-    bare = unwrap(model)
+    model, bare = runnable(model), unwrap(model)
     for row_id, answers in zip(range(len(questions)) if row_ids is None else row_ids, questions, strict=True):
         check_vocabulary(bare, (answer.input_ids for answer in answers), f"row {row_id}")
     check_length(bare, max(len(answer.input_ids) for answers in questions for answer in answers))
     scores: list[list[float]] = [[] for _ in questions]
     total = sum(map(_tokens, questions))
     with inference(model), tqdm(total=total, desc="evaluating", leave=None, **TOKEN_BAR) as bar:
-        share, progress = can_share_prompts(bare), TokenProgress(bare, bar)
+        # DataParallel splits tensors between devices, and no caches.
+        share = can_share_prompts(bare) and not any(isinstance(m, nn.DataParallel) for m in model.modules())
+        progress = TokenProgress(bare, bar)
         for group in _groups(questions, batch_size):
             answers = [answer for i in group for answer in questions[i]]
             owners = [place for place, i in enumerate(group) for _ in questions[i]]

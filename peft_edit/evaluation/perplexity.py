@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..arguments import Argument, ArgumentError
 from ..models.kind import check_language_model, check_vocabulary
 from ..models.run import TOKEN_BAR, TokenProgress, check_length, inference, input_device, pad
-from ..models.sites import unwrap
+from ..models.sites import runnable, unwrap
 from ..tuners.layer import check_independent_of_padding
 
 
@@ -30,7 +30,7 @@ def perplexity(
     check_independent_of_padding(model)
     if batch_size < 1:
         raise ArgumentError(Argument("batch_size"), f" must be at least 1, got {batch_size}")
-    bare = unwrap(model)
+    model, bare = runnable(model), unwrap(model)
     texts = list(texts)
     encoded = tokenizer(texts)["input_ids"] if texts else []
     for place, ids in enumerate(encoded):

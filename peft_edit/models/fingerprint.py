@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, MergeModulelist
 
 from .checkpoint import Source, find_sources, find_weights
-from .sites import decoder_blocks, text_config, unwrap
+from .sites import decoder_blocks, text_config, unwrap, without_wrappers
 
 
 SAMPLES_PER_TENSOR = 16
@@ -100,6 +100,7 @@ def adapters_fingerprint(model: nn.Module) -> str | None:
     names = active_adapters(model)
     if not names:
         return None
+    model = without_wrappers(model)
     factors = {getattr(module, "strength_factor", 1.0) for module in model.modules()}
     configs = [
         {key: value for key, value in model.peft_config[name].to_dict().items() if key not in ORIGIN_FIELDS}

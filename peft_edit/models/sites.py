@@ -9,7 +9,7 @@ import operator
 import re
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
-from typing import Literal, SupportsIndex, TypeVar
+from typing import Literal, SupportsIndex, TypeVar, get_args
 
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..arguments import Argument, ArgumentError
+from ..arguments import Argument, ArgumentError, check_choice
 
 
 T = TypeVar("T")
@@ -67,15 +67,32 @@ def unwrap(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the adapter is one of prompt learning, which lives in the `PeftModel` and not in the model.
     """
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    model = without_wrappers(model)
     if not isinstance(model, PeftModel):
         return model
-    if model.active_peft_config.is_prompt_learning:
+    if not model.peft_config:  # all adapters were deleted, of which PEFT asks one
+        return without_wrappers(model.base_model.model)
+    config = model.active_peft_config
+    if config.is_prompt_learning:
         raise ValueError(
-            f"an adapter of prompt learning ({model.active_peft_config.peft_type.value}) puts virtual tokens before "
-            "the prompts, which cannot be followed here: pass the base model, or another adapter"
+            f"an adapter of prompt learning ({config.peft_type.value}) puts virtual tokens before the prompts, which "
+            "cannot be followed here: pass the base model, or another adapter"
         )
-    return model.get_base_model()
+    return without_wrappers(model.get_base_model())
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The model, or the `PeftModel` around it, without what compiled it or spread it over devices, in any order."""
+    while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
+        model = inner
+    return model
+
+
+def runnable(model: nn.Module) -> nn.Module:
+    """What to call for a forward pass: the model as it is given, but the one inside a `PeftModel` whose adapters were
+    all deleted, which PEFT cannot run."""
+    inner = without_wrappers(model)
+    return unwrap(model) if isinstance(inner, PeftModel) and not inner.peft_config else model
 
 
 def text_config(model: nn.Module):
@@ -193,8 +210,11 @@ def find_sites(
             PEFT.
 
     Raises:
-        ValueError: no or several modules of a block match, or a layer that the model does not have.
+        ValueError: no or several modules of a block match, a layer that the model does not have, or an unknown site.
     """
+    check_choice("site", site, get_args(Site))
+    check_names("target_modules", target_modules)
+    check_names("exclude_modules", exclude_modules)
     model = unwrap(model)
     wanted = normalise_layers(layers)
     if target_modules is not None:

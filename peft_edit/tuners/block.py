@@ -39,7 +39,7 @@ class BlockEditLayer(EditLayer):
         any removes itself from its block."""
         for part in self.adapter_layer_names:
             del getattr(self, part)[adapter_name]
-        del self.configs[adapter_name]
+        self.configs.pop(adapter_name).sites_in_use.discard(self.site)
         if not self.configs:
             self.detach()
             block = self.get_base_layer()

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypedDict
 
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ..arguments import Argument, ArgumentError, check_options, check_value, hints_of
+from ..arguments import Argument, ArgumentError, check_options
 from ..files import give_usual_permissions
 from ..json_files import mismatch
 from ..models.sites import LayerIndices, check_names, normalise_layers
@@ -81,10 +81,16 @@ class EditConfig(PeftConfig):
     Attributes:
         method: name of the method, in upper case; each configuration class has one.
         site: "mlp" or "block": whose outputs are edited where there are no `target_modules`.
+        fixed: names of the fields that the modules of an adapter follow from, so that they cannot change later.
+        sites_in_use: names of the modules that adapters with this very object edit.
     """
 
     method: ClassVar[str]
     site: ClassVar[str] = "block"
+    # Fields that the modules of an adapter follow from.
+    fixed: ClassVar[tuple[str, ...]] = (
+        *("site", "target_modules", "exclude_modules", "layers_to_transform", "init_weights"),
+    )
     # Writes the model card beside an adapter that is saved, see `registration.write_cards_with`.
     card_writer: ClassVar[Callable[[Path, EditConfig], object] | None] = None
 
@@ -127,15 +133,40 @@ class EditConfig(PeftConfig):
         names = self.modules_to_save
         if mismatch(list(names) if isinstance(names, (tuple, set)) else names, list[str] | None):
             raise ArgumentError(Argument("modules_to_save"), f" must be a list of names, or None, got {names!r}")
-        of_peft = {field.name for field in fields(PeftConfig)}
-        check_options(self, tuple(field.name for field in fields(self) if field.name not in of_peft))
-        self._is_checked = True
+        check_options(self, tuple(field.name for field in fields(self) if field.name in self._own_fields()))
+        self.check_fields()
+        # The modules that an adapter with this configuration edits, once it is in a model.
+        self.sites_in_use: set[str] = set()
+
+    def check_fields(self) -> None:
+        """Check, and bring into their form, the fields that a method adds. Those that are a choice or a number are
+        checked as they are declared by then."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Check values that are set later as those that are given: gate and strength may be changed at run time."""
-        if "_is_checked" in self.__dict__ and name in (own := {field.name: field for field in fields(self)}):
-            check_value(name, value, hints_of(type(self))[name], own[name].metadata)
+        """Check values that are set later as those that are given, together with the others: gate and strength may be
+        changed at run time."""
+        if "sites_in_use" in self.__dict__ and name in self._own_fields():
+            value = getattr(replace(self, **{name: value}), name)
+            if value != getattr(self, name):
+                self.check_change(name, value)
         super().__setattr__(name, value)
+
+    @classmethod
+    def _own_fields(cls) -> set[str]:
+        return {field.name for field in fields(cls)} - {field.name for field in fields(PeftConfig)}
+
+    def check_change(self, name: str, value: Any) -> None:
+        """Raise ArgumentError where a field cannot become another value any more.
+
+        Args:
+            name: of the field.
+            value: checked.
+        """
+        if name in self.fixed and self.sites_in_use:
+            raise ArgumentError(
+                *(Argument(name), f" is {getattr(self, name)!r} for the modules that the adapter has in a model: add "),
+                *("another adapter with ", Argument(name, value)),
+            )
 
     def check_written(self, name: str, declared: Any) -> None:
         """Raise ArgumentError unless a field that a fit or a training writes is of a type, see `mismatch`."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from ..models.dtypes import dtype_name, is_quantised
 
 
 # Addresses at which PyTorch allocates on the CPU are multiples of this.
@@ -51,14 +54,24 @@ class FrozenWeight(nn.Module):
         super().register_parameter(name, param)
 
     def check(self) -> None:
-        """Raise ValueError, naming the site, for a weight that is missing or damaged. Looks once."""
-        if torch.compiler.is_compiling():
-            return
+        """Raise ValueError, naming the site, for a weight that is missing or damaged. Looks once, and in a graph that
+        is compiled while it is made."""
+        problem = self._look()
+        # Read after the look: a graph then holds for weights that were looked at, and is made anew for others.
+        if not self.checked and problem:
+            raise ValueError(problem)
+
+    @torch.compiler.assume_constant_result
+    def _look(self) -> str | None:
+        """What is wrong with the weight, or None. Runs on the weight itself also where `check` is traced."""
         offloaded = self.weight.is_meta and hasattr(self, "_hf_hook")  # as it is between two uses
-        if not self.checked and not offloaded:
-            if problem := self.problem(self.weight):
-                raise ValueError(problem)
-            self.checked = True
+        if self.checked or offloaded:
+            return None
+        if isinstance(self.weight, FakeTensor):  # torch.export traces with these in place of the weights
+            return f"the {self.label} was not looked at yet: call the model once before it is exported"
+        problem = self.problem(self.weight)
+        self.checked = problem is None
+        return problem
 
     def problem(self, weight: Tensor) -> str | None:
         """What is wrong with a weight and what to do, or None."""
@@ -67,6 +80,11 @@ class FrozenWeight(nn.Module):
             return (
                 f"the {self.label} was not loaded: the adapter file lacks it, or load_adapter was given an offloaded "
                 "model; load the complete adapter with PeftModel.from_pretrained or fit again"
+            )
+        if is_quantised(weight.dtype):
+            return (
+                f"the {self.label} is of {dtype_name(weight.dtype)}, in which nothing can be computed: save the "
+                "adapter in float32, float16 or bfloat16"
             )
         return self.damage(weight)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
@@ -12,9 +14,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..arguments import Argument, ArgumentError
+from ..models.dtypes import as_written, dtype_name, is_finite, is_quantised
 from ..models.outputs import OutputTensor
 from ..models.sites import is_linear
 from .config import EditConfig
+
+
+@dataclass(eq=False)
+class StrengthScope:
+    """An `edit_strength` block."""
+
+    strength: float
 
 
 class EditLayer(BaseTunerLayer):
@@ -31,10 +41,10 @@ class EditLayer(BaseTunerLayer):
     features: int
     # Configuration of each adapter, the very object of the model's `peft_config`.
     configs: dict[str, EditConfig]
-    # Factor on the strength of every adapter, see `edit_strength`.
+    # The `edit_strength` blocks that are going on, the outer ones first, and the factor that they make for the strength
+    # of every adapter.
+    strength_scopes: tuple[StrengthScope, ...] = ()
     strength_factor: float = 1.0
-    # Whether that is going on, also at a factor of 1: what is temporary must not be merged.
-    in_edit_strength: bool = False
     # Adapter of each row of the batch while `adapter_names` is given to the model, else None.
     row_adapters: list[str] | None = None
 
@@ -49,6 +59,11 @@ class EditLayer(BaseTunerLayer):
         self._active_adapter = adapter_name
         self._unmerged: dict[str, Tensor] = {}
 
+    def set_strength_scopes(self, scopes: tuple[StrengthScope, ...]) -> None:
+        """Say which `edit_strength` blocks are going on."""
+        self.strength_scopes = scopes
+        self.strength_factor = math.prod(scope.strength for scope in scopes)
+
     @abstractmethod
     def make_modules(self, adapter_name: str, config: EditConfig) -> None:
         """Make, or replace, the modules of an adapter in this layer."""
@@ -56,9 +71,14 @@ class EditLayer(BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: EditConfig) -> None:
         """Add or replace an adapter."""
         self.make_modules(adapter_name, config)
-        self.configs[adapter_name] = config
+        self.set_config(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_config(self, adapter_name: str, config: EditConfig) -> None:
+        """Let an adapter have a configuration."""
+        self.configs[adapter_name] = config
+        config.sites_in_use.add(self.site)
 
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether this layer holds the adapter."""
@@ -74,13 +94,13 @@ class EditLayer(BaseTunerLayer):
         modules = (m for part in self.adapter_layer_names for m in getattr(self, part)[adapter_name].modules())
         for module in modules:
             with align_module_device(module):
-                if not all(p.is_meta or p.isfinite().all() for p in module.parameters(recurse=False)):
+                if not all(p.is_meta or is_finite(p) for p in module.parameters(recurse=False)):
                     return False
         return True
 
     @abstractmethod
     def edit(self, h: Tensor, adapter_name: str) -> Tensor:
-        """Edit h, (..., d), by one adapter of this layer."""
+        """Edit h, (..., d), by one adapter of this layer. Autocast is off while `edit_output` calls it."""
 
     def depends_on_padding(self, adapter_name: str) -> bool:
         """Whether padding on the right changes what the adapter does to a sequence."""
@@ -111,9 +131,10 @@ class EditLayer(BaseTunerLayer):
 
     def _edit_scope(self, h: Tensor, adapter_name: str) -> Tensor:
         """Edit all tokens, or the last of each sequence, as the adapter's configuration says."""
-        if self.depends_on_padding(adapter_name) and h.dim() > 2:
-            return torch.cat((h[..., :-1, :], self.edit(h[..., -1:, :], adapter_name)), dim=-2)
-        return self.edit(h, adapter_name)
+        with as_written(h):
+            if self.depends_on_padding(adapter_name) and h.dim() > 2:
+                return torch.cat((h[..., :-1, :], self.edit(h[..., -1:, :], adapter_name)), dim=-2)
+            return self.edit(h, adapter_name)
 
     def _edit_rows(self, output: Tensor, names: list[str]) -> Tensor:
         if self.merged:
@@ -140,7 +161,7 @@ class EditLayer(BaseTunerLayer):
 
         A method that merges says its own reasons, and calls this too.
         """
-        if self.in_edit_strength:
+        if self.strength_scopes:  # also at a factor of 1: what is temporary must not be merged
             raise ValueError(
                 "cannot merge inside edit_strength: set the strength in the configuration and merge outside"
             )
@@ -164,9 +185,9 @@ class EditLayer(BaseTunerLayer):
         """Raise ValueError for weights of the base layer that nothing can be merged into."""
         for output in self.output_tensors().values():
             tensor = output.parameter.data
-            # torchao's and sharded weights are subclasses; float8 counts as floating point.
-            if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or type(tensor) is not Tensor:
-                kind = str(tensor.dtype) if type(tensor) is Tensor else type(tensor).__name__
+            # torchao's and sharded weights are subclasses.
+            if is_quantised(tensor.dtype) or type(tensor) is not Tensor:
+                kind = dtype_name(tensor.dtype) if type(tensor) is Tensor else type(tensor).__name__
                 raise ValueError(
                     f"adapter {adapter_name!r} cannot be merged: the weights of {self.site} are quantised or sharded "
                     f"({kind}); keep it as an adapter, or merge into a plain model"
@@ -253,7 +274,8 @@ class EditLayer(BaseTunerLayer):
                 out = torch.empty_like(originals[key], memory_format=torch.contiguous_format)
                 pairs = zip(originals[key], out, strict=True) if output.stacked else [(originals[key], out)]
                 for tensor, target in pairs:
-                    self.merge_into(tensor, output.axis - output.stacked, name, target)
+                    with as_written(tensor):
+                        self.merge_into(tensor, output.axis - output.stacked, name, target)
                 merged[key] = out
             if safe_merge and not all(value.isfinite().all() for value in merged.values()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")

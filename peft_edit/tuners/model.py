@@ -10,16 +10,28 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, NoReturn
 
+from peft import NoMatchingPeftModuleError
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..arguments import Argument, ArgumentError
 from ..models.fingerprint import fingerprint, is_at_hand
-from ..models.sites import find_sites, is_linear, layer_index, matches, out_features, target_modules, text_config
+from ..models.sites import (
+    find_sites,
+    is_linear,
+    layer_index,
+    matches,
+    out_features,
+    target_modules,
+    text_config,
+    without_wrappers,
+)
 from .block import BlockEditLayer, check_not_on_disk
 from .config import EditConfig
+from .generation import check_generation
 from .layer import EditLayer, edit_layers
+from .strength import continue_scopes
 
 
 class EditModel(BaseTuner):
@@ -36,6 +48,11 @@ class EditModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: EditConfig, model: nn.Module) -> None:
+        if without_wrappers(model) is not model:
+            raise ValueError(
+                f"the model is compiled or wrapped already ({type(model).__name__}), which changes the names of its "
+                "modules: add the adapter to the model inside, and compile or wrap the result"
+            )
         _warn_of_another_model(peft_config, model)
         layers = peft_config.layers_to_transform
         if peft_config.target_modules is None:
@@ -102,7 +119,11 @@ class EditModel(BaseTuner):
             child = f".{self.prefix.removesuffix('_')}"
             old, new = f"{child}.{self.prefix}", f".{self.prefix}"
             state_dict = {key.replace(old, new): value for key, value in state_dict.items()}
-        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            raise _no_match(type(model).__name__, self.peft_config[adapter_name]) from error
+        continue_scopes(edit_layers(model))
 
     @classmethod
     def _get_adapter_state_dict(cls, *args, **kwargs) -> dict[str, Tensor]:
@@ -237,6 +258,7 @@ class EditModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        check_generation(self.model, edit_layers(self.model), kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
@@ -287,6 +309,22 @@ def _warn_of_another_model(config: EditConfig, model: nn.Module) -> None:
             f"it onto its own base model{f', {name}' if (name := config.base_model_name_or_path) else ''}",
             stacklevel=2,
         )
+
+
+class NoMatchError(ArgumentError, NoMatchingPeftModuleError):
+    """PEFT's error for a configuration that no module of a model matches."""
+
+
+def _no_match(model: str, config: EditConfig) -> NoMatchError:
+    given = [
+        Argument(name, sorted(value) if isinstance(value := getattr(config, name), set) else value)
+        for name in ("target_modules", "layers_to_transform", "exclude_modules")
+        if getattr(config, name) is not None
+    ]
+    between = [part for argument in given for part in (" and ", argument)][1:]
+    return NoMatchError(
+        f"no module of {model} matches ", *between, ": pass names as in model.named_modules(), or their ends"
+    )
 
 
 def _check_rows(adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> bool:

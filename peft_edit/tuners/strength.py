@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
 from ..arguments import Argument, ArgumentError
-from .layer import edit_layers
+from .layer import EditLayer, StrengthScope, edit_layers
 
 
 @contextmanager
 def edit_strength(model: nn.Module, strength: float) -> Iterator[None]:
-    """Multiply the strength of every active edit of `model` inside the `with` block.
+    """Multiply the strength of every active edit of `model` inside the `with` block, also of adapters that are added,
+    loaded or made active there.
 
     Args:
         model: a model with adapters of editing methods.
@@ -31,11 +32,20 @@ def edit_strength(model: nn.Module, strength: float) -> Iterator[None]:
         raise ValueError(f"{type(model).__name__} has no edit whose strength could be set: load an adapter that edits")
     if any(layer.merged for layer in layers):
         raise ValueError("cannot change the strength of merged adapters: call unmerge_adapter first")
-    before = [(layer.strength_factor, layer.in_edit_strength) for layer in layers]
+    scope = StrengthScope(strength)
     try:
         for layer in layers:
-            layer.strength_factor, layer.in_edit_strength = layer.strength_factor * strength, True
+            layer.set_strength_scopes((*layer.strength_scopes, scope))
         yield
     finally:
-        for layer, state in zip(layers, before, strict=True):
-            layer.strength_factor, layer.in_edit_strength = state
+        for layer in {*layers, *edit_layers(model)}:  # those of adapters that were added inside, too
+            layer.set_strength_scopes(tuple(other for other in layer.strength_scopes if other is not scope))
+
+
+def continue_scopes(layers: Iterable[EditLayer]) -> None:
+    """Let layers that are new in a model have the strength that its other layers have at this time."""
+    layers = list(layers)
+    scopes = max((layer.strength_scopes for layer in layers), key=len, default=())
+    for layer in layers:
+        if not layer.strength_scopes and scopes:
+            layer.set_strength_scopes(scopes)

@@ -170,6 +170,13 @@ class ActivationStore:
         tensors = [self._tensor(number, layer) for number in range(len(self.metadata["shards"]))]
         return torch.cat(tensors)
 
+    def answer_chunks(self, layer: int, size: int) -> Iterator[Tensor]:
+        """The rows of `answer_tokens` in their order, at most `size` at a time, of which no more are in memory."""
+        self._require_answer_tokens()
+        for number in range(len(self.metadata["shards"])):
+            for part in self._tensor(number, layer).split(size):
+                yield part.clone()
+
     def pairs(self) -> Tensor:
         """Rows of `answer_tokens` that belong together, (p, 2) int64: negative token, positive token at the same
         place of its answer. Places before the first differing token are left out. Needs `tokens="answer"`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...arguments import Argument, ArgumentError, check_choice
-from ...models.dtypes import dtype_name
+from ...models.dtypes import FLOATING, dtype_name, is_quantised
 from ...models.sites import Site, normalise_layers
 from .folder import begin, locked
 from .index import write_index
@@ -79,9 +79,10 @@ def _check_tensors(sets: Mapping[str, Mapping[int, Tensor]]) -> list[int]:
                     f"every tensor must be (demonstrations, hidden size) = {tuple(first.shape)}, "
                     f"got {name}[{layer}] of shape {tuple(tensor.shape)}"
                 )
-            if not tensor.is_floating_point() or tensor.dtype != first.dtype:
+            if is_quantised(tensor.dtype) or tensor.dtype != first.dtype:
                 raise ValueError(
-                    f"every tensor must be of one floating dtype, got {name}[{layer}] of {tensor.dtype} "
-                    f"and positive[{layers[0]}] of {first.dtype}"
+                    f"every tensor must be of the same dtype, one of {', '.join(map(dtype_name, FLOATING.values()))}, "
+                    f"got {name}[{layer}] of {dtype_name(tensor.dtype)} and positive[{layers[0]}] of "
+                    f"{dtype_name(first.dtype)}"
                 )
     return layers

@@ -7,7 +7,33 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
-from ...arguments import check_options
+from ...arguments import Argument, ArgumentError, check_options
+
+
+# Options of `transformers.TrainingArguments` that would be ignored, or fail later: the values that do no harm, and why
+# others do. Transformers versions differ in which of them they have.
+OFF = (None, False, 0, 0.0)
+NO_MODEL = "the language model takes no part in the training"
+NO_TEXT = "token pairs are no texts, and have no lengths"
+MEANS = "the metrics are means over all token pairs of an evaluation"
+UNSUITED: dict[str, tuple[tuple, str]] = {
+    "label_smoothing_factor": (OFF, "the probes learn from two activations of a pair, not from labels of tokens"),
+    "neftune_noise_alpha": (OFF, f"{NO_MODEL}, nor do its embeddings"),
+    "gradient_checkpointing": (OFF, NO_MODEL),
+    "activation_checkpointing": (OFF, NO_MODEL),
+    "use_liger_kernel": (OFF, NO_MODEL),
+    "group_by_length": (OFF, NO_TEXT),
+    "train_sampling_strategy": ((None, "random", "sequential"), NO_TEXT),
+    "include_num_input_tokens_seen": ((*OFF, "no"), NO_TEXT),
+    "batch_eval_metrics": (OFF, MEANS),
+    "eval_do_concat_batches": ((None, True), MEANS),
+    "optim_target_modules": (OFF, "the weights of all blocks are stacked, and lie in no linear layers"),
+    "deepspeed": ((*OFF, ""), "it trains in one or several plain processes"),
+    "fsdp": ((*OFF, "", []), "it trains in one or several plain processes"),
+    "parallelism_config": ((None,), "it trains in one or several plain processes"),
+    "include_for_metrics": ((None, []), "its metrics are its own"),
+    "remove_unused_columns": (OFF, "activations have no columns"),
+}
 
 
 @dataclass
@@ -58,9 +84,16 @@ class HPRTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         check_options(self, ("retain_weight",))
+        self.check_suited()
         if self.load_best_model_at_end is None:
             together = self.save_strategy in (self.eval_strategy, "best")
             self.load_best_model_at_end = self.eval_strategy != "no" and together
+        best_by_loss = self.metric_for_best_model is None or self.metric_for_best_model.endswith("loss")
+        if self.prediction_loss_only and self.load_best_model_at_end and not best_by_loss:
+            raise ArgumentError(
+                *(Argument("prediction_loss_only", True), f" leaves out {self.metric_for_best_model!r}, by which the "),
+                *("best is chosen: leave it out, or pass ", Argument("metric_for_best_model", "loss")),
+            )
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "angle_error"))
         super().__post_init__()
@@ -68,3 +101,9 @@ class HPRTrainingArguments(TrainingArguments):
             # They watch the same metric, by default one that falls.
             mode = "max" if self.greater_is_better else "min"
             self.lr_scheduler_kwargs = {"mode": mode, **(self.lr_scheduler_kwargs or {})}
+
+    def check_suited(self) -> None:
+        """Raise ArgumentError for an option that has no meaning here, see `UNSUITED`."""
+        for name, (works, reason) in UNSUITED.items():
+            if (value := getattr(self, name, None)) not in works:
+                raise ArgumentError(Argument(name, value), f" has no meaning for HPR: {reason}; leave it out")

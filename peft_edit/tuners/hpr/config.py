@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from collections.abc import Sized
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ...arguments import Argument, ArgumentError
-from ...models.sites import normalise_layers
+from ...models.sites import layer_index, normalise_layers
 from ..config import EditConfig
 
 
@@ -42,6 +42,7 @@ class HPRConfig(EditConfig):
     """
 
     method: ClassVar[str] = "HPR"
+    fixed: ClassVar[tuple[str, ...]] = (*EditConfig.fixed, "num_angle_layers", "angle_hidden_size")
 
     num_angle_layers: int = field(
         default=4,
@@ -84,8 +85,7 @@ class HPRConfig(EditConfig):
         default_factory=dict, metadata={"help": "Block index to accuracy of its probe. Written by the selection."}
     )
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check_fields(self) -> None:
         self.check_written("probe_accuracy", dict[str, float])
         if bad := [index for index in self.probe_accuracy if not str(index).isdecimal()]:
             raise ArgumentError(Argument("probe_accuracy"), f" must be of indices of layers, got {bad[0]!r}")
@@ -99,6 +99,17 @@ class HPRConfig(EditConfig):
                     " must be in ",
                     Argument("layers_to_transform"),
                     f" {self.layers_to_transform}, got {sorted(outside)}",
+                )
+
+    def check_change(self, name: str, value: Any) -> None:
+        super().check_change(name, value)
+        if name == "selected_layers" and value and self.sites_in_use:
+            there = {layer_index(site) for site in self.sites_in_use}
+            if missing := sorted(set(value) - there):
+                raise ArgumentError(
+                    Argument("selected_layers"),
+                    f" {missing} have no modules in this adapter, which has them in {sorted(there)}: load or train an "
+                    "adapter with those layers",
                 )
 
     def layers_with_modules(self) -> list[int] | None:

@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from ...models.dtypes import as_written
 from ...models.sites import layer_index
 from ..block import BlockEditLayer
 from ..frozen import no_weight
@@ -72,13 +73,13 @@ class HPRLayer(nn.Module, BlockEditLayer):
     def probe_logits(self, a: Tensor, adapter_name: str) -> Tensor:
         """w . a of activations (..., d): the logit of being positive, (...)."""
         probe = self.hpr_probe[adapter_name]
-        return probe(a.to(probe.weight.dtype)).squeeze(-1)
+        with as_written(a):
+            return probe(a.to(probe.weight.dtype)).squeeze(-1)
 
     def angles(self, a: Tensor, adapter_name: str) -> Tensor:
         """Predicted angles of activations (..., d), in radians in (0, pi), (...)."""
         network = self.hpr_angle[adapter_name]
-        # Autocast would round the angles to half precision.
-        with torch.autocast(a.device.type, enabled=False):
+        with as_written(a):
             return math.pi * torch.sigmoid(network(a.to(network[0].weight.dtype)).squeeze(-1))
 
     def edit(self, h: Tensor, adapter_name: str) -> Tensor:

@@ -70,11 +70,13 @@ class HPRModel(EditModel):
             return
         # An adapter of no layers is PEFT's "dummy": it would take it for a mistake otherwise.
         self._prepare_model(config, model)
-        target_modules, config.target_modules = config.target_modules, DUMMY_TARGET_MODULES
+        # Not by assignment: the configuration may be that of another adapter too, whose targets do not change.
+        target_modules = config.target_modules
+        vars(config)["target_modules"] = DUMMY_TARGET_MODULES
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            config.target_modules = target_modules
+            vars(config)["target_modules"] = target_modules
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ...activations.store import ActivationStore, Store, open_pairs
 from ...adapters.match import check_store, find_adapter, replace_config
 from ...arguments import Argument, ArgumentError
+from ...models.dtypes import is_finite
 from .config import HPRConfig
 from .layer import HPRLayer
 
@@ -115,7 +116,7 @@ def probe_accuracy(store: ActivationStore, index: int, layer: HPRLayer, adapter_
         adapter_name: whose probe.
     """
     device = layer.hpr_probe[adapter_name].weight.device
-    chunks = store.answer_tokens(index).split(CHUNK_ROWS)
+    chunks = store.answer_chunks(index, CHUNK_ROWS)
     logits = torch.cat([layer.probe_logits(chunk.to(device), adapter_name).cpu() for chunk in chunks])
     if not torch.isfinite(logits).all():
         raise ArgumentError(
@@ -131,7 +132,7 @@ def _check_weights(index: int, layer: HPRLayer, adapter_name: str) -> None:
         parameters = list(getattr(layer, part)[adapter_name].parameters())
         if any(p.is_meta for p in parameters):
             raise ValueError(f"the weights of layer {index} are on the meta device ({part}): load the adapter first")
-        if not all(torch.isfinite(p).all() for p in parameters):
+        if not all(map(is_finite, parameters)):
             raise ValueError(f"the weights of layer {index} are not finite ({part}): train the adapter again")
 
 

@@ -21,6 +21,7 @@ from ...activations.store import ActivationStore, Store, open_pairs, open_store
 from ...adapters.match import check_retain, check_store, describe_data, describe_retained, find_adapter, replace_config
 from ...adapters.save import replaced_adapters
 from ...arguments import Argument, ArgumentError
+from ...models.sites import without_wrappers
 from .arguments import HPRTrainingArguments
 from .checkpoint import load_checkpoint
 from .config import HPRConfig
@@ -102,7 +103,8 @@ class HPRTrainer(Trainer):
     Raises:
         TypeError: `args` are no `HPRTrainingArguments`.
         ValueError: a store does not fit the adapter (model, site, layers, hidden size, tokens), the evaluation data are
-            missing, the adapter is none of HPR or has other modules to train, or DeepSpeed or FSDP is asked for.
+            missing, the adapter is none of HPR or has other modules to train, or an option has no meaning here, such as
+            `gradient_checkpointing`, `label_smoothing_factor`, DeepSpeed and FSDP.
     """
 
     def __init__(
@@ -128,9 +130,8 @@ class HPRTrainer(Trainer):
             )
         if own := {"data_collator", "compute_metrics"} & set(kwargs):
             raise TypeError(f"HPRTrainer has a {min(own)} of its own: leave it out")
-        if args.deepspeed or args.fsdp:
-            raise ValueError("HPRTrainer runs in one or several plain processes: leave out deepspeed and fsdp")
-        self.adapted_model = model
+        args.check_suited()
+        self.adapted_model = without_wrappers(model)
         self.adapter_name, _, layers = find_adapter(model, adapter_name, HPRConfig, HPRLayer)
         self.layers = {index: layer for index, layer in layers.items() if self.adapter_config.edits(index)}
         self._check_adapter()

@@ -58,6 +58,5 @@ class MeanDifferenceConfig(EditConfig):
         default_factory=dict, metadata={"help": "Site to norm of its difference and RMS. Written by the fit."}
     )
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check_fields(self) -> None:
         self.check_written("fit_statistics", dict[str, SiteStatistics])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -88,10 +89,6 @@ def fit_mean_difference(
     vectors, fits = {}, []
     for index, layer in tqdm(layers.items(), desc="fitting", unit="layer", leave=None):
         vector, rms = mean_difference(store, index)
-        if not vector.isfinite().all():
-            raise ValueError(
-                f"layer {index}: the activations of {store.path} are not finite: collect them in a wider dtype"
-            )
         if not vector.any():
             raise ValueError(
                 f"layer {index}: positive and negative activations have the same mean, so that there is nothing to "
@@ -101,6 +98,11 @@ def fit_mean_difference(
         if config.scale_to_rms:
             vector = vector * (rms / vector.square().mean().sqrt())
         vectors[index] = vector.float()
+        if not (vectors[index].isfinite().all() and math.isfinite(norm) and math.isfinite(rms)):
+            raise ValueError(
+                f"layer {index}: the activations of {store.path} are not finite, or their means differ by more than "
+                "float32 holds: collect them in a wider dtype, or leave the questions with huge ones out"
+            )
         fits.append(SiteFit(index, layer.site, norm=norm, rms=rms))
     for index, layer in layers.items():
         device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())

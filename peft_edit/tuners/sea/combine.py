@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ...activations.store import Store, open_store
 from ...adapters.match import check_store, check_unmerged, find_adapter, find_config
 from ...arguments import Argument, ArgumentError
-from ...models.sites import layer_index, target_modules, unwrap
+from ...models.sites import layer_index, target_modules, unwrap, without_wrappers
 from .config import FIT_SETTINGS, SEAConfig
 from .fit import site_statistics
 from .layer import SEALayer
@@ -66,6 +66,7 @@ def combine_sea(
             the others in its site, projections, rescale, strength or base model; the name is taken; the store is of
             another model.
     """
+    model = without_wrappers(model)
     configs = _configs(model, adapters)
     config = configs[0]
     adapter_name = "_and_".join(adapters) if adapter_name is None else adapter_name

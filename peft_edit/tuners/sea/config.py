@@ -98,8 +98,7 @@ class SEAConfig(EditConfig):
         default_factory=dict, metadata={"help": "Site to statistics of its activations. Written by the fit."}
     )
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check_fields(self) -> None:
         self.check_written("rank_pattern", dict[str, Any])
         self.check_written("fit_statistics", dict[str, dict[str, float]])
         self.rank_pattern = {site: _ranks(site, ranks) for site, ranks in self.rank_pattern.items()}
@@ -122,6 +121,24 @@ class SEAConfig(EditConfig):
                 Argument("input_scale"),
                 " out",
             )
+
+    def check_change(self, name: str, value: Any) -> None:
+        super().check_change(name, value)
+        if name in ("feature_map", "input_scale") and self.rank_pattern:
+            raise ArgumentError(
+                *("the adapter was fitted with ", Argument(name, getattr(self, name)), ": fit another one with "),
+                *(Argument(name, value), ", or set ", Argument("rank_pattern", {}), " first and fit this one again"),
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = getattr(self, name, None)
+        super().__setattr__(name, value)
+        if name in ("projections", "feature_space") and "sites_in_use" in vars(self) and getattr(self, name) != before:
+            # The ratios that the fit took are those of another edit: what needs them is to be fitted again.
+            self.fit_statistics = {
+                site: {key: number for key, number in numbers.items() if key == "rms"}
+                for site, numbers in self.fit_statistics.items()
+            }
 
     @property
     def is_linear(self) -> bool:

@@ -21,6 +21,7 @@ from ...adapters.card import write_card
 from ...adapters.match import check_unmerged, find_config
 from ...adapters.save import adapter_folder, check_adapter_folder
 from ...arguments import Argument, ArgumentError, Note, parts_of
+from ...models.dtypes import as_written
 from ...models.load import check_vocabulary_of_base
 from ...models.sites import layer_index, target_modules, unwrap
 from ..method import lora_method_of
@@ -242,7 +243,8 @@ def _export_site(
             raise ValueError(f"the weights of {layer.site} are not loaded, and the export needs them: load the model")
         wide = torch.promote_types(weight.dtype, torch.float32)
         rows = directions.to(weight.device, wide)
-        right = (rows @ (weight if isinstance(base, Conv1D) else weight.T).to(wide).T).cpu()  # (r, m)
+        with as_written(weight):
+            right = (rows @ (weight if isinstance(base, Conv1D) else weight.T).to(wide).T).cpu()  # (r, m)
         left = config.strength * directions.T * values  # (d, r)
         bias = None if base.bias is None else left @ (directions @ base.bias.detach().cpu().double())
     exact_rank, error = len(values) if config.strength else 0, 0.0

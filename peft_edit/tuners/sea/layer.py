@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ...arguments import Argument, ArgumentError
+from ...models.dtypes import as_written
 from ...models.outputs import OutputTensor, linear_outputs, mixture_outputs, why_inexact
 from ...models.sites import out_features
 from ..block import BlockEditLayer, check_alone
@@ -43,7 +44,8 @@ class SEAProjection(FrozenWeight):
         if found := super().damage(weight):
             return found
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        error = (wide @ wide.T - torch.eye(len(wide), dtype=wide.dtype, device=wide.device)).abs()
+        with as_written(wide):
+            error = (wide @ wide.T - torch.eye(len(wide), dtype=wide.dtype, device=wide.device)).abs()
         if error.numel() and error.max() > ORTHONORMALITY_TOLERANCE:
             return (
                 f"the rows of the {self.label} must be orthonormal, got products off by {float(error.max()):.2g} "
