@@ -18,11 +18,12 @@ from .known import KNOWN
 from .reading import Request, describe, unformatted
 from .rows import CONTRAST_FEATURES, checked, drop_shared_answers, select
 from .source import file_names, source_info
+from .texts import load_texts
 
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["CONTRAST_FEATURES", "KNOWN", "check_contrast_set", "load_contrast_set"]
+__all__ = ["CONTRAST_FEATURES", "KNOWN", "check_contrast_set", "load_contrast_set", "load_texts"]
 
 
 def load_contrast_set(
