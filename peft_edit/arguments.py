@@ -186,7 +186,7 @@ def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -
 
 def _is_json(value: Any) -> bool:
     try:
-        return bool(json.dumps(value))
+        return bool(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError):
         return False
 

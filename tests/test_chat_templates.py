@@ -144,7 +144,7 @@ def test_white_space_before_an_answer_is_cut_into_tokens_as_it_is_there():
             None,
             "leaves out, or changes",
         ),
-        (FORMS["common"][0], [("system", "Be brief."), ("user", "Where?")], "the message 'Be brief.' of the system"),
+        (FORMS["common"][0], [("system", "Be brief."), ("user", "Where?")], "leaves out a message of the system"),
         (f"{USER}{END}{OPEN}", None, "writes an answer 0 times"),
         (FORMS["common"][0] * 2, None, "writes an answer 2 times"),
         (FORMS["trims"][0].replace("trim", "upper"), None, "writes an answer 0 times"),
@@ -160,6 +160,61 @@ def test_templates_that_lose_something_are_refused(template, messages, message):
         encode_answers(tokenizer, ["Where?"], [["it is</think>so"]], messages=messages, row_ids=[7])
     assert "\n" not in str(caught.value) and "prompt_format='plain'" in str(caught.value)
     assert encode_answers(tokenizer, ["Where?"], [["it is</think>so"]], prompt_format="plain")
+
+
+@pytest.mark.parametrize(
+    "template, turns, role",
+    [
+        # its own word "user" is no message
+        ("{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}",
+         [("user", "user")], "user"),
+        ("{% for m in messages[-2:] %}{{ m.content }} {% endfor %}",
+         [("user", "Is it?"), ("assistant", "Yes"), ("user", "Is it? why?")], "user"),
+        ("{% for m in messages %}{% if m.role != 'assistant' or loop.last %}{{ m.content }} {% endif %}{% endfor %}",
+         [("user", "food"), ("assistant", "soup"), ("user", "rice")], "assistant"),
+        (FORMS["common"][0], [("system", "food"), ("user", "food of koge ?")], "system"),
+    ],
+)  # fmt: skip
+def test_a_message_is_not_taken_for_written_where_its_text_stands_by_chance(template, turns, role):
+    messages = [{"role": role, "content": content} for role, content in turns]
+    with pytest.raises(ValueError, match=f"row 3: .* leaves out a message of the {role}"):
+        encode_prompts(byte_tokenizer(chat_template=template), [""], messages=[messages], row_ids=[3])
+
+
+def test_a_switch_that_the_template_takes_out_of_the_system_message_is_fine():
+    template = FORMS["common"][0].replace("{% for", "<S>{{ messages[0].content.replace('/no_think', '') }}{% for", 1)
+    messages = [{"role": "system", "content": "Be brief. /no_think"}, {"role": "user", "content": "Where?"}]
+    tokenizer = byte_tokenizer(chat_template=template)
+    [ids] = encode_prompts(tokenizer, [""], messages=[messages])
+    assert tokenizer.decode(ids) == "<S>Be brief. <U>Where?</U><A>"
+
+
+def test_what_depends_on_the_answer_around_it_is_told():
+    template = FORMS["common"][0].replace("<A>{{ m.content", "<A>[{{ m.content | length }}]{{ m.content")
+    with pytest.raises(ValueError, match=r"row 0: what .* around an answer depends on the answer, as with 'here'"):
+        encode_answers(byte_tokenizer(chat_template=template), ["Where?"], [["here"]])
+
+
+def test_parts_are_not_written_as_python_writes_them():
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Where?"}]}]
+    with pytest.raises(ValueError, match=r"row 0: .* takes contents as text, got parts"):
+        encode_prompts(byte_tokenizer(chat_template=FORMS["common"][0]), [""], messages=[messages])
+    [ids] = encode_prompts(byte_tokenizer(chat_template=FORMS["content parts"][0]), [""], messages=[messages])
+    assert byte_tokenizer().decode(ids) == "<U>Where?</U><A>"
+
+
+def test_a_template_that_asks_for_no_answer_renders_conversations():
+    template = FORMS["common"][0].replace(OPEN, "{% if add_generation_prompt %}{{ raise_exception('no') }}{% endif %}")
+    tokenizer = byte_tokenizer(chat_template=template)
+    assert encode_prompts(tokenizer, ["Where?"]) == encode_prompts(tokenizer, ["Where?"])
+
+
+@pytest.mark.parametrize("template", [5, ["a"]])
+def test_a_template_that_is_no_text(template):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="chat_template must be text, got"):
+        encode_prompts(tokenizer, ["Where?"])
 
 
 def test_thoughts_of_earlier_answers_may_be_left_out():
@@ -233,6 +288,19 @@ class OwnMethod(type(byte_tokenizer())):
         return ids if tone is None else [*ids[:1], *self(tone, add_special_tokens=False)["input_ids"], *ids[1:]]
 
 
+class Marked(OwnMethod):
+    """As those of mistral-common that keep SentencePiece's marks when they decode."""
+
+    def decode(self, *args, **kwargs):
+        return super().decode(*args, **kwargs).replace(" ", "\u2581")
+
+
+def test_marks_of_white_space_are_no_change():
+    tokenizer = Marked(tokenizer_object=byte_tokenizer().backend_tokenizer, bos_token="<s>", eos_token="</s>")
+    [[encoded]] = encode_answers(tokenizer, ["Where is it?"], [["over there"]])
+    assert tokenizer.decode(encoded.answer_ids) == "over\u2581there"
+
+
 def test_a_tokenizer_that_writes_conversations_itself():
     tokenizer = OwnMethod(tokenizer_object=byte_tokenizer().backend_tokenizer, bos_token="<s>", eos_token="</s>")
     assert tokenizer.chat_template is None and resolve_prompt_format(tokenizer) == "chat"
@@ -269,6 +337,10 @@ def test_template_arguments():
     [
         ({"enable_thinkin": False}, "reads no argument 'enable_thinkin' .*did you mean 'enable_thinking'"),
         ({"tokenize": True}, "template_arguments cannot give 'tokenize', which is set here"),
+        ({"messages": []}, "template_arguments cannot give 'messages', which is set here"),
+        ({"m": 1}, "reads no argument 'm'"),
+        ({"": 1}, "reads no argument ''"),
+        ({"enable_thinking": float("inf")}, "template_arguments must be a dict of JSON values"),
         ({"chat_template": "x"}, "template_arguments cannot give 'chat_template'"),
         ({"enable_thinking": {1}}, "template_arguments must be a dict of JSON values, or None, got"),
         ("enable_thinking", "template_arguments must be a dict of JSON values, or None, got 'enable_thinking'"),
@@ -281,7 +353,20 @@ def test_template_arguments_that_do_nothing_are_refused(arguments, message):
     assert "\n" not in str(caught.value)
 
 
+def test_an_argument_is_read_wherever_it_stands():
+    tokenizer = byte_tokenizer(chat_template=FORMS["common"][0] + "{% if\nfoo %}{% endif %}")
+    assert encode_prompts(tokenizer, ["Where?"], template_arguments={"foo": True})
+
+
+def test_a_time_needs_a_template_that_tells_it():
+    for tokenizer in (byte_tokenizer(), byte_tokenizer(chat_template=FORMS["common"][0])):
+        with pytest.raises(ValueError, match=r"template_time='2026-01-31' has no meaning: .*; leave it out"):
+            settled(tokenizer, PromptOptions(template_time="2026-01-31"))
+
+
 def test_template_arguments_need_a_template(tmp_path):
+    with pytest.raises(ValueError, match="template_arguments need prompt_format='chat', which is 'plain'"):
+        evaluate_multiple_choice(tiny_model(vocab_size=300), byte_tokenizer(), contrast(), template_arguments={"a": 1})
     with pytest.raises(ValueError, match="template_arguments need prompt_format='chat', which is 'plain'"):
         collect_activations(
             tiny_model(vocab_size=300), byte_tokenizer(), contrast(), tmp_path / "s", template_arguments={"a": 1}
@@ -355,6 +440,22 @@ def test_a_template_is_told_the_time_that_is_given(clock):
     tokenizer = byte_tokenizer(chat_template=DATED.replace("%d %b %Y", "%A %-d %B %Y, %H:%M"))
     [ids] = encode_prompts(tokenizer, ["Where?"], template_time="2024-07-26T09:05")
     assert tokenizer.decode(ids) == "Friday 26 July 2024, 09:05<U>Where?</U><A>"
+
+
+@pytest.mark.parametrize(
+    "call, expected",
+    [
+        ("strftime_now(date_format)", "2024 and 26"),
+        ("strftime_now('%' ~ 'd')", "26"),
+        ("strftime_now('%^a %_d %d%%')", "FRI 26 26%"),
+        ("strftime_now('at %%d')", "at %d"),
+    ],
+)
+def test_formats_of_the_time_need_not_stand_in_the_template(call, expected):
+    tokenizer = byte_tokenizer(chat_template=f"{{{{ {call} }}}}{FORMS['common'][0]}")
+    arguments = {"date_format": "%Y and %d"} if "date_format" in call else None
+    [ids] = encode_prompts(tokenizer, ["Where?"], template_time="2024-07-26T09:05", template_arguments=arguments)
+    assert tokenizer.decode(ids) == f"{expected}<U>Where?</U><A>"
 
 
 def test_all_of_a_set_is_of_one_day(clock):

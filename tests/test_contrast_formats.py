@@ -238,7 +238,7 @@ def test_the_questions_of_two_sets_with_the_same_ids_stay_apart(tmp_path, llama,
 
     model = get_peft_model(llama, SEAConfig())
     fit_sea(model, store)
-    assert model.peft_config["default"].fitted_on == {"questions": 10, "demonstrations": 10}
+    assert model.peft_config["default"].fitted_on.items() >= {"questions": 10, "demonstrations": 10}.items()
     with model.disable_adapter():
         assert [q.id for q in evaluate_multiple_choice(model, TOKENIZER, both).questions] == list(range(10))
 

@@ -25,13 +25,17 @@ from transformers import (
     BartForConditionalGeneration,
     BartForSequenceClassification,
     BertConfig,
+    BertGenerationConfig,
     BertLMHeadModel,
+    CpmAntConfig,
     Gemma3TextConfig,
     LlamaConfig,
     RoFormerConfig,
     T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
+    XLMConfig,
+    XLNetConfig,
 )
 
 from peft_edit import (
@@ -47,6 +51,9 @@ from peft_edit.adapters.read import load_adapter
 
 
 BERT = {**SIZES, "intermediate_size": 48, "max_position_embeddings": 64}
+CPM = {"vocab_size": 64, "hidden_size": 32, "dim_head": 8, "dim_ff": 48, "num_hidden_layers": 2}
+CPM |= {"num_attention_heads": 4, "prompt_types": 4, "prompt_length": 4, "segment_types": 4}
+XLNET = {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
 T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 BART = {
     **{"vocab_size": 64, "d_model": 32, "max_position_embeddings": 64},
@@ -68,6 +75,9 @@ KINDS = {
         lambda: AutoModel.from_config(Gemma3TextConfig(**GROUPED, use_bidirectional_attention=True)),
         ENCODER,
     ),
+    "BERT generation": (lambda: AutoModelForCausalLM.from_config(BertGenerationConfig(**BERT)), ENCODER),
+    "CPM-Ant": (lambda: AutoModelForCausalLM.from_config(CpmAntConfig(**CPM)), ENCODER),
+    "XLNet": (lambda: AutoModelForCausalLM.from_config(XLNetConfig(**XLNET)), ENCODER),
     "headless": (lambda: AutoModel.from_config(LlamaConfig(**GROUPED)), NO_HEAD),
     "classifying": (lambda: AutoModelForSequenceClassification.from_config(LlamaConfig(**GROUPED)), NO_HEAD),
     "tagging": (lambda: AutoModelForTokenClassification.from_config(LlamaConfig(**GROUPED)), NO_HEAD),
@@ -79,6 +89,13 @@ WRAPPERS = {
     "in a compiled PeftModel": lambda model: torch.compile(WRAPPERS["in a PeftModel"](model)),
 }
 HEADLESS = [name for name, (_, reason) in KINDS.items() if reason is NO_HEAD]
+
+
+def test_a_causal_model_with_a_cache_of_its_own_is_evaluated():
+    config = XLMConfig(vocab_size=64, emb_dim=32, n_layers=2, n_heads=4, causal=True, asm=False)
+    model, data = AutoModelForCausalLM.from_config(config), contrast()
+    whole = evaluate_multiple_choice(model, TOKENIZER, data)
+    assert len(whole.questions) == len(data) and perplexity(model, TOKENIZER, ["w3 w4 w5"]) > 1
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

@@ -158,6 +158,7 @@ def test_all_directions_cannot_be_retained(tmp_path):
         (lambda p: retained_mlp(p, torch.randn(200, D), fingerprint="f" * 16), "was collected from another model"),
         (lambda p: retained_mlp(p, torch.randn(200, D + 1)), "has hidden size 33"),
         (lambda p: p, "is no activation store"),
+        (lambda p: [p], "a store must be an ActivationStore or its folder, got list"),
     ],
 )
 def test_retain_stores_that_do_not_suit(tmp_path, make, message):

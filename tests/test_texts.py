@@ -85,6 +85,8 @@ def test_files_of_texts(tmp_path, suffix):
         (["a", " "], "row 1: a text must be text, got empty text"),
         (Dataset.from_dict({"body": ["a"]}), "texts need a column 'text', the data set has body"),
         ("nowhere.txt", "there is no file nowhere.txt with texts"),
+        (3, "texts must be a list of text, a Dataset or a file, got int"),
+        (["\ud800"], "row 0: the text has half of a surrogate pair"),
     ],
 )
 def test_texts_that_are_none(model, tmp_path, texts, message):
@@ -100,6 +102,25 @@ def test_a_text_that_is_too_long(tmp_path):
     assert not (tmp_path / "store").exists()
     store = collect_activations(model, TOKENIZER, TEXTS, tmp_path / "store", tokens="all", truncate=True)
     assert store.questions().bincount().max() == 20
+
+
+def test_a_line_ends_where_the_line_ends(tmp_path):
+    (tmp_path / "texts.txt").write_bytes("one\u2028line\x0cof text\r\n\nanother\n".encode())
+    assert load_texts(tmp_path / "texts.txt")["text"] == ["one\u2028line\x0cof text", "another"]
+
+
+def test_a_file_without_the_column(tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"body": "a"}\n')
+    with pytest.raises(ValueError, match="lacks the columns text; it has body"):
+        load_texts(tmp_path / "texts.jsonl")
+
+
+@pytest.mark.parametrize(
+    "option", [{"neutral": "prompt"}, {"answers": "all"}, {"max_new_tokens": 5}, {"template_time": "2026-01-31"}]
+)
+def test_options_of_answers_have_no_meaning_for_texts(model, tmp_path, option):
+    with pytest.raises(ValueError, match=f"tokens='all' takes plain texts, which have no {next(iter(option))}"):
+        collect_activations(model, TOKENIZER, TEXTS, tmp_path, tokens="all", **option)
 
 
 def test_texts_have_no_prompt_format(model, tmp_path):

@@ -106,13 +106,25 @@ class CollectArguments(PromptOptions):
         if self.tokens == "answer":
             self.neutral, self.answers = None, "all"
         if self.of_texts:
-            self.neutral = None
-            if self.prompt_format not in ("auto", "plain") or self.template_arguments or self.template_time:
+            self._check_of_texts()
+            self.neutral, self.prompt_format = None, "plain"
+
+    def _check_of_texts(self) -> None:
+        """Raise ArgumentError for options that have a meaning for prompts and answers alone."""
+        fits = {
+            "prompt_format": ("auto", "plain"),
+            "template_arguments": (None, {}),
+            "template_time": (None,),
+            "neutral": ("auto", None),
+            "answers": ("first",),
+            "max_new_tokens": (CollectArguments.max_new_tokens,),
+        }
+        for name, values in fits.items():
+            if getattr(self, name) not in values:
                 raise ArgumentError(
                     *(Argument("tokens", "all"), " takes plain texts, which have no "),
-                    *(Argument("prompt_format"), ": leave it out"),
+                    *(Argument(name), ": leave it out"),
                 )
-            self.prompt_format = "plain"
 
     @property
     def chosen_sites(self) -> list[str]:

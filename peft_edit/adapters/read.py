@@ -3,6 +3,7 @@ base model or its structure alone, stricter than PEFT."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -130,7 +131,10 @@ def read_weights(folder: str, adapter: str) -> dict[str, Tensor]:
 def _with_adapter(model: PreTrainedModel, folder: str, adapter: str) -> PeftModel:
     """What PEFT makes of a model and an adapter; raises ValueError, in one line, where the two do not fit."""
     try:
-        return PeftModel.from_pretrained(model, folder)
+        with warnings.catch_warnings():
+            # which the caller checks, or was told to allow
+            warnings.filterwarnings("ignore", "this .* adapter was learnt on another model")
+            return PeftModel.from_pretrained(model, folder)
     except RuntimeError as error:  # torch's collected errors of load_state_dict, a headline before them
         first, *more = str(error).splitlines()[1:] or [str(error)]
         count = f" ({len(more)} more like this)" if more else ""

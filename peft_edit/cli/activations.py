@@ -37,6 +37,8 @@ def collect(
     from ..activations.collect import collect_activations
     from ..processes import processes
 
+    if texts is None and options.of_texts and out is not None:
+        data, texts, out = replace(data, data=str(out)), Path(data.data), None
     if texts is None:
         if out is None:
             raise ArgumentError(Argument("out"), " is missing: pass the folder of the store after the contrast set")
@@ -71,6 +73,10 @@ def _of_texts(texts: Path, data: common.DataOptions, out: Path | None, options: 
     if out is not None:
         raise ArgumentError(
             Argument("texts"), f" takes the place of the contrast set {data.data!r}: pass the folder of the store alone"
+        )
+    if options.tokens not in ("last", "all"):
+        raise ArgumentError(
+            Argument("tokens", options.tokens), " has no meaning with ", Argument("texts"), ": leave it out"
         )
     rows = load_texts(texts)
     return common.some_rows(rows, data, str(texts)), Path(data.data), replace(options, tokens="all")

@@ -14,8 +14,11 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from difflib import get_close_matches
 from inspect import signature
+from string import ascii_letters
 from typing import Any
 
+import jinja2
+import jinja2.meta
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -31,8 +34,10 @@ Message = dict[str, Any]
 _MARKER = "AnswerOfTheModel"
 # Answers that begin differently: their encodings part where the answer's tokens begin.
 _PROBES = ("Yes", "No")
+# Tags of templates that mark what is generated, which only Transformers' own parser knows.
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 # What `apply_chat_template` is called with here.
-_RESERVED = set(signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
+_RESERVED = {"messages"} | set(signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
     "self",
     "tools",
     "documents",
@@ -43,14 +48,33 @@ _RESERVED = set(signature(PreTrainedTokenizerBase.apply_chat_template).parameter
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer writes conversations: it has a template that is not empty, or a method of its own."""
     template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, str):
-        return bool(template.strip())
-    return bool(template) or _has_own_method(tokenizer)
+    if not isinstance(template, str | dict | None):
+        raise ArgumentError(
+            f"the tokenizer's chat_template must be text, got {template!r:.60}: set it to None or mend it"
+        )
+    return bool(template.strip() if isinstance(template, str) else template) or _has_own_method(tokenizer)
 
 
 def reads_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template writes the date, so that its text changes from day to day."""
     return "strftime_now" in json.dumps(getattr(tokenizer, "chat_template", None))
+
+
+def template_text(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None) -> str | None:
+    """The chat template that is used with some arguments; None for a tokenizer that has a method of its own.
+
+    Raises:
+        ValueError: there are several, and none of them is the default.
+    """
+    if _has_own_method(tokenizer):
+        return None
+    try:
+        return tokenizer.get_chat_template(tools=(arguments or {}).get("tools"))
+    except ValueError as error:
+        raise ArgumentError(
+            f"the tokenizer has no one chat template ({_one_line(error)}): set tokenizer.chat_template, or pass ",
+            Argument("prompt_format", "plain"),
+        ) from error
 
 
 def encode_conversations(
@@ -100,21 +124,20 @@ def encode_conversations(
     ]
 
 
+_REMEDY = ("set another tokenizer.chat_template, or pass ", Argument("prompt_format", "plain"))
+
+
 class _Template:
     """A tokenizer's chat template with its arguments."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any], time: str | None):
-        try:
-            template = tokenizer.get_chat_template(tools=arguments.get("tools"))
-        except ValueError as error:
-            raise ArgumentError(
-                f"the tokenizer has no one chat template ({_one_line(error)}): set tokenizer.chat_template, or pass ",
-                Argument("prompt_format", "plain"),
-            ) from error
+        template = template_text(tokenizer, arguments)
         self._own_text = template
         self._template = _at_time(template, time) if "strftime_now" in template else template
         self._tokenizer, self._arguments = tokenizer, arguments
         self._as_parts = False
+        # Roles of conversations whose messages all have a place in the text.
+        self._whole: set[tuple[str, ...]] = set()
 
     def place(self, conversation: Sequence[Message], answers: Sequence[str], row_id: int) -> tuple[str, list[str]]:
         """The text before an answer to a conversation, and each answer as the template writes it."""
@@ -132,9 +155,14 @@ class _Template:
             try:
                 messages = [*conversation, _answer(_MARKER)]
                 text = self._render(messages, as_parts, row_id)
-                if as_parts and any(str(_in_parts(message)["content"]) in text for message in messages):
+                shown = map(_in_parts, messages) if as_parts else messages
+                if any(isinstance(m.get("content"), list) and str(m["content"]) in text for m in shown):
+                    problem = problem or ArgumentError(
+                        f"row {row_id}: the tokenizer's chat template takes contents as text, got parts: join them"
+                    )
                     continue  # it prints the list
                 _check_whole(conversation, text, row_id)
+                self._check_places(conversation, as_parts, row_id)
             except ValueError as error:
                 problem = problem or error
                 continue
@@ -143,11 +171,35 @@ class _Template:
             return head, tail
         raise problem
 
+    def _check_places(self, conversation: Sequence[Message], as_parts: bool, row_id: int) -> None:
+        """Raise ArgumentError unless each message of such roles is written: its text may stand elsewhere by chance."""
+        roles = tuple(str(message.get("role")) for message in conversation)
+        if (as_parts, *roles) in self._whole:
+            return
+        markers = [f"MessageNumber{place}Of{len(roles)}" for place in range(len(roles))]
+        marked = [
+            {**message, "content": marker} if message.get("content") else message
+            for message, marker in zip(conversation, markers, strict=True)
+        ]
+        head = self._render([*marked, _answer(_MARKER)], as_parts, row_id).partition(_MARKER)[0]
+        for message, marker, role in zip(marked, markers, roles, strict=True):
+            if message.get("content") == marker and marker not in head:
+                raise ArgumentError(
+                    f"row {row_id}: the tokenizer's chat template leaves out a message of the {role}: ", *_REMEDY
+                )
+        self._whole.add((as_parts, *roles))
+
     def _written(self, conversation, answer: str, head: str, tail: str, row_id: int) -> str:
         text = self._render([*conversation, _answer(answer)], self._as_parts, row_id)
         written = text[len(head) : len(text) - len(tail)]
         if head + written + tail == text and written.strip() == answer.strip():
             return written
+        if answer.strip() and not (text.startswith(head) and text.endswith(tail)):
+            raise ArgumentError(
+                f"row {row_id}: what the tokenizer's chat template writes around an answer depends on the answer, as "
+                f"with {answer!r}: ",
+                *_REMEDY,
+            )
         if answer.strip():
             raise ArgumentError(
                 f"row {row_id}: the tokenizer's chat template writes the answer {answer!r} as {written!r}: change the "
@@ -167,7 +219,10 @@ class _Template:
         if told in _TOLD:
             return
         _TOLD.add(told)
-        open_end = self._render(conversation, self._as_parts, row_id, add_generation_prompt=True)
+        try:
+            open_end = self._render(conversation, self._as_parts, row_id, add_generation_prompt=True)
+        except ArgumentError:  # a template that asks for no answer: there is nothing to compare with
+            open_end = head
         if open_end.rstrip(" ") != head.rstrip(" "):
             same = _common(open_end, head)
             logger.warning(
@@ -220,23 +275,24 @@ def _prompt_ids(head: str, alone: list[int], yes: list[int], no: list[int]) -> l
 
 
 def _check_whole(conversation: Sequence[Message], text: str, row_id: int) -> None:
-    """Raise ArgumentError unless a rendered conversation has the answer once and all that the user and the system say.
+    """Raise ArgumentError unless a rendered conversation has the answer once and all that the user says.
 
-    Earlier answers may be shortened: templates leave out their thoughts.
+    Earlier answers may be shortened, and system messages changed: templates leave out thoughts, and take switches such
+    as "/no_think" for what they are.
     """
-    remedy = "set another tokenizer.chat_template, or pass ", Argument("prompt_format", "plain")
+    before = _without_space(text.partition(_MARKER)[0])
     for message in conversation:
-        contents = _in_parts(message).get("content") if message.get("role") != "assistant" else None
+        contents = _in_parts(message).get("content") if message.get("role") in ("user", "tool") else None
         for content in (part["text"].strip() for part in contents or () if part.get("type") == "text"):
-            if content not in text.partition(_MARKER)[0]:
+            if _without_space(content) not in before:
                 raise ArgumentError(
                     f"row {row_id}: the tokenizer's chat template leaves out, or changes, the message {content[:60]!r} "
                     f"of the {message.get('role')}: ",
-                    *remedy,
+                    *_REMEDY,
                 )
     if text.count(_MARKER) != 1:
         raise ArgumentError(
-            f"row {row_id}: the tokenizer's chat template writes an answer {text.count(_MARKER)} times: ", *remedy
+            f"row {row_id}: the tokenizer's chat template writes an answer {text.count(_MARKER)} times: ", *_REMEDY
         )
 
 
@@ -254,15 +310,14 @@ def _applied(tokenizer, messages: list[Message], row_id: int, options: dict[str,
 
 def _check_arguments(tokenizer, arguments: Mapping[str, Any]) -> None:
     """Raise ArgumentError for an argument that the template does not read, or that is not the user's to give."""
-    template = getattr(tokenizer, "chat_template", None)
+    read = _arguments_of(getattr(tokenizer, "chat_template", None)) if arguments else None
     for name in arguments:
         if name in _RESERVED:
             raise ArgumentError(
                 Argument("template_arguments"), f" cannot give {name!r}, which is set here: leave it out"
             )
-        text = json.dumps(template)
-        if template and not re.search(rf"\b{re.escape(name)}\b", text):
-            near = get_close_matches(name, set(re.findall(r"[a-z]\w+", text)), n=1)
+        if read is not None and name not in read:
+            near = get_close_matches(name, read, n=1)
             raise ArgumentError(
                 *("the chat template reads no argument ", repr(name), " of the ", Argument("template_arguments"), ": "),
                 *((f"did you mean {near[0]!r}, or ",) if near else ()),
@@ -270,12 +325,31 @@ def _check_arguments(tokenizer, arguments: Mapping[str, Any]) -> None:
             )
 
 
+def _arguments_of(template: str | dict[str, str] | None) -> set[str] | None:
+    """Names that a chat template, or any of several, takes from outside; None where that cannot be told."""
+    if template is None:
+        return None
+    texts = template.values() if isinstance(template, dict) else [template]
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        parsed = [environment.parse(_GENERATION.sub("", text)) for text in texts]
+    except jinja2.TemplateSyntaxError:  # which rendering it tells
+        return None
+    return set().union(*map(jinja2.meta.find_undeclared_variables, parsed))
+
+
 def _at_time(template: str, time: str | None) -> str:
     """A template that takes its clock from a macro: the sandbox lets no function in."""
     moment = datetime.fromisoformat(time or today())
-    directives = sorted(set(re.findall(r"%-?[A-Za-z]", template)), key=len, reverse=True)
-    replaced = "".join(f" | replace({json.dumps(d)}, {json.dumps(moment.strftime(d))})" for d in directives)
-    return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro %}}\n{template}"
+    letters = (f"%{flag}{letter}" for flag in ("-", "_", "^", "#", "0", "") for letter in ascii_letters)
+    told = {directive: moment.strftime(directive) for directive in letters}
+    pairs = json.dumps([["%%", "\0"], *([d, text] for d, text in told.items() if text != d), ["\0", "%"]])
+    return (
+        f"{{%- macro strftime_now(format) -%}}{{%- set written = namespace(text=format) -%}}"
+        f"{{%- for directive, text in {pairs} -%}}"
+        "{%- set written.text = written.text | replace(directive, text) -%}"
+        f"{{%- endfor -%}}{{{{ written.text }}}}{{%- endmacro %}}\n{template}"
+    )
 
 
 def today() -> str:
@@ -291,6 +365,11 @@ def _in_parts(message: Message) -> Message:
     """A message whose content is a list of parts."""
     content = message.get("content")
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _without_space(text: str) -> str:
+    """Without white space, and without the mark that SentencePiece tokenizers leave in its place."""
+    return re.sub(r"[\s\u2581]+", "", text)
 
 
 def _has_own_method(tokenizer) -> bool:

@@ -66,6 +66,8 @@ def load(request: Request, known_names: list[str]) -> list[dict]:
 
 def _how_to_convert(data: object) -> str:
     """What makes a `Dataset` of data that are none, for a message."""
+    if isinstance(data, list | tuple) and all(isinstance(row, str | os.PathLike) for row in data):
+        return ": load the files one by one, and join them by concatenate_datasets"
     if isinstance(data, list | tuple):
         return ": pass Dataset.from_list(rows)"
     if isinstance(data, Mapping):
@@ -122,7 +124,9 @@ def to_row(record: dict) -> dict:
         return {"id": row_id, "prompt": prompt, "positives": [chosen], "negatives": [rejected]}
     if not (isinstance(chosen, list) and isinstance(rejected, list) and isinstance(prompt, (list, str, type(None)))):
         kinds = ", ".join(f"{column} {kind(record.get(column))}" for column in _COLUMNS)
-        raise ValueError(f"row {row_id}: prompt, chosen and rejected must be text, or conversations, got {kinds}")
+        raise ValueError(
+            f"row {row_id}: prompt, chosen and rejected must be text, or conversations, got {kinds}: leave it out"
+        )
     chosen, rejected = conversation(chosen, row_id, "chosen"), conversation(rejected, row_id, "rejected")
     if isinstance(prompt, list):
         messages, chosen, rejected = _split_prompt(conversation(prompt, row_id, "prompt"), chosen, rejected)
@@ -200,7 +204,9 @@ def _split_shared_prompt(row_id: int, prompt: str | None, chosen: list[Message],
             raise ValueError(f"row {row_id}: prompt is not among the messages that chosen and rejected begin with")
         messages = messages or [turn]
     if not messages:
-        raise ValueError(f"row {row_id}: there is no prompt, and chosen and rejected begin with different messages")
+        raise ValueError(
+            f"row {row_id}: there is no prompt, and chosen and rejected begin with different messages: add a prompt"
+        )
     return messages, chosen[shared:], rejected[shared:]
 
 

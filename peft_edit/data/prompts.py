@@ -8,8 +8,8 @@ the answer's tokens are those beyond the length of the prompt encoded alone.
   prompt spells them out; those that it puts last (EOS) are left out. A prompt without any token is stood in for by BOS,
   else by EOS, so that the answer's first token has something to follow.
 - `"chat"`: the prompt is the user's turn, or `messages` are the conversation as they are; the answer is the assistant's
-  turn, where and as the chat template writes it in a conversation, without end of turn; see `chat`. Only the template
-  writes special tokens.
+  turn, where and as the chat template writes it in a conversation, without end of turn; see `chat`. The tokenizer adds
+  no special tokens to those of the template.
 - `"few_shot_qa"`: plain text, with the prompt as one more question after those of `contexts.QA_PRIMER`. SEA's paper
   asks after examples too; which ones is not known here.
 - `"lettered_choices"`: plain text, with the choices below the prompt, a letter before each, and `Answer:` last. The
@@ -19,7 +19,6 @@ the answer's tokens are those beyond the length of the prompt encoded alone.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
@@ -29,7 +28,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Argument, ArgumentError, check_options
-from .chat import Message, encode_conversations, has_chat_template, reads_clock, today
+from .chat import Message, encode_conversations, has_chat_template, reads_clock, template_text, today
 from .contexts import QA_PRIMER, contexts_of, lettered, letters_of
 
 
@@ -91,7 +90,7 @@ def settled(tokenizer: PreTrainedTokenizerBase, options: Options, time: str | No
         time: where the options give none; None for today.
 
     Raises:
-        ValueError: the format is not possible, or arguments are given to a template that is not used.
+        ValueError: the format is not possible, or arguments or a time are given to a template that takes none.
     """
     prompt_format = resolve_prompt_format(tokenizer, options.prompt_format)
     chat = prompt_format == "chat"
@@ -100,10 +99,14 @@ def settled(tokenizer: PreTrainedTokenizerBase, options: Options, time: str | No
             *(Argument("template_arguments"), " need ", Argument("prompt_format", "chat")),
             f", which is {prompt_format!r}: leave them out, or load a tokenizer that has a chat template",
         )
+    dated = chat and reads_clock(tokenizer)
+    if options.template_time and not dated:
+        raise ArgumentError(
+            *(Argument("template_time", options.template_time), " has no meaning: "),
+            f"{'the chat template writes no date' if chat else f'the prompt format is {prompt_format}'}; leave it out",
+        )
     time = options.template_time or time or today()
-    return replace(
-        options, prompt_format=prompt_format, template_time=time if chat and reads_clock(tokenizer) else None
-    )
+    return replace(options, prompt_format=prompt_format, template_time=time if dated else None)
 
 
 @dataclass(frozen=True)
@@ -164,9 +167,7 @@ def prompt_record(tokenizer: PreTrainedTokenizerBase, options: PromptOptions) ->
         ValueError: as for `settled`.
     """
     used = settled(tokenizer, options)
-    template = getattr(tokenizer, "chat_template", None) if used.prompt_format == "chat" else None
-    if isinstance(template, dict):  # of several templates "default" is used
-        template = template.get("default", json.dumps(template, sort_keys=True))
+    template = template_text(tokenizer, used.template_arguments) if used.prompt_format == "chat" else None
     return {
         "format": used.prompt_format,
         "template": None if template is None else hashlib.sha256(template.encode()).hexdigest()[:16],

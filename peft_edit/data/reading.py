@@ -155,6 +155,9 @@ def read_file(path: Path) -> list[dict]:
                 value = json.loads(document)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {line + error.lineno - 1}: not JSON ({error.msg})") from error
+            except (RecursionError, ValueError) as error:  # of more levels, or digits, than Python reads
+                what = "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
+                raise ValueError(f"{path}, line {line}: {what}: leave it out") from error
             records += value if isinstance(value, list) else [value]
     for row_id, record in enumerate(records):
         if not isinstance(record, dict):
@@ -165,7 +168,7 @@ def read_file(path: Path) -> list[dict]:
 def _starts_with_json_line(content: str) -> bool:
     try:
         json.loads(content.lstrip().split("\n", 1)[0])
-    except json.JSONDecodeError:
+    except (RecursionError, ValueError):
         return False
     return True
 

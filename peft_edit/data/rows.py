@@ -91,17 +91,17 @@ def checked(row: dict[str, Any], source: str) -> dict[str, Any]:
     if row["messages"] is not None:
         row["messages"] = conversation(row["messages"], row_id, "messages")
     for column, value in row.items():
-        _check_encodable(value, f"row {row_id} of {source}: {column}")
+        check_encodable(value, f"row {row_id} of {source}: {column}")
     return row
 
 
-def _check_encodable(value: Any, what: str) -> None:
+def check_encodable(value: Any, what: str) -> None:
     """Raise ValueError for text that no file and no tokenizer takes: JSON can write half of a surrogate pair."""
     if isinstance(value, list):
         for part in value:
-            _check_encodable(part, what)
+            check_encodable(part, what)
     elif isinstance(value, dict):
-        _check_encodable(list(value.values()), what)
+        check_encodable(list(value.values()), what)
     elif isinstance(value, str):
         try:
             value.encode()
@@ -128,7 +128,10 @@ def conversation(value, row_id: int, column: str) -> list[Message]:
     Further keys are left out. Those that chat templates print, calls of tools and thoughts, are refused unless null.
     """
     if not isinstance(value, list) or not value:
-        raise ValueError(f"row {row_id}: {column} must be a list of messages, got {value or kind(value)!r}")
+        got = "none" if value == [] else kind(value)
+        raise ValueError(
+            f"row {row_id}: {column} must be a list of messages, got {got}: fill it in or leave the row out"
+        )
     return [_message(message, f"row {row_id}: {column}") for message in value]
 
 

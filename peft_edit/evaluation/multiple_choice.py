@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Argument, ArgumentError
 from ..data import check_contrast_set
-from ..data.prompts import PromptOptions, encode_answers, listed_choices
+from ..data.prompts import PromptOptions, encode_answers, listed_choices, settled
 from ..models.kind import check_language_model
 from ..tuners.layer import check_independent_of_padding
 from .likelihood import answer_log_likelihoods
@@ -83,8 +83,9 @@ def evaluate_multiple_choice(
     check_independent_of_padding(model)
     if batch_size < 1:
         raise ArgumentError(Argument("batch_size"), f" must be at least 1, got {batch_size}")
-    prompts = PromptOptions(
-        prompt_format=prompt_format, template_arguments=template_arguments, template_time=template_time
+    prompts = settled(
+        tokenizer,
+        PromptOptions(prompt_format=prompt_format, template_arguments=template_arguments, template_time=template_time),
     )
     choices = listed_choices(data)
     encoded = encode_answers(

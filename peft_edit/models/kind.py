@@ -12,6 +12,8 @@ from ..arguments import Argument, ArgumentError
 from .sites import unwrap
 
 
+# Of AutoModelForCausalLM, and nevertheless with tokens that see later ones, unless they are given masks of their own.
+BIDIRECTIONAL = ("cpmant", "xlnet")
 REMEDY = "pass a causal language model, as AutoModelForCausalLM loads it"
 
 
@@ -38,8 +40,9 @@ def why_not_causal(config: PretrainedConfig | None) -> str | None:
     text = config.get_text_config(decoder=True)
     is_decoder = getattr(config, "is_decoder", None)
     # Encoders that can be configured as decoders have the flag; most decoders have none, or a meaningless one.
-    encoder = type(config).is_encoder_decoder and is_decoder is False
+    encoder = (type(config).is_encoder_decoder or config.model_type == "bert-generation") and is_decoder is False
     encoder |= type(config) in MODEL_FOR_MASKED_LM_MAPPING and not (is_decoder or getattr(config, "causal", False))
+    encoder |= config.model_type in BIDIRECTIONAL
     encoder |= getattr(text, "use_bidirectional_attention", None) in (True, "all")
     return "an encoder, whose tokens see those that follow" if encoder else None
 

@@ -30,9 +30,10 @@ def can_share_prompts(model: nn.Module) -> bool:
     It can where the state is that of attention alone (recurrent states cannot be picked apart), and where the position
     embedding does not depend on how long the whole sequence is.
     """
-    if cache_name(model) is None or getattr(model, "_is_stateful", False):
-        return False
     config = text_config(model)
+    # XLM's "cache" is none of Transformers', and has no switch.
+    if cache_name(model) is None or getattr(model, "_is_stateful", False) or not hasattr(config, "use_cache"):
+        return False
     ropes = getattr(config, "rope_parameters", None) or {}
     kinds = [rope.get("rope_type", "default") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]
     if any("dynamic" in kind or kind == "longrope" for kind in kinds):
@@ -140,29 +141,33 @@ class TokenProgress:
             self._blocks = [model.get_submodule(name) for name in decoder_blocks(model).values()]
         except ValueError:  # they cannot be told: the bar moves after each batch
             self._blocks = []
-        self._left = 0.0
+        self._tokens, self._passed, self._shown = 0, 0.0, 0
 
     @contextmanager
     def over(self, tokens: int) -> Iterator[None]:
         """Move the bar by so many tokens while the batch inside the `with` block runs, in any number of passes: at
         most by those that pass through the blocks, and by the rest at the end."""
-        self._left = float(tokens)
+        self._tokens, self._passed, self._shown = tokens, 0.0, 0
         handles = [block.register_forward_hook(self._advance) for block in self._blocks]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-        self.bar.update(self._left)
+        self._show(tokens)
 
     def _advance(self, block: nn.Module, args: tuple, output: Tensor | tuple | list) -> None:
         if torch.compiler.is_compiling():
             return
         h = output[0] if isinstance(output, (tuple, list)) else output
         if isinstance(h, Tensor):
-            step = min(self._left, h.shape[:-1].numel() / len(self._blocks))
-            self._left -= step
-            self.bar.update(step)
+            self._passed += h.shape[:-1].numel() / len(self._blocks)
+            self._show(min(self._tokens, int(round(self._passed, 6))))
+
+    def _show(self, tokens: int) -> None:
+        """Move the bar on to so many of the batch's tokens: whole ones, whose sum is exact."""
+        self.bar.update(tokens - self._shown)
+        self._shown = tokens
 
 
 @contextmanager
@@ -180,7 +185,8 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 def length_limit(model: nn.Module) -> int | None:
     """Most tokens in a sequence that the model takes; None where its configuration does not tell."""
-    return getattr(text_config(model), "max_position_embeddings", None)
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    return None if limit is not None and limit < 1 else limit  # XLNet has -1
 
 
 def check_length(

@@ -312,6 +312,10 @@ Store = ActivationStore | str | os.PathLike
 
 def open_store(store: Store) -> ActivationStore:
     """The store, opened where it is the folder of one."""
+    if not isinstance(store, ActivationStore | str | os.PathLike):
+        raise ValueError(
+            f"a store must be an ActivationStore or its folder, got {type(store).__name__}: pass one of these"
+        )
     return store if isinstance(store, ActivationStore) else ActivationStore(store)
 
 

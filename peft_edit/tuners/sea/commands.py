@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+from ...arguments import Argument, ArgumentError
 from ...cli import common
 from ...cli.options import Fields, Run
 from . import SEAConfig
@@ -47,6 +48,8 @@ def fit_sea(
     from .config import SEAConfig
 
     check_adapter_folder(out, "SEA")
+    if retain is None and options["retain_energy"] != SEAConfig.retain_energy:
+        raise ArgumentError(Argument("retain_energy"), " needs ", Argument("retain"), ": pass a store of texts too")
     opened = ActivationStore(store, options["site"])
     layers = options["layers_to_transform"]
     taken = {"site": opened.site, "layers_to_transform": opened.layers if layers is None else layers}
