@@ -287,3 +287,12 @@ def test_a_folder_of_data_loads(tmp_path):
 def test_a_path_that_is_not_there_is_never_looked_for_on_the_hub(name):
     with pytest.raises(FileNotFoundError, match=f"there is no file or folder {name}: change name"):
         load_contrast_set(name)
+
+
+@pytest.mark.parametrize(
+    "line, message", [("[" * 100_000, "nested too deeply"), ('{"prompt": ' + "9" * 5000 + "}", "too many digits")]
+)
+def test_what_python_does_not_read_names_file_and_line(tmp_path, line, message):
+    (tmp_path / "rows.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=rf"rows.jsonl, line 1: .*{message}.*: leave it out"):
+        load_contrast_set(tmp_path / "rows.jsonl")
