@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult
 
 from ..data.names import data_id, data_name
 from ..evaluation.results import Results
+from .markdown import code
 
 
 # Measure -> its name in tables, the factor there and the decimals.
@@ -62,19 +63,19 @@ def _caption(result: Results) -> str:
     name, files = data["name"] and data_name(data["name"]), data["files"]
     count, total = len(result.ids), data["of_rows"]
     parts = (
-        name and f"`{name}`",
-        data["subset"] and f"subset `{data['subset']}`",
-        data["split"] and f"split `{data['split']}`",
-        files and f"a local copy ({', '.join(f'`{file}`' for file in files)})",
+        name and code(name),
+        data["subset"] and f"subset {code(data['subset'])}",
+        data["split"] and f"split {code(data['split'])}",
+        files and f"a local copy ({', '.join(map(code, files))})",
         f"{count} of {total} questions" if total is not None and total > count else f"{count} questions",
-        f"prompt format `{result.prompts['format']}`",
+        f"prompt format {code(result.prompts['format'])}",
     )
     return f"Measured on {', '.join(filter(None, parts))}."
 
 
 def _perplexity_caption(results: Sequence[Results]) -> str:
     file = next((result.texts.get("file") for result in results if result.texts), None)
-    return f"Perplexity of other text{f', `{file}`' if file else ''}."
+    return f"Perplexity of other text{f', {code(file)}' if file else ''}."
 
 
 def _row_name(result: Results) -> str:
