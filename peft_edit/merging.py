@@ -127,6 +127,7 @@ def merge_checkpoint(
     # Before the adapter is there, which changes names.
     sources = find_sources(model, checkpoint.tensors)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    _check_shapes(checkpoint, sources, shapes)
     adapted = load_adapter(model, str(adapter), allow_fingerprint_mismatch, edit_only="merged")
     layers = _layers_to_merge(adapted, str(adapter), target)
     edited, identity = _plan(checkpoint, sources, shapes, layers), _identity(checkpoint, adapted, target)
@@ -216,6 +217,22 @@ def _layers_to_merge(adapted: PeftModel, adapter: str, device: torch.device) -> 
     return layers
 
 
+def _check_shapes(checkpoint: Checkpoint, sources: dict[str, list[Source]], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError for a tensor that Transformers loads as it is, edited or not, and that the model has in another
+    shape."""
+    for name, shape in shapes.items():
+        for source in sources.get(name, []):
+            if not source.operations and checkpoint.tensors[source.key].shape != shape:
+                raise _other_shape(checkpoint, source.key, name, shape)
+
+
+def _other_shape(checkpoint: Checkpoint, key: str, name: str, shape: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        f"{key} of {checkpoint.path} has shape {checkpoint.tensors[key].shape}, {name} of the model {shape}: it is of "
+        "another model than its config.json, or in a form that cannot be merged into"
+    )
+
+
 def _plan(
     checkpoint: Checkpoint,
     sources: dict[str, list[Source]],
@@ -252,10 +269,7 @@ def _edits(
                 )
             axis = axis_in_source(source, stored.shape, shape, output.axis)
             if axis is None:
-                raise ValueError(
-                    f"{source.key} of {checkpoint.path} has shape {stored.shape}, {name} of the model {shape}: it is "
-                    "of another model than its config.json, or in a form that cannot be merged into"
-                )
+                raise _other_shape(checkpoint, source.key, name, shape)
             whole = Edit(stored.start, stored.end, FLOATING[stored.dtype], stored.shape, axis, layer)
             edits[source.key] = _split(whole) if output.stacked and not of_experts else [whole]
     return edits
@@ -272,7 +286,9 @@ def _split(edit: Edit) -> list[Edit]:
 def _identity(checkpoint: Checkpoint, adapted: PeftModel, device: torch.device) -> dict[str, Any]:
     """All that the bytes of the result follow from. A file that was changed in between has another time or size."""
     digest = hashlib.sha256(json.dumps(adapted.active_peft_config.to_dict(), sort_keys=True, default=sorted).encode())
-    for name, tensor in sorted(get_peft_model_state_dict(adapted).items()):
+    # By default PEFT adds the embeddings, which are on meta here, where they were resized.
+    tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     stats = {file: (checkpoint.path / file).stat() for file in checkpoint.files}
     return {

@@ -1,12 +1,15 @@
 import json
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from damage import damages, one_line, write
 from huggingface_hub import ModelCard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_model
 
@@ -185,8 +188,8 @@ def test_results_before_and_after():
 
 def test_results_on_several_data():
     config = sea_config()
-    other = results(config, {"name": "own.jsonl"}, prompts={"format": "chat", "template": "f" * 16})
-    bbq = {"name": "bbq", "subset": "age_ambig", "files": ["bbq.jsonl"], "of_rows": 30}
+    other = results(config, {"name": "own.jsonl", "digest": "1" * 16}, prompts={"format": "chat", "template": "f" * 16})
+    bbq = {"name": "bbq", "subset": "age_ambig", "files": ["bbq.jsonl"], "of_rows": 30, "digest": "2" * 16}
     card = model_card(config, results=[results(), other, results(config, bbq)])
     assert "Measured on `own.jsonl`, 7 questions, prompt format `chat`.\n\n| model | MC1 % | MC2 % |\n" in str(card)
     assert "| this adapter | 65.0 | 60.0 |" in str(card)  # no base on the same data
@@ -237,6 +240,36 @@ def test_other_results_are_refused(tmp_path, content, expected):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(ValueError, match=f"results.json {expected}"):
         model_card(sea_config(), results=[tmp_path / "results.json"])
+
+
+NAMES = st.text(st.sampled_from("ab`|\n#*_<[\u2028\\ "), min_size=1, max_size=12).filter(str.strip)
+
+
+def shown(card) -> tuple[list[str], list[str]]:
+    """Headings and code spans of a card as they are rendered, and how many cells the rows of its tables have."""
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(ModelCard(str(card)).text)
+    inline = [token for token in tokens if token.type == "inline"]
+    headings = [token.content for before, token in pairwise(tokens) if before.type == "heading_open"]
+    return headings, [child.content for token in inline for child in token.children if child.type == "code_inline"]
+
+
+@given(name=NAMES)
+@settings(max_examples=40)
+@example("x|y\n# H")
+@example("a`b")
+@example("``` |")
+def test_names_of_others_are_no_markdown(name):
+    """Each is one code span, and adds no heading, whatever is in it."""
+    site = f"model.layers.0.{name}"
+    data = {"name": f"./{name}.jsonl", "subset": name, "split": name, "files": [name]}
+    measured = [results(data=data, prompts={"format": name}, texts={"file": name, "digest": "1" * 16})]
+    fitted_on = {"data": "own", **dict.fromkeys(("subset", "split", "neutral"), name), "files": [name]}
+    config = sea_config(fitted_on={**fitted_on, "demonstrations": 9}, rank_pattern={site: [1, 2]}, fit_statistics={})
+    headings, spans = shown(model_card(config, results=measured))
+    assert headings == shown(model_card(sea_config(), results=[results()]))[0]
+    expected = re.sub(r"[\n\u2028]", " ", name)
+    assert sum(expected.strip() == span.strip() for span in spans) == 9
+    assert f"model.layers.0.{expected}".strip() in [span.strip() for span in spans]
 
 
 def test_local_base_models_are_named_and_not_linked(tmp_path):

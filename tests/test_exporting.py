@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -10,7 +11,10 @@ import warnings
 import pytest
 import torch
 from accelerate import cpu_offload
+from damage import damages, one_line, write
 from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_cards import results
@@ -19,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from peft_edit import HPRConfig, SEAConfig, edit_strength, sea_to_lora
 from peft_edit.adapters import hub
-from peft_edit.adapters.card import is_generated, write_card
+from peft_edit.adapters.card import is_generated, model_card, write_card
 from peft_edit.models.fingerprint import adapter_record
 from peft_edit.tuners.sea import SEALayer, export_lora
 from peft_edit.tuners.sea.export_lora import served_rank
@@ -420,14 +424,65 @@ def test_the_card_of_an_export_takes_results(tmp_path):
         write_card(tmp_path, config, results=[results(adapters=[adapter | {"weights": "0" * 16}])])
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"source": 1}', '{"source": {"site": "x"}}', '{"source": null}'])
-def test_a_damaged_record_of_an_export_is_named(tmp_path, content):
-    sea_to_lora(fitted(), tmp_path)
-    (tmp_path / "sea_to_lora.json").write_text(content)
-    with pytest.raises(
-        ValueError, match=r"sea_to_lora.json does not say what was exported .*: export the adapter again"
-    ):
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "lora"
+    sea_to_lora(fitted(), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ("{", "Expecting"),
+        ("[]", "it must be an object"),
+        ({"source": ...}, "no source"),
+        ({"source": None}, "source must be an object, got None"),
+        ({"source": {}}, "source.peft_type must be 'SEA', got None"),
+        ({"source": {"peft_type": "HPR"}}, "source.peft_type must be 'SEA', got 'HPR'"),
+        ({"source": {"peft_type": "SEA", "site": "x"}}, "source: site must be"),
+        ({"source": {"peft_type": "SEA", "fitted_on": {"combined": [5]}}}, "source: fitted_on"),
+        ({"notes": 5}, "notes must be a list, got 5"),
+        ({"notes": ["a\n# H"]}, "a note is "),
+        ({"sites": "x"}, "sites must be a list, got 'x'"),
+        ({"sites": [{}]}, "no sites[0]."),
+        ({"sites": []}, "the highest rank of a site is 0, that of the adapter 8"),
+        ({"rank": "x"}, "rank must be an integer, got 'x'"),
+        ({"rank": 9}, "rank is 9, the adapter has 8"),
+        ({"max_lora_rank": 4}, "max_lora_rank is 4, rank is 8"),
+        ({"lora_bias": True}, "lora_bias is True, that of the adapter False"),
+    ],
+    ids=str,
+)
+def test_a_damaged_record_of_an_export_is_named(exported, tmp_path, changes, expected):
+    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
+    record = tmp_path / "sea_to_lora.json"
+    if isinstance(changes, dict):
+        changed = json.loads(record.read_text()) | changes
+        changes = json.dumps({name: value for name, value in changed.items() if value is not ...})
+    record.write_text(changes)
+    with pytest.raises(ValueError, match=re.escape(expected)) as error:
         hub.read_edit_config(tmp_path)
+    assert re.fullmatch(
+        r".*sea_to_lora.json is no record of this export \(.*\): export the adapter again", str(error.value)
+    )
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_one_field_of_the_record_that_lies(exported, tmp_path_factory, data):
+    """There is a card, or one line says why not."""
+    folder = tmp_path_factory.mktemp("damaged") / "lora"
+    shutil.copytree(exported, folder)
+    record = json.loads((folder / "sea_to_lora.json").read_text())
+    write(folder / "sea_to_lora.json", data.draw(damages(record)))
+    try:
+        written = model_card(LoraConfig.from_pretrained(folder), folder=folder)
+    except ValueError as error:
+        assert one_line(error) and "sea_to_lora.json" in str(error)
+    else:
+        assert "Rank and `lora_alpha` are 8 in every layer" in str(written) and is_generated(str(written))
+    shutil.rmtree(folder)
 
 
 def test_other_lora_adapters_get_no_card(tmp_path):

@@ -241,6 +241,27 @@ def test_results_are_made_one_ahead():
     assert used == made == list(range(5))
 
 
+@pytest.mark.parametrize("fitted_on", ["resized", "base"])
+def test_a_base_whose_embeddings_were_resized(pair, tmp_path, fitted_on):
+    """As the refusal of an adapter that carries its embeddings advises."""
+    base, adapter = pair
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(80, mean_resizing=False)
+    adapted = write_edit(get_peft_model(model, SEAConfig(rescale="none")))
+    adapted.peft_config["default"].base_model_fingerprint = fingerprint(adapted)
+    if fitted_on == "resized":
+        with pytest.warns(UserWarning, match="the embedding layer has been resized"):
+            adapted.save_pretrained(tmp_path / "whole")
+        refused(r"save it again with save_embedding_layers=False", base, tmp_path / "whole", tmp_path / "out")
+        adapter = tmp_path / "edit"
+        adapted.save_pretrained(adapter, save_embedding_layers=False)
+    adapted.unload().save_pretrained(tmp_path / "resized")
+    merge_checkpoint(tmp_path / "resized", adapter, tmp_path / "out", allow_fingerprint_mismatch=fitted_on == "base")
+    merged, expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), in_memory(tmp_path / "resized", adapter)
+    assert merged.get_input_embeddings().num_embeddings == 80
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.state_dict().items())
+
+
 # Interrupted
 
 
@@ -366,6 +387,12 @@ def damage(base: Path, how: str) -> None:
         index["weight_map"]["model.norm.weight"] = "a.bin"
     elif how == "no index":
         index = []
+    elif how == "no metadata":
+        del index["metadata"]
+    elif how == "metadata":
+        index["metadata"] = "x"
+    elif how == "vocabulary":
+        change_json(base / "config.json", vocab_size=5)
     elif how == "pickled":
         for shard in shards:
             shard.unlink()
@@ -398,6 +425,9 @@ def damage(base: Path, how: str) -> None:
         ("elsewhere", r"names the file '\.\./model\.safetensors', which is none below its folder"),
         ("pickled shard", "names the weights 'a.bin', which must end with .safetensors"),
         ("no index", "is no index of a checkpoint"),
+        ("no metadata", r"is no index of a checkpoint \(no metadata\): download or save"),
+        ("metadata", r"is no index of a checkpoint \(metadata must be an object, got 'x'\): download or save"),
+        ("vocabulary", r"has shape \(64, 32\), (lm_head|model\.embed_tokens)\.weight of the model \(5, 32\): it is of"),
         ("pickled", "its weights are pickled: pass a safetensors checkpoint"),
         ("integers", r"is quantised \(I8\)"),
         ("another shape", r"has shape \(32, 47\), model\.layers\.1\.mlp\.down_proj\.weight of the model \(32, 48\)"),

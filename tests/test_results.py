@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from conftest import ASSETS
+from datasets import concatenate_datasets
 from edits import EDITS, edited_model, two_adapters
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -199,6 +200,22 @@ def test_results_that_differ_are_refused_in_one_line_that_names_what(tmp_path, n
     assert "\n" not in str(caught.value)
 
 
+RENAMED = [{"name": "renamed.jsonl"}, {"name": "own.jsonl", "files": ["copy.jsonl"]}, {"name": None, "split": "x"}]
+
+
+@pytest.mark.parametrize("renamed", RENAMED, ids=str)
+def test_the_same_rows_under_another_name_are_compared(renamed):
+    config = sea_config()
+    text = str(model_card(config, results=[results(data=DATA), results(config, renamed)]))
+    assert "| this adapter | 65.0 (+25.0) | 60.0 (+10.0) |" in text and text.count("Measured on ") == 1
+    with pytest.raises(ValueError, match=r"must agree in prompts\.format"):
+        model_card(config, results=[results(data=DATA), results(config, renamed, prompts={"format": "chat"})])
+    with pytest.raises(ValueError, match="are of the same model on the same data"):
+        model_card(config, results=[results(data=DATA), results(data=renamed)])
+    apart = str(model_card(config, results=[results(data=DATA), results(config, renamed | {"digest": "1" * 16})]))
+    assert "| this adapter | 65.0 | 60.0 |" in apart and apart.count("Measured on ") == 2
+
+
 def test_the_values_that_differ_are_shown():
     config = sea_config()
     chat = results(config, prompts={"format": "chat", "template": "1" * 16, "examples": None})
@@ -269,6 +286,52 @@ def test_what_the_commands_measured_makes_a_card(run, tmp_path, demo_model):  # 
 def test_results_of_other_releases_are_refused(version):
     with pytest.raises(ValueError, match=r"has version .* of the results, this release reads 1.*: evaluate again with"):
         read_results(results() | {"version": version})
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        *(({name: value}, f"{name} is {value}, which is no share") for name in ("mc1", "mc2") for value in (-3, 500)),
+        ({"mc1": float("nan")}, "mc1 is nan, which is no share"),
+        ({"mc2": float("inf")}, "mc2 is inf, which is no share"),
+        *(
+            ({"perplexity": value}, "perplexity is .*, which must be 1 or more and fin")
+            for value in (0.5, float("inf"))
+        ),
+        ({"texts": None}, "no texts of the perplexity"),
+        ({"texts": {"file": {"a": 1}, "digest": "1"}}, "texts.file must be text or null, got "),
+        *(({"strength": value}, "strength is .*, which must be 0 or more and finite") for value in (-1, float("nan"))),
+        ({"data": {"rows": None}}, "data.rows must be an integer, got None"),
+        ({"data": {"rows": 20, "of_rows": 20}}, "data.rows is 20, and there are 7 questions"),
+        ({"data": {"of_rows": 3}}, "data.of_rows is 3, data.rows is 7"),
+        ({"questions": []}, "data.rows is 7, and there are 0 questions"),
+        ({"questions": [{"id": 1}] * 7}, "a question is there twice"),
+    ],
+    ids=str,
+)
+def test_results_that_nothing_can_have_are_refused(changes, expected):
+    data = changes.pop("data", None)
+    with pytest.raises(
+        ValueError, match=rf"^results is damaged \({expected}.*\): evaluate again with this rel"
+    ) as error:
+        read_results(results(data=data, **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_a_sum_of_probabilities_may_be_rounded_above_one():
+    assert read_results(results(mc2=1.0000000000000002, perplexity=1.0)).measures["mc2"] > 1
+
+
+def test_a_perplexity_is_not_recorded_without_its_texts(llama):
+    with pytest.raises(ValueError, match=r"^texts must be those of the perplexity that was measured, got None$"):
+        record(llama, TOKENIZER, contrast(), {"perplexity": 2.0})
+
+
+def test_more_rows_than_a_data_set_has_are_no_whole_one(llama):
+    """Of data sets that were put together `datasets` keeps what is known of the first."""
+    data = load_contrast_set(TEST)
+    known, more = (record(llama, TOKENIZER, d, {})["data"] for d in (data, concatenate_datasets([data, data])))
+    assert (known["rows"], known["of_rows"], more["rows"], more["of_rows"]) == (180, 180, 360, None)
 
 
 JSON = st.recursive(

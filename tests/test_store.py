@@ -11,7 +11,7 @@ from damage import damages, one_line, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from stores import write_pair_store
+from stores import write_pair_store, write_text_store
 
 from peft_edit import ActivationStore
 from peft_edit.activations.store import FORMAT_VERSION, begin, layout, reader
@@ -308,6 +308,25 @@ def test_a_damaged_file_is_named(tmp_path, file, damage):
     if damage == "truncated":
         (tmp_path / file).write_bytes(content[:-9])
     one_line_error(lambda: ActivationStore(tmp_path).positive(0), rf"{file} cannot be read .* resume=False")
+
+
+@pytest.mark.parametrize("name", ["answer_pairs", "texts"])
+@pytest.mark.parametrize(
+    ("first", "count"),
+    [(5, 2**63 - 1), (2**63 - 1, 2**63 - 1), (2**63 - 1, 1), (5, 2), (6, 1), (0, -1), (-1, 1), (-(2**63), -(2**63))],
+)
+def test_rows_that_the_index_has_from_nowhere(tmp_path, name, first, count):
+    """Also where a sum of 64 bits would pass for one of them."""
+    rows, modules = {1: torch.randn(6, 3)}, {"1": "h.1"}
+    if name == "texts":
+        write_text_store(tmp_path, rows, modules=modules, lengths=[2, 4])
+    else:
+        write_pair_store(tmp_path, rows, torch.tensor([[0, 3], [1, 4]]), modules=modules)
+    index = load_file(tmp_path / "index.safetensors")
+    index[name][0, :-1], index[name][0, -1] = first, count
+    save_file(index, tmp_path / "index.safetensors")
+    match = rf"is damaged \({name} names rows that are not among the 6 of the store\): collect again with resume=False"
+    one_line_error(lambda: ActivationStore(tmp_path), match)
 
 
 def test_a_shard_without_the_layer_is_damaged(tmp_path):

@@ -26,6 +26,7 @@ from ..tuners.config import EditConfig
 from ..tuners.method import Method, method_of
 from .card_results import eval_results_of, tables_of
 from .exported import Exported, read_exported
+from .markdown import cell, code, plain
 
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def model_card(
         title=title,
         method=edit.peft_type.value,
         base_id=base_id,
-        base_text=_link(base_id, "") if base_id else f"`{Path(name).name}`" if name else "its base model",
+        base_text=_link(base_id, "") if base_id else code(Path(name).name) if name else "its base model",
         results=[
             (heading, tables)
             for heading, side in (("Results", False), ("Side effects", True))
@@ -133,7 +134,7 @@ def _of_config(config: EditConfig) -> dict[str, Any]:
     fitted_on = parts[0] if len(parts) == 1 and counted & set(parts[0]) else {}
     return {
         "config": config,
-        "settings": [(f"`{name}`", f"`{json.dumps(getattr(config, name))}`") for name in method.card_settings(config)],
+        "settings": [(name, json.dumps(getattr(config, name))) for name in method.card_settings(config)],
         "layers": layers,
         "fitted_on": fitted_on,
         "data_text": _data_text(parts[0]),
@@ -158,9 +159,9 @@ def _data_text(fitted_on: Mapping[str, Any]) -> str | None:
     if not name:
         return None
     dataset = data_id(name, files)
-    parts = [f"{key} `{fitted_on[key]}`" for key in ("subset", "split") if fitted_on.get(key)]
-    parts += [f"a local copy, {', '.join(f'`{file}`' for file in files)}"] if files else []
-    return (_link(dataset, "datasets/") if dataset else f"`{name}`") + (f" ({', '.join(parts)})" if parts else "")
+    parts = [f"{key} {code(fitted_on[key])}" for key in ("subset", "split") if fitted_on.get(key)]
+    parts += [f"a local copy, {', '.join(map(code, files))}"] if files else []
+    return (_link(dataset, "datasets/") if dataset else code(name)) + (f" ({', '.join(parts)})" if parts else "")
 
 
 def _card(metadata: ModelCardData, text: str) -> ModelCard:
@@ -277,7 +278,7 @@ def _is_stub(text: str) -> bool:
 def _title(config: EditConfig, base_model: str | None = None, exported: Exported | None = None) -> str:
     name, short = base_model or config.base_model_name_or_path, method_of(config).short
     what = "adapter" if exported is None else "edit as a LoRA adapter"
-    return f"{short[0].upper()}{short[1:]} {what}{f' for {Path(name).name}' if name else ''}"
+    return f"{short[0].upper()}{short[1:]} {what}{f' for {plain(Path(name).name)}' if name else ''}"
 
 
 def _template(method: Method, exported: Exported | None) -> jinja2.Template:
@@ -295,6 +296,7 @@ def _template(method: Method, exported: Exported | None) -> jinja2.Template:
         lstrip_blocks=True,
         autoescape=False,  # Markdown
     )
+    environment.filters |= {"code": code, "cell": cell}
     return environment.get_template(f"method/{'card' if exported is None else 'lora'}.md")
 
 

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult
 
 from ..data.names import data_id, data_name
 from ..evaluation.results import Results
+from .markdown import code
 
 
 # Measure -> its name in tables, the factor there and the decimals.
@@ -37,23 +38,23 @@ def eval_results_of(read: Sequence[Results]) -> list[EvalResult]:
 
 
 def _is_whole(result: Results) -> bool:
-    return result.data["rows"] is not None and result.data["rows"] == result.data["of_rows"]
+    return result.data["rows"] == result.data["of_rows"]
 
 
 def tables_of(read: Sequence[Results], side_effects: bool) -> list[tuple[str, list[str], list[list[str]]]]:
     """Caption, header and rows for each data set: the base model, then the edits by strength, with their change."""
     tables = []
-    for key in dict.fromkeys(result.data_set for result in read):
-        of_data = [result for result in read if result.data_set == key]
+    for rows in dict.fromkeys(result.rows for result in read):
+        of_data = [result for result in read if result.rows == rows]
         of_data.sort(key=lambda result: (bool(result.adapters), result.strength))
         measured = dict.fromkeys(name for result in of_data for name in result.measures)
         names = [name for name in measured if (name in SIDE_EFFECTS) == side_effects]
         if not names:
             continue
         base = next((result.measures for result in of_data if not result.adapters), {})
-        rows = [[_row_name(result), *(_cell(name, result, base) for name in names)] for result in of_data]
+        table = [[_row_name(result), *(_cell(name, result, base) for name in names)] for result in of_data]
         caption = _perplexity_caption(of_data) if side_effects else _caption(of_data[0])
-        tables.append((caption, ["model", *(MEASURES[name][0] for name in names)], rows))
+        tables.append((caption, ["model", *(MEASURES[name][0] for name in names)], table))
     return tables
 
 
@@ -62,19 +63,19 @@ def _caption(result: Results) -> str:
     name, files = data["name"] and data_name(data["name"]), data["files"]
     count, total = len(result.ids), data["of_rows"]
     parts = (
-        name and f"`{name}`",
-        data["subset"] and f"subset `{data['subset']}`",
-        data["split"] and f"split `{data['split']}`",
-        files and f"a local copy ({', '.join(f'`{file}`' for file in files)})",
+        name and code(name),
+        data["subset"] and f"subset {code(data['subset'])}",
+        data["split"] and f"split {code(data['split'])}",
+        files and f"a local copy ({', '.join(map(code, files))})",
         f"{count} of {total} questions" if total is not None and total > count else f"{count} questions",
-        f"prompt format `{result.prompts['format']}`",
+        f"prompt format {code(result.prompts['format'])}",
     )
     return f"Measured on {', '.join(filter(None, parts))}."
 
 
 def _perplexity_caption(results: Sequence[Results]) -> str:
     file = next((result.texts.get("file") for result in results if result.texts), None)
-    return f"Perplexity of other text{f', `{file}`' if file else ''}."
+    return f"Perplexity of other text{f', {code(file)}' if file else ''}."
 
 
 def _row_name(result: Results) -> str:

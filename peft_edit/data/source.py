@@ -46,13 +46,14 @@ def source_of(data: Dataset) -> dict[str, Any]:
     known."""
     info, split = data.info, None if data.split is None else str(data.split)
     known = (info.splits or {}).get(split or ALL)
+    of_rows = known.num_examples if known is not None else None
     return {
         "name": info.dataset_name,
         "subset": info.config_name,
         "split": split,
         "files": sorted(info.download_checksums) if info.download_checksums else None,
         "rows": len(data),
-        "of_rows": known.num_examples if known is not None else None,
+        "of_rows": None if of_rows is not None and of_rows < len(data) else of_rows,  # rows of several were joined
     }
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,8 +48,10 @@ VERSION = 1
 MEASURES = ("mc1", "mc2", "perplexity")
 OF_MODEL = ("name", "revision", "fingerprint", "dtype")
 OF_DATA = ("name", "subset", "split", "files", "rows", "of_rows", "digest")
-# What makes data one data set, whose results must agree in all else.
+# What names a data set. Results of one name must agree in all else, and so must those of the same rows.
 DATA_SET = ("name", "subset", "split", "files")
+# MC2 is a sum of probabilities, which rounding takes above 1.
+ROUNDING = 1e-9
 # What to do where results differ in something, by the beginning of its name.
 REMEDIES = {
     "model.dtype": "evaluate all in one dtype",
@@ -79,21 +82,33 @@ class OfAdapter(TypedDict):
     weights: str
 
 
-class OfRows(TypedDict):
-    """Which rows results are of."""
-
-    digest: str
-
-
-class OfSource(OfRows, total=False):
-    """What results say of the data."""
+class NamedData(TypedDict, total=False):
+    """Where the data come from, as far as it is known."""
 
     name: str | None
     subset: str | None
     split: str | None
     files: list[str] | None
-    rows: int | None
     of_rows: int | None
+
+
+class OfSource(NamedData):
+    """What results say of the data."""
+
+    rows: int
+    digest: str
+
+
+class NamedTexts(TypedDict, total=False):
+    """Where the texts of the perplexity come from, as far as it is known."""
+
+    file: str | None
+
+
+class OfTexts(NamedTexts):
+    """What results say of these texts."""
+
+    digest: str
 
 
 class OfPrompts(TypedDict):
@@ -114,7 +129,7 @@ class Measures(TypedDict, total=False):
     mc1: float
     mc2: float
     perplexity: float
-    texts: OfRows | None
+    texts: OfTexts | None
 
 
 class Recorded(Measures):
@@ -151,8 +166,13 @@ class Results:
 
     @property
     def data_set(self) -> tuple:
-        """What of the data must be the same for results to be of one data set."""
+        """What the data set is called."""
         return tuple(json.dumps(self.data.get(name)) for name in DATA_SET)
+
+    @property
+    def rows(self) -> tuple:
+        """Which rows they are of, whatever the data set is called: a file that was renamed has the same."""
+        return self.data["digest"], tuple(self.ids)
 
     @property
     def row(self) -> tuple:
@@ -184,7 +204,12 @@ def record(
         texts: those of the perplexity.
         texts_file: that they come from.
         names: adapter's name in the model to what people know it by, its folder or id on the Hub.
+
+    Raises:
+        ValueError: a perplexity without its texts.
     """
+    if "perplexity" in measured and texts is None:
+        raise ArgumentError(Argument("texts"), " must be those of the perplexity that was measured, got None")
     bare, of_texts = unwrap(model), None
     try:
         of_model = fingerprint(model)
@@ -241,7 +266,7 @@ def read_results(results: Mapping[str, Any] | str | os.PathLike) -> Results:
             f"{where} has version {given.get('version')!r} of the results, this release reads {VERSION}, which records "
             f"what they follow from: {_AGAIN}"
         )
-    if problem := mismatch(given, Recorded):
+    if problem := mismatch(given, Recorded) or _contradiction(given):
         raise ValueError(f"{where} is damaged ({problem}): {_AGAIN}")
     return Results(
         where=where,
@@ -254,9 +279,31 @@ def read_results(results: Mapping[str, Any] | str | os.PathLike) -> Results:
     )
 
 
+def _contradiction(given: Mapping[str, Any]) -> str | None:
+    """What cannot be in results whose fields have the right types, or None."""
+    for name in ("mc1", "mc2"):
+        if name in given and not 0 <= given[name] <= 1 + ROUNDING:
+            return f"{name} is {given[name]}, which is no share"
+    if "perplexity" in given and not 1 <= given["perplexity"] < math.inf:
+        return f"perplexity is {given['perplexity']}, which must be 1 or more and finite"
+    if "perplexity" in given and given.get("texts") is None:
+        return "no texts of the perplexity"
+    if not 0 <= given["strength"] < math.inf:
+        return f"strength is {given['strength']}, which must be 0 or more and finite"
+    rows, of_rows, ids = given["data"]["rows"], given["data"].get("of_rows"), [q["id"] for q in given["questions"]]
+    if not ids or rows != len(ids):
+        return f"data.rows is {rows}, and there are {len(ids)} questions"
+    if len(set(ids)) < len(ids):
+        return "a question is there twice"
+    if of_rows is not None and of_rows < rows:
+        return f"data.of_rows is {of_rows}, data.rows is {rows}"
+    return None
+
+
 def check_comparable(results: Sequence[Results]) -> None:
     """Raise ValueError, which names what differs, unless results can stand side by side: all of one base model, and
-    those of one data set of the same rows and prompts, each adapter and strength once."""
+    those of one data set, or of the same rows whatever they are called, of the same rows and prompts, each adapter
+    and strength once."""
     for later_place, later in enumerate(results):
         for earlier in results[:later_place]:
             for name, first, second in _differences(earlier, later):
@@ -264,7 +311,7 @@ def check_comparable(results: Sequence[Results]) -> None:
                 raise ValueError(
                     f"{earlier.where} and {later.where} must agree in {name}, got {first} and {second}: {remedy}"
                 )
-            if earlier.data_set == later.data_set and earlier.row == later.row:
+            if _same_data(earlier, later) and earlier.row == later.row:
                 raise ValueError(
                     f"{earlier.where} and {later.where} are of the same model on the same data: pass one of them"
                 )
@@ -274,7 +321,7 @@ def _differences(one: Results, other: Results) -> Iterator[tuple[str, str, str]]
     """Name of each thing in which results that are compared differ, and both values, to print."""
     known = one.model.get("fingerprint") and other.model.get("fingerprint")  # it tells more than a name
     yield from _differing("model", one.model, other.model, ("fingerprint" if known else "name", "dtype"))
-    if one.data_set != other.data_set:
+    if not _same_data(one, other):
         return
     if one.ids != other.ids:
         yield "questions", *_different_ids(one.ids, other.ids)
@@ -282,6 +329,10 @@ def _differences(one: Results, other: Results) -> Iterator[tuple[str, str, str]]
     yield from _differing("prompts", one.prompts, other.prompts, sorted({*one.prompts, *other.prompts}))
     if one.texts is not None and other.texts is not None:
         yield from _differing("texts", one.texts, other.texts, ("digest",))
+
+
+def _same_data(one: Results, other: Results) -> bool:
+    return one.data_set == other.data_set or one.rows == other.rows
 
 
 def _differing(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
@@ -38,8 +38,9 @@ class BaseConfig(TypedDict, total=False):
 
 
 class WeightIndex(TypedDict):
-    """An index file: key of each tensor to its file."""
+    """An index file: key of each tensor to its file, and what is never used, without which Transformers loads none."""
 
+    metadata: dict[str, Any]
     weight_map: dict[str, str]
 
 

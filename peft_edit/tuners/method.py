@@ -37,6 +37,8 @@ class Method:
         check_lora: (configuration, out_dir) raises ValueError, with the reason, where that cannot be.
         lora_record: name of the file, JSON, that `to_lora` writes beside the LoRA adapter: its "source" is the edit's
             configuration; the rest is for the template of the card, `lora.md` in the method's folder.
+        lora_contents: `TypedDict` of that file.
+        lora_contradiction: (its contents, the LoRA adapter's configuration) to what cannot be there, or None.
         to_lora: (model, out_dir, rank=) writes the active adapter as a LoRA adapter; the result has `rank`, `exact`,
             `notes`, `table()` and `to_dict()`.
         published: whether a folder holds what the method's published code writes.
@@ -60,6 +62,8 @@ class Method:
     check_lora: Callable[[Any, Path], None] | None = None
     to_lora: Callable[..., Any] | None = None
     lora_record: str | None = None
+    lora_contents: Any = None
+    lora_contradiction: Callable[[Mapping[str, Any], PeftConfig], str | None] | None = None
     published: Callable[[Path], bool] | None = None
     convert: Callable[..., Any] | None = None
     published_files: str = ""

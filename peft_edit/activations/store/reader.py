@@ -91,11 +91,10 @@ class ActivationStore:
         for name, numbers in self._index.items():
             if name == "question" or not n:
                 continue
-            last = numbers[:, :-1] + numbers[:, -1:] - 1 if name in COLUMNS else numbers
-            if int(numbers.min()) < 0 or int(last.max()) >= rows:
-                raise self._bad_index(
-                    f"{name} names rows from {int(numbers.min())} to {int(last.max())}, the store has {rows}"
-                )
+            first, counts = numbers.split((COLUMNS[name] - 1, 1), dim=1) if name in COLUMNS else (numbers, 1)
+            # Not the sum, which 64 bits may not hold.
+            if int(numbers.min()) < 0 or int(first.max()) > rows or bool((counts > rows - first).any()):
+                raise self._bad_index(f"{name} names rows that are not among the {rows} of the store")
 
     def _bad_index(self, what: str) -> ArgumentError:
         return ArgumentError(f"{self.path / INDEX} is damaged ({what}): ", *AGAIN)

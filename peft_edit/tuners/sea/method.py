@@ -12,6 +12,7 @@ from .config import FIT_SETTINGS, SEAConfig
 from .convert import convert_sea
 from .export_lora import RECORD, check_lora, sea_to_lora
 from .layer import SEALayer
+from .lora_record import LoRARecord, contradiction
 from .model import SEAModel
 
 
@@ -51,6 +52,8 @@ METHOD = Method(
     check_lora=check_lora,
     to_lora=sea_to_lora,
     lora_record=RECORD,
+    lora_contents=LoRARecord,
+    lora_contradiction=contradiction,
     published=holds_projections,
     convert=convert_sea,
     published_files="uu_positive.pt and uu_negative.pt",
