@@ -64,7 +64,10 @@ BESIDE = {
     "rotation": {"gate": 0.9},
 }
 # What a fit does next time, and what it writes.
-OF_A_FIT = {"positive_energy", "negative_energy", "centered", "scale_to_rms", "base_model_fingerprint", "fitted_on"}
+OF_A_FIT = {
+    *("positive_energy", "negative_energy", "centered", "retain_energy", "scale_to_rms"),
+    *("base_model_fingerprint", "fitted_on"),
+}
 WRITTEN = {"rank_pattern", "fit_statistics", "probe_accuracy", "modules_to_save"}
 
 
