@@ -219,7 +219,7 @@ REFUSED = {
         lambda p: rewrite(p, endless_hash(b"ccollections\nOrderedDict\n", b"K\x01\x86\x85\x85R.")),
         "else than one tensor .collections OrderedDict",
     ),
-    "integers": (lambda p: torch.save(stack().long(), p), "else than one tensor \(torch LongStorage\)"),
+    "integers": (lambda p: torch.save(stack().long(), p), r"else than one tensor \(torch LongStorage\)"),
     "large pickle": (
         lambda p: rewrite(p, lambda e: {n: d + bytes(9999) if n.endswith(".pkl") else d for n, d in e.items()}),
         "one tensor and nothing else",
