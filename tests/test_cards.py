@@ -272,6 +272,14 @@ def test_names_of_others_are_no_markdown(name):
     assert f"model.layers.0.{expected}".strip() in [span.strip() for span in spans]
 
 
+def test_the_texts_to_leave_alone_are_told():
+    retain = {"data": "passages.txt", "texts": 200, "tokens": 18352}
+    card = str(model_card(sea_config(fitted_on={"questions": 9, "demonstrations": 9, "retain": retain})))
+    assert "\nIt was told to leave other text alone: 18352 tokens of 200 texts of `passages.txt`.\n" in card
+    assert "| `retain_energy` | `0.99` |" in card
+    assert "leave other text alone" not in str(model_card(sea_config()))
+
+
 def test_local_base_models_are_named_and_not_linked(tmp_path):
     config = sea_config(base_model_name_or_path=str(tmp_path / "my-model"))
     text = str(model_card(config))

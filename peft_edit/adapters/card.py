@@ -138,6 +138,7 @@ def _of_config(config: EditConfig) -> dict[str, Any]:
         "layers": layers,
         "fitted_on": fitted_on,
         "data_text": _data_text(parts[0]),
+        "retain_text": _data_text(fitted_on.get("retain", {})),
         "collected": [
             (name, fitted_on[key])
             for name, key in (("tokens", "tokens"), ("neutral", "neutral"), ("prompt format", "prompt_format"))

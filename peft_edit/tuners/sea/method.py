@@ -23,7 +23,11 @@ def card_settings(config: SEAConfig) -> list[str]:
     of_map = ("feature_map", "feature_space", "input_scale") if config.feature_map is None else ()
     return [
         name
-        for name in (*SETTINGS, *(FIT_SETTINGS if "demonstrations" in config.fitted_on else ()))
+        for name in (
+            *SETTINGS,
+            *(FIT_SETTINGS if "demonstrations" in config.fitted_on else ()),
+            *(("retain_energy",) if "retain" in config.fitted_on else ()),
+        )
         if name not in of_map
     ]
 
