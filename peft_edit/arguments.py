@@ -186,7 +186,7 @@ def check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -
 
 def _is_json(value: Any) -> bool:
     try:
-        return bool(json.dumps(value, allow_nan=False))
+        return bool(json.dumps(value))
     except (TypeError, ValueError):
         return False
 

@@ -126,8 +126,8 @@ def test_inspect_shows_and_checks_a_store(fitted, run, tmp_path):
 def test_what_the_fit_prints_is_explained(fitted, run, tmp_path):
     _, out, _ = run("fit-sea", MODEL, fitted / "store", tmp_path / "sea")
     table, (*explained, _) = out.splitlines()[:6], out.splitlines()[6:]
-    assert table[0].split()[-3:] == ["signature", "rescale", "deviation"]
-    assert [line.split(":")[0] for line in explained] == ["signature", "deviation"]
+    assert table[0].split()[-4:] == ["signature", "rescale", "deviation", "change"]
+    assert [line.split(":")[0] for line in explained] == ["signature", "deviation", "change"]
     config = json.loads((tmp_path / "sea" / "adapter_config.json").read_text())
     known = {"data": "demonstrations.jsonl", "tokens": "last", "neutral": "text", "prompt_format": "plain"}
     assert config["fitted_on"] == {**known, "questions": 400, "demonstrations": 400}

@@ -72,6 +72,7 @@ EVERY_FIELD = {
     "input_scale": 3.0,
     "rescale": "mean",
     "projections": "exchanged",
+    "retain_energy": 0.95,
     "strength": 0.5,
     "rank_pattern": {"model.layers.1": [2, 3]},
     "fit_statistics": {"model.layers.1": {"rms": 0.1 + 0.2, "strength": 1.0}},

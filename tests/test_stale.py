@@ -128,7 +128,7 @@ def test_what_modules_follow_from_cannot_change(name, value):
         (HPRConfig(), "rotation", "reflect", "rotation must be one of 'angle', 'reflection', got 'reflect'"),
         (HPRConfig(), "gate", 1.5, "gate must be a number in [0, 1]"),
         (HPRConfig(), "probe_accuracy", [1], "probe_accuracy must be a dict"),
-        (MeanDifferenceConfig(), "fit_statistics", {"a": {"rms": 1}}, "fit_statistics must be a dict"),
+        (MeanDifferenceConfig(), "fit_statistics", {"a": {"rms": 1}}, "fit_statistics has no"),
         (MeanDifferenceConfig(), "strength", float("inf"), "strength must be a number"),
     ],
     ids=str,

@@ -19,6 +19,7 @@ the answer's tokens are those beyond the length of the prompt encoded alone.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
@@ -62,6 +63,12 @@ class PromptOptions:
 
     def __post_init__(self):
         check_options(self, tuple(f.name for f in fields(PromptOptions)))
+        try:
+            json.dumps(self.template_arguments, allow_nan=False)
+        except ValueError:
+            raise ArgumentError(
+                Argument("template_arguments"), f" must be a dict of JSON values, got {self.template_arguments!r}"
+            ) from None
         if self.template_time is not None:
             try:
                 datetime.fromisoformat(self.template_time)

@@ -76,20 +76,21 @@ class FrozenWeight(nn.Module):
     def problem(self, weight: Tensor) -> str | None:
         """What is wrong with a weight and what to do, or None."""
         # Still on meta where the model was loaded with low_cpu_mem_usage, else still NaN.
-        if weight.is_meta or (weight.numel() and weight.isnan().all()):
+        computes = not is_quantised(weight.dtype)
+        if weight.is_meta or (computes and weight.numel() and weight.isnan().all()):
             return (
                 f"the {self.label} was not loaded: the adapter file lacks it, or load_adapter was given an offloaded "
                 "model; load the complete adapter with PeftModel.from_pretrained or fit again"
-            )
-        if is_quantised(weight.dtype):
-            return (
-                f"the {self.label} is of {dtype_name(weight.dtype)}, in which nothing can be computed: save the "
-                "adapter in float32, float16 or bfloat16"
             )
         return self.damage(weight)
 
     def damage(self, weight: Tensor) -> str | None:
         """What is wrong with a weight that a file holds and what to do, or None."""
+        if is_quantised(weight.dtype):
+            return (
+                f"the {self.label} is of {dtype_name(weight.dtype)}, in which nothing can be computed: save the "
+                "adapter in float32, float16 or bfloat16"
+            )
         held = no_weight(weight)
         return held and f"the {self.label} holds {held}: the adapter file is damaged; load it again or fit again"
 

@@ -86,6 +86,7 @@ def _print(fit) -> None:
     print(common.table(header, rows))
     print("signature: sum of the singular values of the two mean activations, which tells layers apart (SEA)")
     print("deviation: standard deviation of the rescale, the factor that gives an edited activation its norm back")
+    print("change: relative change of the retain set's tokens, without one of the neutral demonstrations")
 
 
 COMMANDS = [fit_sea]
