@@ -86,7 +86,7 @@ class FrozenWeight(nn.Module):
 
     def damage(self, weight: Tensor) -> str | None:
         """What is wrong with a weight that a file holds and what to do, or None."""
-        if is_quantised(weight.dtype):
+        if weight.is_floating_point() and is_quantised(weight.dtype):
             return (
                 f"the {self.label} is of {dtype_name(weight.dtype)}, in which nothing can be computed: save the "
                 "adapter in float32, float16 or bfloat16"
