@@ -52,7 +52,7 @@ def has_head(model: nn.Module) -> bool:
     bare = unwrap(model)
     try:
         head = bare.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # as models without a head have it, each in its own way
         head = None
     return isinstance(head, nn.Module) and hasattr(head, "weight")
 

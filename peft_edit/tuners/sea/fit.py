@@ -222,31 +222,22 @@ def _feature_map(config: SEAConfig, scale: float) -> Callable[[Tensor], Tensor]:
 
 
 def relative_change(
-    chunks: Iterable[Tensor], positive: Tensor, negative: Tensor, config: SEAConfig, scale: float, mean_rescale: float
+    chunks: Iterable[Tensor],
+    edit_site: Callable[..., Tensor],
+    config: SEAConfig,
+    mean_rescale: float,
 ) -> float:
     """Mean of ||out - h|| / ||h|| over activations, (r, d) each; those that are zero have none.
 
     Args:
         chunks: the activations.
-        positive, negative: (k+, d) and (k-, d), the factors.
+        edit_site: `edit` with the factors.
         config: of the edit.
-        scale: divisor before the feature map.
         mean_rescale: of the edit.
     """
     total, count = 0.0, 0
     for h in chunks:
-        out = edit(
-            h,
-            partial(project, basis=positive),
-            partial(project, basis=negative),
-            projections=config.projections,
-            feature_map=config.feature_map,
-            feature_space=config.feature_space,
-            scale=scale,
-            rescale=config.rescale,
-            mean_rescale=mean_rescale,
-            strength=config.strength,
-        )
+        out = edit_site(h, rescale=config.rescale, mean_rescale=mean_rescale, strength=config.strength)
         norm = h.norm(dim=1)
         change = ((out - h).norm(dim=1) / norm)[norm > 0]
         total, count = total + float(change.sum()), count + len(change)
@@ -270,17 +261,16 @@ def site_statistics(
         scale: divisor before the feature map.
         left_alone: activations of the retain set, (r, d) each, float64; None for the neutral ones.
     """
-    edited = edit(
-        neutral,
-        partial(project, basis=positive),
-        partial(project, basis=negative),
+    edit_site = partial(
+        edit,
+        positive=partial(project, basis=positive),
+        negative=partial(project, basis=negative),
         projections=config.projections,
         feature_map=config.feature_map,
         feature_space=config.feature_space,
         scale=scale,
-        rescale="none",
-        strength=config.statistics_strength,
     )
+    edited = edit_site(neutral, rescale="none", strength=config.statistics_strength)
     ratio = rescale_statistics(neutral, edited)
     values = (
         float(neutral.square().mean().sqrt()),
@@ -289,7 +279,7 @@ def site_statistics(
         ratio.relative_error,
         ratio.unscaled_error,
         config.statistics_strength,
-        relative_change(left_alone or [neutral], positive, negative, config, scale, ratio.mean),
+        relative_change([neutral] if left_alone is None else left_alone, edit_site, config, ratio.mean),
     )
     return dict(zip(RECORDED, values, strict=True))
 
