@@ -56,14 +56,12 @@ def text(ids):
 def contrast(questions=QUESTIONS, ids=IDS, **columns):
     rows = [
         {
+            **dict.fromkeys(CONTRAST_FEATURES),
             "id": row_id,
             "prompt": text(prompt),
             "positives": [text(answer) for answer in positives],
             "negatives": [text(answer) for answer in negatives],
             "neutral": None if neutral is None else text(neutral),
-            "mc1_choices": None,
-            "messages": None,
-            "category": None,
         }
         for row_id, (prompt, positives, negatives, neutral) in zip(ids, questions, strict=True)
     ]

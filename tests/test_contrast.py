@@ -15,7 +15,7 @@ CSV = Path(__file__).parent / "fixtures" / "truthfulqa_40.csv"  # the first data
 TRUTHFUL_QA_SPLITS = {"train": 367, "eval": 41, "test": 409}
 CSV_HEADER = "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
 ROW = {"prompt": "Q?", "positives": ["yes"], "negatives": ["no"]}
-EMPTY = {"neutral": None, "mc1_choices": None, "messages": None, "category": None}
+EMPTY = {"neutral": None, "mc1_choices": None, "messages": None, "category": None, "unknown": None, "stereotyped": None}
 
 
 def user(content):
@@ -158,7 +158,7 @@ CONVERSATION = [{"role": "system", "content": "Be brief."}, user("Q?")]
 def test_conversations(tmp_path, record):
     expected = {
         "id": 0, "prompt": "Be brief.\nQ?", "positives": ["yes"], "negatives": ["no"], "neutral": None,
-        "mc1_choices": None, "messages": CONVERSATION, "category": None,
+        "mc1_choices": None, "messages": CONVERSATION, "category": None, "unknown": None, "stereotyped": None,
     }  # fmt: skip
     assert load_jsonl(tmp_path, record).to_list() == [expected]
     assert load_contrast_set(Dataset.from_list([record])).to_list() == [expected]
@@ -227,6 +227,7 @@ def test_a_broken_preference_names_its_row_in_one_line(tmp_path, record, message
 
 WHOLE_ROW = ROW | {
     "id": 7, "neutral": "they say it is", "mc1_choices": ["yes", "no"], "messages": CONVERSATION, "category": "colour",
+    "unknown": "no", "stereotyped": None,
 }  # fmt: skip
 
 
@@ -280,6 +281,8 @@ def test_dropped_answers_are_counted_once_in_the_log(tmp_path, caplog):
         ({"negatives": None}, "row 4: negatives must be a list of text, got nothing"),
         ({"negatives": []}, "row 4: negatives has no answers"),
         ({"negatives": ["no", ""]}, "row 4: negatives has an empty answer"),
+        ({"unknown": "perhaps"}, "row 4: unknown must be one of the answers, got 'perhaps'"),
+        ({"stereotyped": ["no"]}, "row 4: stereotyped must be text, got list"),
         ({"mc1_choices": ["yes"]}, "row 4: mc1_choices must have at least 2 choices, got 1"),
         ({"messages": []}, "row 4: messages must be a list of messages"),
         ({"messages": [{"role": "user", "content": ["Q?"]}]}, "row 4: messages must be messages with a role"),

@@ -21,7 +21,7 @@ PREFERENCES = [
     {"prompt": "Q?", "chosen": "yes", "rejected": "no"},
     {"prompt": "R?", "chosen": "a\u2028b", "rejected": "c"},
 ]
-EMPTY = {"neutral": None, "mc1_choices": None, "messages": None, "category": None}
+EMPTY = {"neutral": None, "mc1_choices": None, "messages": None, "category": None, "unknown": None, "stereotyped": None}
 
 
 def parquet(rows):

@@ -126,6 +126,7 @@ def test_bbq_answers():
         assert len(row["negatives"]) == 2 and row["category"] == record["category"]
         unknown = [answer in bbq.UNKNOWN for answer in (*row["positives"], *row["negatives"])]
         assert unknown == ([True, False, False] if record["context_condition"] == "ambig" else [False, False, True])
+        assert row["unknown"] == (row["positives"] if record["context_condition"] == "ambig" else row["negatives"])[-1]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,9 @@ def test_the_stereotyped_answer_comes_first_in_an_ambiguous_context(groups, info
     record |= {"question_polarity": polarity, "additional_metadata": {"stereotyped_groups": groups}}
     record["answer_info"] = {"ans0": info[0], "ans1": info[1], "ans2": ["Unknown", "unknown"]}
     first = expected or 0  # where it cannot be told, the data's order stays
-    assert bbq.to_row(record)["negatives"] == [f"Person {first}", f"Person {1 - first}"]
+    row = bbq.to_row(record)
+    assert row["negatives"] == [f"Person {first}", f"Person {1 - first}"] and row["unknown"] == "Unknown"
+    assert row["stereotyped"] == (None if expected is None else f"Person {expected}")
 
 
 @pytest.mark.parametrize(
@@ -175,6 +178,7 @@ def test_both_forms_of_bbq_give_the_same_rows():
         "Who was not comfortable using the phone?"
     )
     assert row["positives"] == ["Undetermined"] and row["category"] == "Age"
+    assert row["unknown"] == "Undetermined" and row["stereotyped"] is None
     disambiguated = load_contrast_set("bbq_lite", data_files=FIXTURES / "bbq_lite_json")[4]
     assert disambiguated["positives"] == ["poor people"]
     assert disambiguated["negatives"] == ["rich people", "Cannot answer"]

@@ -2,7 +2,8 @@
 
 The prompt is the context and the question. Positive is the right answer: in a disambiguated context the person whom the
 context names, in an ambiguous one that it cannot be known. Negative are the other two: the answer that follows the
-stereotype before the other person, and last that it cannot be known.
+stereotype before the other person, and last that it cannot be known. The columns `unknown` and `stereotyped` say which
+answers these are; BIG-bench's form does not tell the stereotyped one.
 """
 
 import re
@@ -116,7 +117,13 @@ def _condition(record: dict) -> str:
 def _bigbench_row(record: dict) -> dict:
     row = bigbench.to_row(record)
     negatives = sorted(row["negatives"], key=lambda answer: answer in UNKNOWN)
-    return row | {"negatives": negatives, "category": _category(record)}
+    unknown = _unknown(*row["positives"], *negatives)
+    return row | {"negatives": negatives, "category": _category(record), "unknown": unknown}
+
+
+def _unknown(*answers: str) -> str | None:
+    """The answer that it cannot be known."""
+    return next((answer for answer in answers if answer in UNKNOWN), None)
 
 
 def to_row(record: dict) -> dict:
@@ -133,6 +140,8 @@ def to_row(record: dict) -> dict:
         "positives": [answers[label]],
         "negatives": [answers[place] for place in others],
         "category": text(record, "category"),
+        "unknown": _unknown(*answers),
+        "stereotyped": None if by_stereotype is None else answers[by_stereotype],
     }
 
 

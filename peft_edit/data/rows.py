@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 _PRINTED = ("tool_calls", "tool_call_id", "function_call", "tool_plan", "reasoning_content", "reasoning", "thinking")
 _TOOL_ROLES = ("tool", "function", "ipython")
 
+# Columns that tell what one of the answers is.
+_TOLD_ANSWERS = ("unknown", "stereotyped")
+
 CONTRAST_FEATURES = Features(
     {
         "id": Value("int64"),
@@ -28,6 +31,8 @@ CONTRAST_FEATURES = Features(
         "mc1_choices": List(Value("string")),
         "messages": List({"role": Value("string"), "content": Value("string")}),
         "category": Value("string"),
+        "unknown": Value("string"),
+        "stereotyped": Value("string"),
     }
 )
 
@@ -80,12 +85,15 @@ def checked(row: dict[str, Any], source: str) -> dict[str, Any]:
     """
     row = {column: row.get(column) for column in CONTRAST_FEATURES}
     row_id = row["id"]
-    for column in ("prompt", "neutral", "category"):
+    for column in ("prompt", "neutral", "category", *_TOLD_ANSWERS):
         if not isinstance(row[column], str) and (row[column] is not None or column == "prompt"):
             raise ValueError(f"row {row_id}: {column} must be text, got {kind(row[column])}")
     for column in ("positives", "negatives", "mc1_choices"):
         if row[column] is not None or column != "mc1_choices":
             row[column] = _checked_answers(row[column], row_id, column)
+    for column in _TOLD_ANSWERS:
+        if row[column] is not None and row[column] not in (*row["positives"], *row["negatives"]):
+            raise ValueError(f"row {row_id}: {column} must be one of the answers, got {row[column]!r}")
     if row["mc1_choices"] is not None and len(row["mc1_choices"]) < 2:
         raise ValueError(f"row {row_id}: mc1_choices must have at least 2 choices, got {len(row['mc1_choices'])}")
     if row["messages"] is not None:
