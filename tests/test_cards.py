@@ -27,10 +27,17 @@ FINGERPRINT = "0" * 16
 
 
 def results(config=None, data=None, ids=range(7), **changes) -> dict:
-    """Results as `evaluate --json` writes them: of the base model, or with the adapter of a configuration."""
+    """Results as `evaluate --json` writes them: of the base model, or with the adapter of a configuration. Values of mc1,
+    mc2 and perplexity, and the texts of that, may be changed by their names."""
+    given = {"mc1": 0.4, "mc2": 0.5} if config is None else {"mc1": 0.65, "mc2": 0.6}
+    given = {name: {"value": changes.pop(name, value)} for name, value in given.items()}
+    effects = {
+        "texts": changes.pop("texts", {"file": "unrelated.txt", "digest": "e" * 16, "count": 64}),
+        "perplexity": changes.pop("perplexity", 2.0 if config is None else 2.125),
+    }
     adapters = [] if config is None else [{"name": "/home/me/sea", **adapter_record(config, {})}]
     return {
-        "version": 1,
+        "version": 2,
         "model": {"name": "/home/me/m", "revision": None, "fingerprint": FINGERPRINT, "dtype": "float32"},
         "adapters": adapters,
         "strength": 1.0,
@@ -39,10 +46,8 @@ def results(config=None, data=None, ids=range(7), **changes) -> dict:
             **{"rows": len(ids), "of_rows": len(ids), "digest": "d" * 16, **(data or {})},
         },
         "prompts": {"format": "plain", "template": None, "examples": None},
-        "texts": {"file": "unrelated.txt", "digest": "e" * 16},
-        "mc1": 0.4 if config is None else 0.65,
-        "mc2": 0.5 if config is None else 0.6,
-        "perplexity": 2.0 if config is None else 2.125,
+        "measures": given,
+        "side_effects": [effects],
         "questions": [{"id": i, "mc1": True, "mc2": 0.5} for i in ids],
         "versions": {},
         **changes,
@@ -181,8 +186,8 @@ def test_results_before_and_after():
     rows = ["| base model | 40.0 | 50.0 |", "| this adapter | 65.0 (+25.0) | 60.0 (+10.0) |"]
     rows.append("| this adapter, strength 2 | 70.0 (+30.0) | 60.0 (+10.0) |")
     assert "\n".join(rows) in text
-    assert "## Side effects\n\nPerplexity of other text, `unrelated.txt`.\n\n| model | perplexity |" in text
-    assert "| this adapter | 2.125 (+0.125) |" in text
+    assert "## Side effects\n\nOn other text, `unrelated.txt`: 64 texts.\n\n| model | perplexity | ratio |" in text
+    assert "| base model | 2.000 |  |\n| this adapter | 2.125 | 1.062 |" in text
     assert "/home" not in text
 
 
@@ -227,9 +232,9 @@ def test_the_metadata_claims_no_data_set_of_the_hub_for_what_an_adapter_was_fitt
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("[]", r"must be what peft-edit evaluate --json wrote, with mc1 or mc2 or perplexity"),
-        ('{"adapter": null}', r"must be what peft-edit evaluate --json wrote, with mc1"),
-        ('{"mc1": 0.5}', r"has version None of the results, this release reads 1"),
+        ("[]", r"must be what peft-edit evaluate --json wrote, with version and questions"),
+        ('{"adapter": null}', r"must be what peft-edit evaluate --json wrote, with version and questions"),
+        (json.dumps(results() | {"version": 1}), r"has version 1 of the results, this release reads 2"),
         (json.dumps(results(adapters=5)), r"is damaged \(adapters must be a list, got 5\)"),
         (json.dumps(results(strength="2")), r"is damaged \(strength must be a number, got '2'\)"),
         (json.dumps(results(data={"name": 5})), r"is damaged \(data\.name must be text or null, got 5\)"),
@@ -262,7 +267,7 @@ def test_names_of_others_are_no_markdown(name):
     """Each is one code span, and adds no heading, whatever is in it."""
     site = f"model.layers.0.{name}"
     data = {"name": f"./{name}.jsonl", "subset": name, "split": name, "files": [name]}
-    measured = [results(data=data, prompts={"format": name}, texts={"file": name, "digest": "1" * 16})]
+    measured = [results(data=data, prompts={"format": name}, texts={"file": name, "digest": "1" * 16, "count": 1})]
     fitted_on = {"data": "own", **dict.fromkeys(("subset", "split", "neutral"), name), "files": [name]}
     config = sea_config(fitted_on={**fitted_on, "demonstrations": 9}, rank_pattern={site: [1, 2]}, fit_statistics={})
     headings, spans = shown(model_card(config, results=measured))

@@ -20,11 +20,12 @@ from test_collect import TOKENIZER, contrast
 from test_prompts import TEMPLATE, byte_tokenizer
 from tiny import tiny_model, vivid_model
 
-from peft_edit import SEAConfig, edit_strength, evaluate_multiple_choice, fingerprint, load_contrast_set
+from peft_edit import SEAConfig, edit_strength, evaluate, evaluate_multiple_choice, fingerprint, load_contrast_set
 from peft_edit.adapters.card import model_card, write_card
 from peft_edit.data.contexts import QA_PRIMER
 from peft_edit.data.prompts import PromptOptions, prompt_record
-from peft_edit.evaluation.results import check_comparable, read_results, record
+from peft_edit.evaluation.comparing import check_comparable
+from peft_edit.evaluation.results import read_results, record
 from peft_edit.models.fingerprint import adapter_record, tensors_of
 
 
@@ -53,10 +54,10 @@ def test_evaluate_records_all_that_its_results_follow_from(run, tmp_path, demo_m
     model = get_peft_model(demo_model, SEAConfig(init_weights=False))
     model.save_pretrained(tmp_path / "sea")
     options = ["--adapter", tmp_path / "sea", "--strength", 0.5, "--skip", 3, "--limit", 4]
-    found, out = evaluated(run, tmp_path / "a.json", TEST, *options, "--perplexity", ASSETS / "unrelated.txt")
+    found, out = evaluated(run, tmp_path / "a.json", TEST, *options, "--texts", ASSETS / "unrelated.txt")
     assert "Prompt format: plain\n" in out
     of_adapter = adapter_record(model.peft_config["default"], tensors_of(model, "default"))
-    assert found["version"] == 1 and found["strength"] == 0.5
+    assert found["version"] == 2 and found["strength"] == 0.5
     assert found["model"] == {
         "name": MODEL,
         "revision": None,
@@ -75,7 +76,10 @@ def test_evaluate_records_all_that_its_results_follow_from(run, tmp_path, demo_m
     assert found["prompts"] == PLAIN
     texts = (ASSETS / "unrelated.txt").read_text().splitlines()
     expected = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
-    assert found["texts"] == {"file": "unrelated.txt", "digest": expected}
+    (effects,) = found["side_effects"]
+    assert effects["texts"] == {"file": "unrelated.txt", "digest": expected, "count": len(texts)}
+    assert effects["base_perplexity"] > 1 and found["base_questions"] != found["questions"]
+    assert found["intervals"] == {"confidence": 0.95, "resamples": 2000, "seed": 0}
     assert {"peft_edit", "peft", "transformers", "torch", "tokenizers", "python"} == set(found["versions"])
     assert found["command"] == "evaluate" and found["options"]["limit"] == 4
     # The same rows, otherwise asked for, are the same data.
@@ -183,7 +187,7 @@ CHANGES = {
     "prompts.format": {"prompts": PLAIN | {"format": "chat"}},
     "prompts.template": {"prompts": PLAIN | {"template": "1" * 16}},
     "prompts.template_arguments": {"prompts": {"format": "plain", "template_arguments": {"enable_thinking": False}}},
-    "texts.digest": {"texts": {"file": "unrelated.txt", "digest": "1" * 16}},
+    "texts.digest": {"texts": {"file": "unrelated.txt", "digest": "1" * 16, "count": 64}},
 }
 
 
@@ -282,24 +286,43 @@ def test_what_the_commands_measured_makes_a_card(run, tmp_path, demo_model):  # 
 # What is read
 
 
-@pytest.mark.parametrize("version", [None, 0, 2, "1"])
+@pytest.mark.parametrize("version", [None, 0, 1, "2", True, 2.0])
 def test_results_of_other_releases_are_refused(version):
-    with pytest.raises(ValueError, match=r"has version .* of the results, this release reads 1.*: evaluate again with"):
+    with pytest.raises(ValueError, match=r"has version .* of the results, this release reads 2: evaluate again with"):
         read_results(results() | {"version": version})
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        *(({name: value}, f"{name} is {value}, which is no share") for name in ("mc1", "mc2") for value in (-3, 500)),
-        ({"mc1": float("nan")}, "mc1 is nan, which is no share"),
-        ({"mc2": float("inf")}, "mc2 is inf, which is no share"),
+        *(
+            ({name: value}, f"value of {name} is {value}, which must be from 0 to 1")
+            for name in ("mc1", "mc2")
+            for value in (-3, 500, float("nan"), float("inf"))
+        ),
+        ({"measures": {"mc1": {"value": 0.5, "base": 2}}}, "base of mc1 is 2, which must be from 0 to 1"),
+        (
+            {"measures": {"bbq_bias_ambiguous": {"value": -2}}},
+            "value of bbq_bias_ambiguous is -2, which must be from -1",
+        ),
+        ({"measures": {"mc1": {"value": "0.5"}}}, r"measures\.mc1\.value must be a number or null"),
         *(
             ({"perplexity": value}, "perplexity is .*, which must be 1 or more and fin")
             for value in (0.5, float("inf"))
         ),
-        ({"texts": None}, "no texts of the perplexity"),
-        ({"texts": {"file": {"a": 1}, "digest": "1"}}, "texts.file must be text or null, got "),
+        ({"texts": None}, r"side_effects\[0\]\.texts must be "),
+        (
+            {"texts": {"file": {"a": 1}, "digest": "1", "count": 1}},
+            r"side_effects\[0\].texts.file must be text or null, got ",
+        ),
+        (
+            {"side_effects": [{"texts": {"digest": "1", "count": 1}, "kl_p95": -0.5}]},
+            "kl_p95 is -0.5, which must be 0 or",
+        ),
+        (
+            {"side_effects": [{"texts": {"digest": "1", "count": 1}, "touched": 1.5}]},
+            "touched is 1.5, which is no share",
+        ),
         *(({"strength": value}, "strength is .*, which must be 0 or more and finite") for value in (-1, float("nan"))),
         ({"data": {"rows": None}}, "data.rows must be an integer, got None"),
         ({"data": {"rows": 20, "of_rows": 20}}, "data.rows is 20, and there are 7 questions"),
@@ -319,12 +342,7 @@ def test_results_that_nothing_can_have_are_refused(changes, expected):
 
 
 def test_a_sum_of_probabilities_may_be_rounded_above_one():
-    assert read_results(results(mc2=1.0000000000000002, perplexity=1.0)).measures["mc2"] > 1
-
-
-def test_a_perplexity_is_not_recorded_without_its_texts(llama):
-    with pytest.raises(ValueError, match=r"^texts must be those of the perplexity that was measured, got None$"):
-        record(llama, TOKENIZER, contrast(), {"perplexity": 2.0})
+    assert read_results(results(mc2=1.0000000000000002, perplexity=1.0)).measures["mc2"]["value"] > 1
 
 
 def test_more_rows_than_a_data_set_has_are_no_whole_one(llama):
@@ -341,8 +359,10 @@ JSON = st.recursive(
 )
 WHOLE = results(sea_config(), {"name": "own.jsonl"})
 PLACES = [(key,) for key in WHOLE] + [
-    (key, inner) for key in ("model", "data", "prompts", "texts") for inner in WHOLE[key]
+    (key, inner) for key in ("model", "data", "prompts", "measures") for inner in WHOLE[key]
 ]
+PLACES += [("measures", "mc1", "value"), *(("side_effects", 0, inner) for inner in WHOLE["side_effects"][0])]
+PLACES += [("side_effects", 0, "texts", inner) for inner in WHOLE["side_effects"][0]["texts"]]
 PLACES += [("adapters", 0), ("adapters", 0, "config"), ("questions", 0), ("questions", 0, "id"), ("data", "files", 0)]
 
 
@@ -368,6 +388,7 @@ def test_one_field_that_is_damaged_is_refused_in_one_line_or_means_no_harm(place
 def test_evaluation_in_python_is_recorded_too():
     model = tiny_model()
     data = contrast()
-    measured = evaluate_multiple_choice(model, TOKENIZER, data).to_dict()
-    read = read_results(record(model, TOKENIZER, data, measured))
-    assert read.measures == {"mc1": measured["mc1"], "mc2": measured["mc2"]} and read.ids == data["id"]
+    measured = evaluate_multiple_choice(model, TOKENIZER, data)
+    read = read_results(evaluate(model, TOKENIZER, data))
+    found = {name: measure["value"] for name, measure in read.measures.items()}
+    assert found == {"mc1": measured.mc1, "mc2": measured.mc2} and read.ids == data["id"]

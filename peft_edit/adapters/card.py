@@ -19,7 +19,8 @@ from peft.utils import load_peft_weights
 
 from ..arguments import Argument, ArgumentError
 from ..data.names import data_id, is_hub_id
-from ..evaluation.results import Results, check_adapter, check_comparable, read_results
+from ..evaluation.comparing import check_adapter, check_comparable
+from ..evaluation.results import Results, read_results
 from ..files import write_text
 from ..models.fingerprint import adapter_record
 from ..tuners.config import EditConfig

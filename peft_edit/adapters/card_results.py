@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from huggingface_hub import EvalResult
 
 from ..data.names import data_id, data_name
+from ..evaluation.metrics import LABELS, SHIFT, SIDE_EFFECTS
 from ..evaluation.results import Results
 from .markdown import code
 
 
-# Measure -> its name in tables, the factor there and the decimals.
-MEASURES = {"mc1": ("MC1 %", 100, 1), "mc2": ("MC2 %", 100, 1), "perplexity": ("perplexity", 1, 3)}
-SIDE_EFFECTS = ("perplexity",)
+# Model, what it is called, and its cells by column.
+Row = tuple[str, dict[str, str]]
 
 
 def eval_results_of(read: Sequence[Results]) -> list[EvalResult]:
@@ -26,14 +27,14 @@ def eval_results_of(read: Sequence[Results]) -> list[EvalResult]:
             dataset_name=", ".join(filter(None, (result.data["name"], result.data["subset"]))),
             dataset_split=result.data["split"],
             metric_type=name,
-            metric_name=name.upper(),
-            metric_value=round(value, 4),
+            metric_name=LABELS.get(name, name),
+            metric_value=round(measure["value"], 4),
         )
         for result in read
         if result.adapters and result.strength == 1 and _is_whole(result)
         if data_id(result.data["name"], result.data["files"])
-        for name, value in result.measures.items()
-        if name not in SIDE_EFFECTS  # which is of other text
+        for name, measure in result.measures.items()
+        if measure["value"] is not None and name not in SHIFT
     ]
 
 
@@ -47,15 +48,67 @@ def tables_of(read: Sequence[Results], side_effects: bool) -> list[tuple[str, li
     for rows in dict.fromkeys(result.rows for result in read):
         of_data = [result for result in read if result.rows == rows]
         of_data.sort(key=lambda result: (bool(result.adapters), result.strength))
-        measured = dict.fromkeys(name for result in of_data for name in result.measures)
-        names = [name for name in measured if (name in SIDE_EFFECTS) == side_effects]
-        if not names:
-            continue
-        base = next((result.measures for result in of_data if not result.adapters), {})
-        table = [[_row_name(result), *(_cell(name, result, base) for name in names)] for result in of_data]
-        caption = _perplexity_caption(of_data) if side_effects else _caption(of_data[0])
-        tables.append((caption, ["model", *(MEASURES[name][0] for name in names)], table))
+        tables += _of_side_effects(of_data) if side_effects else _of_measures(of_data)
     return tables
+
+
+def _of_measures(results: Sequence[Results]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The measures, and the shift from the base model's answers."""
+    alone = next((result.measures for result in results if not result.adapters), {})
+    base = {name: measure["value"] for name, measure in alone.items()}
+    beside = [(name, value["base"]) for r in results for name, value in r.measures.items() if name not in base]
+    base |= {name: value for name, value in beside if value is not None}
+    edited = [result for result in results if result.adapters]
+    rows = [("base model", {name: f"{100 * value:.1f}" for name, value in base.items() if value is not None})]
+    rows += [(_row_name(r), {name: _cell(m, base.get(name)) for name, m in r.measures.items()}) for r in edited]
+    has_intervals = any(m.get("difference_low") is not None for r in edited for m in r.measures.values())
+    caption = _caption(results[0]) + (" In brackets the change, with its 95 % interval." if has_intervals else "")
+    labels = {name: f"{LABELS.get(name, code(name))} %" for result in results for name in result.measures}
+    of_shift = {name: label for name, label in labels.items() if name in SHIFT}
+    found = [_table(caption, {name: label for name, label in labels.items() if name not in SHIFT}, rows)]
+    if of_shift:
+        found.append(_table("Of these questions, by MC1:", of_shift, rows[1:]))
+    return [table for table in found if table is not None]
+
+
+def _of_side_effects(results: Sequence[Results]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """A table of each set of texts."""
+    found = {}
+    for result in results:
+        for effects in result.side_effects:
+            found.setdefault(effects["texts"]["digest"], []).append((result, effects))
+    tables = []
+    for of_texts in found.values():
+        texts = of_texts[0][1]["texts"]
+        base = next((e.get("base_perplexity", None if r.adapters else e.get("perplexity")) for r, e in of_texts), None)
+        rows = [] if base is None else [("base model", {"perplexity": f"{base:.3f}"})]
+        for result, effects in of_texts:
+            if result.adapters:
+                rows.append((_row_name(result), _side_effect_cells(effects, base)))
+        name = f", {code(texts['file'])}" if texts.get("file") else ""
+        caption = f"On other text{name}: {texts['count']} texts."
+        tables.append(_table(caption, {name: label for name, (label, *_) in SIDE_EFFECTS.items()}, rows))
+    return [table for table in tables if table is not None]
+
+
+def _side_effect_cells(effects: Mapping[str, Any], base: float | None) -> dict[str, str]:
+    known = dict(effects)
+    if base is not None and "perplexity" in known:
+        known["perplexity_ratio"] = known["perplexity"] / base
+    return {
+        name: f"{factor * known[name]:.{decimals}f}"
+        for name, (_, factor, decimals) in SIDE_EFFECTS.items()
+        if known.get(name) is not None
+    }
+
+
+def _table(
+    caption: str, labels: Mapping[str, str], rows: Sequence[Row]
+) -> tuple[str, list[str], list[list[str]]] | None:
+    """Columns that have a cell, and rows that have one; None where there is none."""
+    names = [name for name in labels if any(name in cells for _, cells in rows)]
+    table = [[model, *(cells.get(name, "") for name in names)] for model, cells in rows if cells]
+    return (caption, ["model", *(labels[name] for name in names)], table) if names else None
 
 
 def _caption(result: Results) -> str:
@@ -73,22 +126,19 @@ def _caption(result: Results) -> str:
     return f"Measured on {', '.join(filter(None, parts))}."
 
 
-def _perplexity_caption(results: Sequence[Results]) -> str:
-    file = next((result.texts.get("file") for result in results if result.texts), None)
-    return f"Perplexity of other text{f', {code(file)}' if file else ''}."
-
-
 def _row_name(result: Results) -> str:
     if not result.adapters:
         return "base model"
     return "this adapter" if result.strength == 1 else f"this adapter, strength {result.strength:g}"
 
 
-def _cell(name: str, result: Results, base: dict[str, float]) -> str:
-    if name not in result.measures:
+def _cell(measure: Mapping[str, float | None], base: float | None) -> str:
+    """A value in percent, with the change from the base model's and its interval, where they are known."""
+    if measure["value"] is None:
         return ""
-    _, factor, decimals = MEASURES[name]
-    text = f"{factor * result.measures[name]:.{decimals}f}"
-    if not result.adapters or name not in base:
+    text = f"{100 * measure['value']:.1f}"
+    if base is None:
         return text
-    return f"{text} ({factor * (result.measures[name] - base[name]):+.{decimals}f})"
+    low, high = measure.get("difference_low"), measure.get("difference_high")
+    bounds = "" if None in (low, high) else f"; {100 * low:+.1f} to {100 * high:+.1f}"
+    return f"{text} ({100 * (measure['value'] - base):+.1f}{bounds})"

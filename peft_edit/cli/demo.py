@@ -39,9 +39,10 @@ def demo(
             f"{100 * row['mc2']:.1f}",
             f"{100 * (row['mc2'] - base['mc2']):+.1f}",
             f"{row['perplexity']:.3f}",
+            f"{row['perplexity_ratio']:.3f}",
         ]
         for row in results["rows"]
     ]
     print(f"{results['demonstrations']} demonstrations, {results['questions']} held-out questions")
-    print(common.table(["model", "MC1 %", "change", "MC2 %", "change", "perplexity"], rows))
+    print(common.table(["model", "MC1 %", "change", "MC2 %", "change", "perplexity", "ratio"], rows))
     print("\n".join(results["lines"]))

@@ -1,17 +1,18 @@
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from ..arguments import Argument, ArgumentError
-from ..data.prompts import PromptOptions, settled
+from ..evaluation.evaluate import EvaluationOptions
+from ..evaluation.metrics import LABELS, SHIFT, SIDE_EFFECTS
 from . import common
 from .options import Run
 
 
 @dataclass(kw_only=True)
-class EvaluateOptions(PromptOptions):
+class EvaluateOptions(EvaluationOptions):
     """What is evaluated, and how."""
 
     adapter: str | None = field(default=None, metadata=common.ADAPTER)
@@ -19,13 +20,18 @@ class EvaluateOptions(PromptOptions):
         default=1.0,
         metadata={"help": "Factor on the adapter's strength.", "minimum": 0, "allowed": "of 0 or more and finite"},
     )
-    batch_size: int = field(
-        default=16, metadata={"help": "Most answers in a forward pass.", "minimum": 1, "allowed": "of at least 1"}
+    texts: list[Path] | None = field(
+        default=None,
+        metadata={"help": "Text file, one text a line, for side effects. May be repeated.", "repeated": True},
     )
-    perplexity: Path | None = field(default=None, metadata={"help": "Text file, one text a line, for the perplexity."})
 
     def __post_init__(self):
         super().__post_init__()
+        names = [file.name for file in self.texts or ()]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ArgumentError(
+                Argument("texts"), f" must be files of different names, got {repeated[0]} twice: rename one"
+            )
         if self.strength != 1 and self.adapter is None:
             raise ArgumentError(
                 *(Argument("strength"), " needs ", Argument("adapter")),
@@ -41,47 +47,94 @@ def evaluate(
     run: Run,
     allow_fingerprint_mismatch: common.AllowMismatch = False,
 ) -> None:
-    """Multiple-choice accuracy, MC1 and MC2, of a model with or without an adapter.
+    """Measure a model, with an adapter and without: multiple choice, bias, side effects on other text, with intervals.
 
     Example: peft-edit evaluate meta-llama/Llama-2-7b-hf truthful_qa --split test --adapter sea-truthful
     """
-    from .. import evaluation
-    from ..evaluation.results import record
-    from ..tuners.strength import edit_strength
+    from ..data import load_texts
+    from ..evaluation.evaluate import evaluate
 
-    texts, adapter, strength = None, options.adapter, options.strength
-    if (file := options.perplexity) is not None:
-        try:
-            texts = file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is no UTF-8 text ({error})") from error
+    texts = {file.name: load_texts(file)["text"] for file in options.texts or ()}
     contrast = common.load_data(data)
     base, tokenizer = common.load_model(model)
-    if adapter is not None:
-        base = common.load_adapter(base, adapter, allow_fingerprint_mismatch)
-    options = settled(tokenizer, options)
-    with edit_strength(base, strength) if strength != 1 else nullcontext():
-        result = evaluation.evaluate_multiple_choice(
-            base, tokenizer, contrast, batch_size=options.batch_size, **options.of_prompts
-        )
-        measured = result.to_dict()
-        if texts is not None:
-            measured["perplexity"] = evaluation.perplexity(base, tokenizer, texts, batch_size=options.batch_size)
-    results = record(
+    if options.adapter is not None:
+        base = common.load_adapter(base, options.adapter, allow_fingerprint_mismatch)
+    settings = {option.name: getattr(options, option.name) for option in fields(EvaluationOptions)}
+    results = evaluate(
         base,
         tokenizer,
         contrast,
-        measured,
-        prompts=options,
-        strength=strength,
         texts=texts,
-        texts_file=options.perplexity,
-        names={"default": adapter} if adapter is not None else None,
+        strength=options.strength,
+        names=None if options.adapter is None else {"default": options.adapter},
+        **settings,
     )
     output.write(run.record(results))
-    print(f"Questions: {len(result.questions)}")
+    print(f"Questions: {len(results['questions'])}")
     print(f"Prompt format: {results['prompts']['format']}")
-    print(f"MC1: {100 * result.mc1:.2f} %")
-    print(f"MC2: {100 * result.mc2:.2f} %")
-    if texts is not None:
-        print(f"Perplexity: {results['perplexity']:.4f}")
+    for lines in (_measures(results), _categories(results), _side_effects(results)):
+        if lines:
+            print(f"\n{lines}")
+
+
+def _measures(results: dict[str, Any]) -> str:
+    """Measures of all questions, the base model's beside them."""
+    measures = results["measures"]
+    compared = any(measure["base"] is not None for measure in measures.values())
+    header = ["measure", "%", "95 % interval", *(["base", "change", "95 % interval", "p"] if compared else [])]
+    rows = []
+    for name, measure in measures.items():
+        row = [LABELS[name], _percent(measure["value"]), _interval(measure["low"], measure["high"])]
+        if compared:
+            p_value = measure["p_value"]
+            row += [
+                _percent(measure["base"]),
+                _percent(measure["difference"], "+"),
+                _interval(measure["difference_low"], measure["difference_high"], "+"),
+                "" if p_value is None else f"{p_value:.2g}",
+            ]
+        rows.append(row)
+    return common.table(header, rows) if rows else ""
+
+
+def _categories(results: dict[str, Any]) -> str:
+    """The measures of each category, with the change from the base model's."""
+    categories = results["categories"]
+    if len(categories) < 2:
+        return ""
+    names = [name for name in results["measures"] if name not in SHIFT]
+    rows = []
+    for category, found in categories.items():
+        cells = []
+        for name in names:
+            value, base = found["measures"][name]["value"], found["measures"][name]["base"]
+            change = "" if None in (value, base) else f" ({_percent(value - base, '+')})"
+            cells.append(f"{_percent(value)}{change}")
+        rows.append([category, str(found["questions"]), *cells])
+    return common.table(["category", "questions", *(LABELS[name] for name in names)], rows)
+
+
+def _side_effects(results: dict[str, Any]) -> str:
+    """What happens to other texts."""
+    of_texts = results["side_effects"]
+    names = [name for name in SIDE_EFFECTS if any(effects.get(name) is not None for effects in of_texts)]
+    rows = [
+        [
+            effects["texts"]["file"],
+            *(
+                "" if effects.get(name) is None else f"{factor * effects[name]:.{decimals}f}"
+                for name, (_, factor, decimals) in SIDE_EFFECTS.items()
+                if name in names
+            ),
+        ]
+        for effects in of_texts
+    ]
+    return common.table(["texts", *(SIDE_EFFECTS[name][0] for name in names)], rows) if rows else ""
+
+
+def _percent(value: float | None, sign: str = "") -> str:
+    return "" if value is None else f"{100 * value:{sign}.2f}"
+
+
+def _interval(low: float | None, high: float | None, sign: str = "") -> str:
+    return "" if None in (low, high) else f"{_percent(low, sign)} to {_percent(high, sign)}"

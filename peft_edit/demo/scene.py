@@ -37,8 +37,8 @@ def run(out: Path) -> dict[str, Any]:
             for each method, results for model cards.
 
     Returns:
-        JSON values: one row for each model with MC1, MC2 (in [0, 1]) and perplexity on unrelated text; what the methods
-        add; `lines` to print.
+        JSON values: one row for each model with MC1, MC2 (in [0, 1]), perplexity on unrelated text and its ratio to the
+        base model's; what the methods add; `lines` to print.
     """
     from tqdm.auto import tqdm
 
@@ -115,12 +115,20 @@ class Scene:
 
     def evaluate(self, name: str, model) -> None:
         """Add a row to the table."""
-        from ..evaluation.results import record
+        from ..evaluation.evaluate import evaluate
 
-        measured = {**self.mc(model, self.test).to_dict(), "perplexity": self.perplexity(model)}
-        self.rows.append({"model": name, **{key: measured[key] for key in ("mc1", "mc2", "perplexity")}})
-        texts = {"texts": self.unrelated, "texts_file": UNRELATED}
-        self.records[name] = record(model, self.tokenizer, self.test, measured, **texts)
+        results = evaluate(model, self.tokenizer, self.test, texts={UNRELATED: self.unrelated}, batch_size=256)
+        (effects,) = results["side_effects"]
+        base = self.rows[0]["perplexity"] if self.rows else effects["perplexity"]
+        self.rows.append(
+            {
+                "model": name,
+                **{measure: results["measures"][measure]["value"] for measure in ("mc1", "mc2")},
+                "perplexity": effects["perplexity"],
+                "perplexity_ratio": effects["perplexity"] / base,
+            }
+        )
+        self.records[name] = results
         self.progress.update()
 
     def difference(self, model, other) -> float:

@@ -35,6 +35,10 @@ class QuestionScore:
     mc2: float
     log_likelihoods: dict[str, float]
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
 
 @dataclass(frozen=True)
 class MultipleChoiceResult:

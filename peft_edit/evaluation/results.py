@@ -1,18 +1,25 @@
-"""Results of evaluations: recorded with all that they follow from, read, and compared only where that is the same.
+"""Results of evaluations: recorded with all that they follow from, and read.
 
 Results are JSON, an object with these keys; readers take no notice of others (`command` and `options`, which the
 command line adds, repeat an evaluation):
 
-    version       1
-    model         name, revision, fingerprint, dtype: the base model
-    adapters      of each active adapter its name, and method, config and weights as `adapter_record` gives them
-    strength      the factor of `edit_strength`
-    data          name, subset, split, files, rows, of_rows as `source_of` gives them, and digest, a hash of the rows
-    prompts       format and more, as `prompt_record` gives it
-    texts         file and digest of the texts of the perplexity, or null
-    mc1, mc2, perplexity    measures
-    questions     of each question its id and scores
-    versions      package to version
+    version         2
+    model           name, revision, fingerprint, dtype: the base model
+    adapters        of each active adapter its name, and method, config and weights as `adapter_record` gives them
+    strength        the factor of `edit_strength`
+    data            name, subset, split, files, rows, of_rows as `source_of` gives them, and digest, a hash of the rows
+    prompts         format and more, as `prompt_record` gives it
+    measures        name to value, low and high (an interval over the questions), base (the base model's value in the
+                    same run), difference, difference_low, difference_high and p_value; null for what was not measured
+    categories      name to questions, their number, and measures, of each its value and base; where questions have one
+    side_effects    of each set of texts: texts (file, digest, count) and what `SideEffects` has; of a base model alone
+                    the perplexity
+    questions       of each question its id and scores
+    base_questions  the same of the base model, or null
+    intervals       confidence, resamples, seed
+    versions        package to version
+
+Shares and probabilities are in [0, 1], biases in [-1, 1], divergences in nats, angles in radians.
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -35,34 +42,22 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import Argument, ArgumentError
 from ..data.prompts import PromptOptions, prompt_record
 from ..data.source import rows_digest, source_of
 from ..json_files import mismatch, read_json
 from ..models.fingerprint import active_adapters, adapter_record, fingerprint, tensors_of
 from ..models.sites import unwrap
 from ..version import __version__
+from .metrics import LEAST
 
 
-VERSION = 1
-MEASURES = ("mc1", "mc2", "perplexity")
+VERSION = 2
 OF_MODEL = ("name", "revision", "fingerprint", "dtype")
 OF_DATA = ("name", "subset", "split", "files", "rows", "of_rows", "digest")
 # What names a data set. Results of one name must agree in all else, and so must those of the same rows.
 DATA_SET = ("name", "subset", "split", "files")
 # MC2 is a sum of probabilities, which rounding takes above 1.
 ROUNDING = 1e-9
-# What to do where results differ in something, by the beginning of its name.
-REMEDIES = {
-    "model.dtype": "evaluate all in one dtype",
-    "model": "evaluate one base model, without and with the adapter",
-    "data": "evaluate all on the same rows",
-    "questions": "evaluate all on the same rows, with the same skip and limit",
-    "prompts.format": "evaluate all in one prompt format",
-    "prompts.template_time": "give all the same template_time",
-    "prompts": "evaluate all with one tokenizer and one template",
-    "texts": "take the perplexity of the same texts",
-}
 _AGAIN = "evaluate again with this release of peft_edit"
 
 
@@ -100,15 +95,54 @@ class OfSource(NamedData):
 
 
 class NamedTexts(TypedDict, total=False):
-    """Where the texts of the perplexity come from, as far as it is known."""
+    """What a set of texts is called, as far as it is known."""
 
     file: str | None
 
 
 class OfTexts(NamedTexts):
-    """What results say of these texts."""
+    """What results say of a set of texts."""
 
     digest: str
+    count: int
+
+
+class MoreSideEffects(TypedDict, total=False):
+    """What is told of an edit only, or where it was asked for."""
+
+    tokens: int
+    perplexity: float
+    base_perplexity: float
+    perplexity_ratio: float
+    kl_mean: float
+    kl_p95: float
+    touched: float | None
+    norm_change: float | None
+    angle: float | None
+
+
+class OfSideEffects(MoreSideEffects):
+    """What results say of the effects on a set of texts."""
+
+    texts: OfTexts
+
+
+class MoreOfMeasure(TypedDict, total=False):
+    """What stands beside a value, where it was measured."""
+
+    low: float | None
+    high: float | None
+    base: float | None
+    difference: float | None
+    difference_low: float | None
+    difference_high: float | None
+    p_value: float | None
+
+
+class OfMeasure(MoreOfMeasure):
+    """What results say of a measure."""
+
+    value: float | None
 
 
 class OfPrompts(TypedDict):
@@ -123,16 +157,7 @@ class OfQuestion(TypedDict):
     id: int
 
 
-class Measures(TypedDict, total=False):
-    """What was measured."""
-
-    mc1: float
-    mc2: float
-    perplexity: float
-    texts: OfTexts | None
-
-
-class Recorded(Measures):
+class Recorded(TypedDict):
     """What reading needs of results."""
 
     model: OfModel
@@ -140,6 +165,8 @@ class Recorded(Measures):
     strength: float
     data: OfSource
     prompts: OfPrompts
+    measures: dict[str, OfMeasure]
+    side_effects: list[OfSideEffects]
     questions: list[OfQuestion]
 
 
@@ -149,9 +176,8 @@ class Results:
 
     Attributes:
         where: the file, for messages.
-        model, adapters, strength, data, prompts, texts: as recorded.
+        model, adapters, strength, data, prompts, measures, side_effects: as recorded.
         ids: of the questions, in their order.
-        measures: name to value.
     """
 
     where: str
@@ -160,9 +186,9 @@ class Results:
     strength: float
     data: Mapping[str, Any]
     prompts: Mapping[str, Any]
-    texts: Mapping[str, Any] | None
+    measures: Mapping[str, Mapping[str, float | None]]
+    side_effects: Sequence[Mapping[str, Any]]
     ids: Sequence[int]
-    measures: Mapping[str, float]
 
     @property
     def data_set(self) -> tuple:
@@ -188,36 +214,24 @@ def record(
     *,
     prompts: PromptOptions | None = None,
     strength: float = 1.0,
-    texts: Sequence[str] | None = None,
-    texts_file: str | os.PathLike | None = None,
     names: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Results with all that they follow from, as JSON values.
+    """What was measured with all that it follows from, as JSON values.
 
     Args:
         model: that was evaluated, with its adapters active as they were then.
         tokenizer: of the model.
         data: the contrast set.
-        measured: measures and `questions`, see `MultipleChoiceResult.to_dict`, and `perplexity`.
+        measured: `measures`, `side_effects`, `questions` and more.
         prompts: how prompts became tokens.
         strength: the factor of `edit_strength`.
-        texts: those of the perplexity.
-        texts_file: that they come from.
         names: adapter's name in the model to what people know it by, its folder or id on the Hub.
-
-    Raises:
-        ValueError: a perplexity without its texts.
     """
-    if "perplexity" in measured and texts is None:
-        raise ArgumentError(Argument("texts"), " must be those of the perplexity that was measured, got None")
-    bare, of_texts = unwrap(model), None
+    bare = unwrap(model)
     try:
         of_model = fingerprint(model)
     except ValueError:  # its decoder blocks cannot be told, so that it has none
         of_model = None
-    if texts is not None:
-        digest = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
-        of_texts = {"file": None if texts_file is None else os.path.basename(texts_file), "digest": digest}
     return {
         "version": VERSION,
         "model": {
@@ -233,10 +247,15 @@ def record(
         "strength": strength,
         "data": {**source_of(data), "digest": rows_digest(data)},
         "prompts": prompt_record(tokenizer, prompts or PromptOptions()),
-        "texts": of_texts,
         **measured,
         "versions": versions(),
     }
+
+
+def texts_record(texts: Sequence[str], file: str | os.PathLike | None) -> dict[str, Any]:
+    """What results say of texts, which come from a file, or are called as one."""
+    digest = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
+    return {"file": None if file is None else os.path.basename(file), "digest": digest, "count": len(texts)}
 
 
 def versions() -> dict[str, str]:
@@ -258,13 +277,11 @@ def read_results(results: Mapping[str, Any] | str | os.PathLike) -> Results:
     if not isinstance(results, Mapping):
         results = read_json(Path(results), Any, "no JSON", "pass what peft-edit evaluate --json wrote")
     given = dict(results) if isinstance(results, Mapping) else {}
-    measures = {name: given[name] for name in MEASURES if name in given}
-    if not measures:
-        raise ValueError(f"{where} must be what peft-edit evaluate --json wrote, with {' or '.join(MEASURES)}")
-    if given.get("version") != VERSION:
+    if "version" not in given or "questions" not in given:
+        raise ValueError(f"{where} must be what peft-edit evaluate --json wrote, with version and questions")
+    if type(given["version"]) is not int or given["version"] != VERSION:
         raise ValueError(
-            f"{where} has version {given.get('version')!r} of the results, this release reads {VERSION}, which records "
-            f"what they follow from: {_AGAIN}"
+            f"{where} has version {given['version']!r} of the results, this release reads {VERSION}: {_AGAIN}"
         )
     if problem := mismatch(given, Recorded) or _contradiction(given):
         raise ValueError(f"{where} is damaged ({problem}): {_AGAIN}")
@@ -272,22 +289,27 @@ def read_results(results: Mapping[str, Any] | str | os.PathLike) -> Results:
         where=where,
         model={**dict.fromkeys(OF_MODEL), **given["model"]},
         data={**dict.fromkeys(OF_DATA), **given["data"]},
-        **{name: given[name] for name in ("adapters", "strength", "prompts")},
-        texts=given.get("texts"),
+        **{name: given[name] for name in ("adapters", "strength", "prompts", "measures", "side_effects")},
         ids=[question["id"] for question in given["questions"]],
-        measures=measures,
     )
 
 
 def _contradiction(given: Mapping[str, Any]) -> str | None:
     """What cannot be in results whose fields have the right types, or None."""
-    for name in ("mc1", "mc2"):
-        if name in given and not 0 <= given[name] <= 1 + ROUNDING:
-            return f"{name} is {given[name]}, which is no share"
-    if "perplexity" in given and not 1 <= given["perplexity"] < math.inf:
-        return f"perplexity is {given['perplexity']}, which must be 1 or more and finite"
-    if "perplexity" in given and given.get("texts") is None:
-        return "no texts of the perplexity"
+    for name, measure in given["measures"].items():
+        for what in ("value", "base"):
+            value, least = measure.get(what), LEAST.get(name, 0.0)
+            if value is not None and not least <= value <= 1 + ROUNDING:
+                return f"{what} of {name} is {value}, which must be from {least:g} to 1"
+    for effects in given["side_effects"]:
+        for name in ("perplexity", "base_perplexity"):
+            if not 1 <= effects.get(name, 1) < math.inf:
+                return f"{name} is {effects[name]}, which must be 1 or more and finite"
+        for name in ("kl_mean", "kl_p95", "perplexity_ratio"):
+            if not 0 <= effects.get(name, 0) < math.inf:
+                return f"{name} is {effects[name]}, which must be 0 or more and finite"
+        if effects.get("touched") is not None and not 0 <= effects["touched"] <= 1:
+            return f"touched is {effects['touched']}, which is no share"
     if not 0 <= given["strength"] < math.inf:
         return f"strength is {given['strength']}, which must be 0 or more and finite"
     rows, of_rows, ids = given["data"]["rows"], given["data"].get("of_rows"), [q["id"] for q in given["questions"]]
@@ -298,87 +320,3 @@ def _contradiction(given: Mapping[str, Any]) -> str | None:
     if of_rows is not None and of_rows < rows:
         return f"data.of_rows is {of_rows}, data.rows is {rows}"
     return None
-
-
-def check_comparable(results: Sequence[Results]) -> None:
-    """Raise ValueError, which names what differs, unless results can stand side by side: all of one base model, and
-    those of one data set, or of the same rows whatever they are called, of the same rows and prompts, each adapter
-    and strength once."""
-    for later_place, later in enumerate(results):
-        for earlier in results[:later_place]:
-            for name, first, second in _differences(earlier, later):
-                remedy = next(remedy for start, remedy in REMEDIES.items() if name.startswith(start))
-                raise ValueError(
-                    f"{earlier.where} and {later.where} must agree in {name}, got {first} and {second}: {remedy}"
-                )
-            if _same_data(earlier, later) and earlier.row == later.row:
-                raise ValueError(
-                    f"{earlier.where} and {later.where} are of the same model on the same data: pass one of them"
-                )
-
-
-def _differences(one: Results, other: Results) -> Iterator[tuple[str, str, str]]:
-    """Name of each thing in which results that are compared differ, and both values, to print."""
-    known = one.model.get("fingerprint") and other.model.get("fingerprint")  # it tells more than a name
-    yield from _differing("model", one.model, other.model, ("fingerprint" if known else "name", "dtype"))
-    if not _same_data(one, other):
-        return
-    if one.ids != other.ids:
-        yield "questions", *_different_ids(one.ids, other.ids)
-    yield from _differing("data", one.data, other.data, ("digest",))
-    yield from _differing("prompts", one.prompts, other.prompts, sorted({*one.prompts, *other.prompts}))
-    if one.texts is not None and other.texts is not None:
-        yield from _differing("texts", one.texts, other.texts, ("digest",))
-
-
-def _same_data(one: Results, other: Results) -> bool:
-    return one.data_set == other.data_set or one.rows == other.rows
-
-
-def _differing(
-    part: str, one: Mapping[str, Any], other: Mapping[str, Any], names: Sequence[str]
-) -> Iterator[tuple[str, str, str]]:
-    for name in names:
-        if one.get(name) != other.get(name):
-            yield f"{part}.{name}", _short(one.get(name)), _short(other.get(name))
-
-
-def _different_ids(one: Sequence[int], other: Sequence[int]) -> tuple[str, str]:
-    if len(one) != len(other):
-        return str(len(one)), str(len(other))
-    first, second = next((a, b) for a, b in zip(one, other, strict=True) if a != b)
-    return f"id {first}", f"id {second}"
-
-
-def check_adapter(
-    results: Results, adapter: Mapping[str, str], where: str, base_fingerprint: str | None = None
-) -> None:
-    """Raise ValueError unless results are of the base model alone, or with this adapter and no other.
-
-    Args:
-        adapter: what is known of `adapter_record` of the adapter.
-        where: what to call the adapter in messages.
-        base_fingerprint: of the model that it was learnt on; None where it is not known.
-    """
-    of_model = results.model.get("fingerprint")
-    if None not in (base_fingerprint, of_model) and base_fingerprint != of_model:
-        raise ValueError(
-            f"{results.where} and {where} must agree in the fingerprint of the base model: {of_model} there, "
-            f"{base_fingerprint} here; evaluate the model that the adapter was made for"
-        )
-    if len(results.adapters) > 1:
-        names = ", ".join(repr(found["name"]) for found in results.adapters)
-        raise ValueError(f"{results.where} is of several adapters ({names}): evaluate with {where} alone")
-    for found in results.adapters:
-        for name, value in adapter.items():
-            if found[name] != value:
-                raise ArgumentError(
-                    f"{results.where} is of another adapter ({found['name']!r}, {name} {found[name]!r}) than {where} "
-                    f"({name} {value}): evaluate with ",
-                    Argument("adapter", where),
-                )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
