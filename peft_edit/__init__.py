@@ -6,7 +6,7 @@ from .adapters.card import write_card_of_saved
 from .adapters.hub import push_to_hub
 from .adapters.save import replaced_adapters
 from .data import load_contrast_set
-from .evaluation import evaluate_multiple_choice, perplexity
+from .evaluation import evaluate_multiple_choice, perplexity, side_effects
 from .merging import merge_checkpoint
 from .models.fingerprint import fingerprint
 from .tuners.config import EditConfig
@@ -38,5 +38,6 @@ __all__ = [
     "merge_checkpoint",
     "perplexity",
     "push_to_hub",
+    "side_effects",
     *(name for method in methods().values() for name in method.public),
 ]

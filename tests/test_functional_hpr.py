@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_edit.tuners.hpr.maths import angle_between, edit, is_negative, loss, reflection_angle, rotate
+from peft_edit.tuners.angle import angle_between
+from peft_edit.tuners.hpr.maths import edit, is_negative, loss, reflection_angle, rotate
 
 
 GOLDEN = Path(__file__).parent / "fixtures" / "hpr_edit.safetensors"

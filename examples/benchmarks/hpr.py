@@ -30,8 +30,9 @@ from transformers.trainer_callback import PrinterCallback
 from peft_edit import ActivationStore, HPRConfig, HPRTrainer, HPRTrainingArguments
 from peft_edit.activations.store import Shard, StoreWriter, begin, write_index
 from peft_edit.demo import ASSETS, run
+from peft_edit.tuners.angle import angle_between
 from peft_edit.tuners.hpr.layer import HPRLayer, angle_network
-from peft_edit.tuners.hpr.maths import angle_between, edit, is_negative, loss, rotate
+from peft_edit.tuners.hpr.maths import edit, is_negative, loss, rotate
 from peft_edit.tuners.hpr.train import TokenPairs
 
 

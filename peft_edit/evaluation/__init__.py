@@ -3,6 +3,15 @@
 from .likelihood import answer_log_likelihoods
 from .multiple_choice import MultipleChoiceResult, QuestionScore, evaluate_multiple_choice
 from .perplexity import perplexity
+from .side_effects import SideEffects, side_effects
 
 
-__all__ = ["MultipleChoiceResult", "QuestionScore", "answer_log_likelihoods", "evaluate_multiple_choice", "perplexity"]
+__all__ = [
+    "MultipleChoiceResult",
+    "QuestionScore",
+    "SideEffects",
+    "answer_log_likelihoods",
+    "evaluate_multiple_choice",
+    "perplexity",
+    "side_effects",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -47,6 +48,8 @@ class EditLayer(BaseTunerLayer):
     strength_factor: float = 1.0
     # Adapter of each row of the batch while `adapter_names` is given to the model, else None.
     row_adapters: list[str] | None = None
+    # Sees this layer, and what it was given and gives, (..., d) each, in every forward pass, see `observed_edits`.
+    observer: Callable[[EditLayer, Tensor, Tensor], None] | None = None
 
     def begin(self, adapter_name: str, site: str, features: int) -> None:
         """Make an empty layer, to which `update_layer` adds adapters."""
@@ -122,12 +125,16 @@ class EditLayer(BaseTunerLayer):
                 "choose another ",
                 *(Argument("site"), " or ", Argument("target_modules")),
             )
-        if self.row_adapters is not None:
-            return self._edit_rows(output, self.row_adapters)
+        edited = self._edit_active(output) if self.row_adapters is None else self._edit_rows(output, self.row_adapters)
+        if self.observer is not None:
+            self.observer(self, output, edited)
+        return edited
+
+    def _edit_active(self, h: Tensor) -> Tensor:
         for name in self.active_adapters:
             if self.has_adapter(name):
-                output = self._edit_scope(output, name)
-        return output
+                h = self._edit_scope(h, name)
+        return h
 
     def _edit_scope(self, h: Tensor, adapter_name: str) -> Tensor:
         """Edit all tokens, or the last of each sequence, as the adapter's configuration says."""

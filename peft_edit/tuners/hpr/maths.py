@@ -53,23 +53,6 @@ def _cosine(v: Tensor, a: Tensor, size: Tensor) -> Tensor:
     return ((v * a).sum(dim=-1, keepdim=True) / size).clamp(-1, 1)
 
 
-def angle_between(a: Tensor, b: Tensor) -> Tensor:
-    """Angle between vectors along the last dimension, in [0, pi]; 0 where one of them is zero.
-
-    By Kahan's formula 2 atan2(|a^ - b^|, |a^ + b^|), which is accurate at 0 and at pi, where the arc cosine is not.
-
-    Args:
-        a, b: (..., d), any floating dtype.
-
-    Returns:
-        (...), float32 or wider.
-    """
-    wide = _wide(torch.promote_types(a.dtype, b.dtype))
-    a, b = (functional.normalize(x.to(wide), dim=-1, eps=torch.finfo(wide).tiny) for x in (a, b))
-    angle = 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1))
-    return torch.where(a.any(dim=-1) & b.any(dim=-1), angle, 0)
-
-
 def rotate(a: Tensor, w: Tensor, angle_rad: Tensor) -> Tensor:
     """Rotate a towards the normal n = w / |w| by an angle, in the plane of the two.
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..angle import angle_between
 from .layer import HPRLayer
-from .maths import angle_between
 
 
 class StackedLinear(nn.Module):
