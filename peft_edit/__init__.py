@@ -6,7 +6,7 @@ from .adapters.card import write_card_of_saved
 from .adapters.hub import push_to_hub
 from .adapters.save import replaced_adapters
 from .data import load_contrast_set
-from .evaluation import evaluate_multiple_choice, perplexity, side_effects
+from .evaluation import evaluate, evaluate_multiple_choice, perplexity, side_effects
 from .merging import merge_checkpoint
 from .models.fingerprint import fingerprint
 from .tuners.config import EditConfig
@@ -32,6 +32,7 @@ __all__ = [
     "__version__",
     "collect_activations",
     "edit_strength",
+    "evaluate",
     "evaluate_multiple_choice",
     "fingerprint",
     "load_contrast_set",

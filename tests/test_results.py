@@ -305,7 +305,7 @@ def test_results_of_other_releases_are_refused(version):
             {"measures": {"bbq_bias_ambiguous": {"value": -2}}},
             "value of bbq_bias_ambiguous is -2, which must be from -1",
         ),
-        ({"measures": {"mc1": {"value": "0.5"}}}, r"measures\.mc1\.value must be a number or null"),
+        ({"measures": {"mc1": {"value": "0.5"}}}, r"measures\['mc1'\]\.value must be a number or null"),
         *(
             ({"perplexity": value}, "perplexity is .*, which must be 1 or more and fin")
             for value in (0.5, float("inf"))

@@ -61,7 +61,7 @@ def _of_measures(results: Sequence[Results]) -> list[tuple[str, list[str], list[
     edited = [result for result in results if result.adapters]
     rows = [("base model", {name: f"{100 * value:.1f}" for name, value in base.items() if value is not None})]
     rows += [(_row_name(r), {name: _cell(m, base.get(name)) for name, m in r.measures.items()}) for r in edited]
-    has_intervals = any(m.get("difference_low") is not None for r in edited for m in r.measures.values())
+    has_intervals = any(m["difference_low"] is not None for r in edited for m in r.measures.values())
     caption = _caption(results[0]) + (" In brackets the change, with its 95 % interval." if has_intervals else "")
     labels = {name: f"{LABELS.get(name, code(name))} %" for result in results for name in result.measures}
     of_shift = {name: label for name, label in labels.items() if name in SHIFT}
@@ -139,6 +139,6 @@ def _cell(measure: Mapping[str, float | None], base: float | None) -> str:
     text = f"{100 * measure['value']:.1f}"
     if base is None:
         return text
-    low, high = measure.get("difference_low"), measure.get("difference_high")
+    low, high = measure["difference_low"], measure["difference_high"]
     bounds = "" if None in (low, high) else f"; {100 * low:+.1f} to {100 * high:+.1f}"
     return f"{text} ({100 * (measure['value'] - base):+.1f}{bounds})"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import Argument, ArgumentError
-from ..evaluation.evaluate import EvaluationOptions
+from ..evaluation.measuring import EvaluationOptions
 from ..evaluation.metrics import LABELS, SHIFT, SIDE_EFFECTS
 from . import common
 from .options import Run
@@ -52,7 +52,7 @@ def evaluate(
     Example: peft-edit evaluate meta-llama/Llama-2-7b-hf truthful_qa --split test --adapter sea-truthful
     """
     from ..data import load_texts
-    from ..evaluation.evaluate import evaluate
+    from ..evaluation.measuring import evaluate
 
     texts = {file.name: load_texts(file)["text"] for file in options.texts or ()}
     contrast = common.load_data(data)

@@ -115,7 +115,7 @@ class Scene:
 
     def evaluate(self, name: str, model) -> None:
         """Add a row to the table."""
-        from ..evaluation.evaluate import evaluate
+        from ..evaluation.measuring import evaluate
 
         results = evaluate(model, self.tokenizer, self.test, texts={UNRELATED: self.unrelated}, batch_size=256)
         (effects,) = results["side_effects"]

@@ -1,5 +1,6 @@
 """What a model does, with or without an edit, measured."""
 
+from .measuring import evaluate
 from .likelihood import answer_log_likelihoods
 from .multiple_choice import MultipleChoiceResult, QuestionScore, evaluate_multiple_choice
 from .perplexity import perplexity
@@ -11,6 +12,7 @@ __all__ = [
     "QuestionScore",
     "SideEffects",
     "answer_log_likelihoods",
+    "evaluate",
     "evaluate_multiple_choice",
     "perplexity",
     "side_effects",

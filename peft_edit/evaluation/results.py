@@ -53,6 +53,7 @@ from .metrics import LEAST
 
 VERSION = 2
 OF_MODEL = ("name", "revision", "fingerprint", "dtype")
+OF_MEASURE = ("value", "low", "high", "base", "difference", "difference_low", "difference_high", "p_value")
 OF_DATA = ("name", "subset", "split", "files", "rows", "of_rows", "digest")
 # What names a data set. Results of one name must agree in all else, and so must those of the same rows.
 DATA_SET = ("name", "subset", "split", "files")
@@ -289,7 +290,8 @@ def read_results(results: Mapping[str, Any] | str | os.PathLike) -> Results:
         where=where,
         model={**dict.fromkeys(OF_MODEL), **given["model"]},
         data={**dict.fromkeys(OF_DATA), **given["data"]},
-        **{name: given[name] for name in ("adapters", "strength", "prompts", "measures", "side_effects")},
+        **{name: given[name] for name in ("adapters", "strength", "prompts", "side_effects")},
+        measures={name: {**dict.fromkeys(OF_MEASURE), **measure} for name, measure in given["measures"].items()},
         ids=[question["id"] for question in given["questions"]],
     )
 
