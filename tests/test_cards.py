@@ -27,7 +27,7 @@ FINGERPRINT = "0" * 16
 
 
 def results(config=None, data=None, ids=range(7), **changes) -> dict:
-    """Results as `evaluate --json` writes them: of the base model, or with the adapter of a configuration. Values of mc1,
+    """Results as `evaluate --json` writes them: of the base model, or with a configuration's adapter. Values of mc1,
     mc2 and perplexity, and the texts of that, may be changed by their names."""
     given = {"mc1": 0.4, "mc2": 0.5} if config is None else {"mc1": 0.65, "mc2": 0.6}
     given = {name: {"value": changes.pop(name, value)} for name, value in given.items()}

@@ -80,19 +80,26 @@ def test_commands_make_store_adapter_and_results(fitted, run, tmp_path):
         fitted / "sea",
         "--batch-size",
         256,
-        "--perplexity",
+        "--texts",
         texts,
         "--json",
         result,
     )
     results = json.loads(result.read_text())
     assert status == 0
-    assert f"MC1: {100 * results['mc1']:.2f} %" in out and f"Perplexity: {results['perplexity']:.4f}" in out
+    mc1, (effects,) = results["measures"]["mc1"], results["side_effects"]
+    shown = [f"{100 * mc1[name]:{sign}.2f}" for name, sign in (("value", ""), ("base", ""), ("difference", "+"))]
+    (line,) = [line.split() for line in out.splitlines() if line.startswith("MC1 ")]
+    assert [line[1], line[5], line[6]] == shown and mc1["p_value"] < 0.05 and mc1["difference_low"] > 0.1
+    (line,) = [line.split() for line in out.splitlines() if line.startswith("unrelated.txt ")]
+    assert line[1:3] == [f"{effects['perplexity']:.3f}", f"{effects['perplexity_ratio']:.3f}"]
+    assert effects["kl_p95"] > effects["kl_mean"] > 0 and effects["touched"] > 0.99
     assert len(results["questions"]) == 180 and results["adapters"][0]["name"] == str(fitted / "sea")
     # At strength 0 an adapter is the base model.
     status, base, _ = run("evaluate", MODEL, TEST, "--batch-size", 256)
-    _, zero, _ = run("evaluate", MODEL, TEST, "--adapter", fitted / "sea", "--strength", 0, "--batch-size", 256)
-    assert status == 0 and zero == base != out
+    options = ["--batch-size", 256, "--no-base", "--adapter", fitted / "sea"]
+    zero, whole = (run("evaluate", MODEL, TEST, *options, "--strength", strength)[1] for strength in (0, 1))
+    assert status == 0 and zero == base != whole
 
 
 def test_inspect_shows_and_checks_a_store(fitted, run, tmp_path):

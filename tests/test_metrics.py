@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 from datasets import Dataset
+from test_contrast_known import FIXTURES, LOCAL
 
 from peft_edit import load_contrast_set
 from peft_edit.data import CONTRAST_FEATURES
 from peft_edit.evaluation.metrics import LABELS, METRICS, SHIFT, bbq, crows_pairs, multiple_choice, shift, suited
 from peft_edit.evaluation.multiple_choice import QuestionScore
-from test_contrast_known import FIXTURES, LOCAL
 
 
 def question(i, right, stereotyped, unknown, *others, **columns):

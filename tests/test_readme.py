@@ -99,7 +99,7 @@ def test_command_line_snippet_runs(tmp_path, monkeypatch, capsys):
             main()
         assert not stopped.value.code, line
     printed = capsys.readouterr().out
-    sea, hpr = map(float, re.findall(r"^MC1: (.*) %$", printed, flags=re.MULTILINE))
+    sea, hpr = map(float, re.findall(r"^MC1 +([\d.]+) ", printed, flags=re.MULTILINE))
     assert f"{sea:.2f}" == "66.67" and hpr > 55
     accuracies = re.findall(r"^\d  +(0\.\d+) ", printed, flags=re.MULTILINE)
     assert len(accuracies) >= 5 and min(map(float, accuracies)) > 0.8

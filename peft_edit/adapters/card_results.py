@@ -120,6 +120,7 @@ def _caption(result: Results) -> str:
         data["subset"] and f"subset {code(data['subset'])}",
         data["split"] and f"split {code(data['split'])}",
         files and f"a local copy ({', '.join(map(code, files))})",
+        data["examples"] and f"{data['examples'].get('count')} answered questions before each",
         f"{count} of {total} questions" if total is not None and total > count else f"{count} questions",
         f"prompt format {code(result.prompts['format'])}",
     )

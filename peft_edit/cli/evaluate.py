@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,20 @@ class EvaluateOptions(EvaluationOptions):
         metadata={"help": "Text file, one text a line, for side effects. May be repeated.", "repeated": True},
     )
 
+    examples: int | None = field(
+        default=None,
+        metadata={
+            "help": "So many answered questions before each prompt (in-context learning).",
+            "minimum": 1,
+            "allowed": "of at least 1",
+        },
+    )
+    examples_split: str | None = field(default=None, metadata={"help": "Split that they are drawn from."})
+    examples_data: str | None = field(
+        default=None, metadata={"help": "Contrast set that they are drawn from. Default: the same data set."}
+    )
+    examples_seed: int = field(default=0, metadata={"help": "Of the draw.", "minimum": 0, "allowed": "of at least 0"})
+
     def __post_init__(self):
         super().__post_init__()
         names = [file.name for file in self.texts or ()]
@@ -32,6 +46,9 @@ class EvaluateOptions(EvaluationOptions):
             raise ArgumentError(
                 Argument("texts"), f" must be files of different names, got {repeated[0]} twice: rename one"
             )
+        for name in ("examples_split", "examples_data"):
+            if getattr(self, name) is not None and self.examples is None:
+                raise ArgumentError(Argument(name), " needs ", Argument("examples"), ", their number: pass it too")
         if self.strength != 1 and self.adapter is None:
             raise ArgumentError(
                 *(Argument("strength"), " needs ", Argument("adapter")),
@@ -59,6 +76,9 @@ def evaluate(
     base, tokenizer = common.load_model(model)
     if options.adapter is not None:
         base = common.load_adapter(base, options.adapter, allow_fingerprint_mismatch)
+    examples = None
+    if options.examples is not None:
+        contrast, examples = _with_examples(contrast, data, options, tokenizer)
     settings = {option.name: getattr(options, option.name) for option in fields(EvaluationOptions)}
     results = evaluate(
         base,
@@ -67,14 +87,40 @@ def evaluate(
         texts=texts,
         strength=options.strength,
         names=None if options.adapter is None else {"default": options.adapter},
+        examples=examples,
         **settings,
     )
     output.write(run.record(results))
     print(f"Questions: {len(results['questions'])}")
     print(f"Prompt format: {results['prompts']['format']}")
+    if examples is not None:
+        print(f"Examples in the prompt: {examples['count']}")
     for lines in (_measures(results), _categories(results), _side_effects(results)):
         if lines:
             print(f"\n{lines}")
+
+
+def _with_examples(contrast, data: common.DataOptions, options: EvaluateOptions, tokenizer):
+    """The questions with answered ones before each, and what is recorded of these."""
+    from ..arguments import renamed
+    from ..data.in_context import with_examples
+    from ..data.prompts import settled
+    from ..data.source import source_of
+
+    same = options.examples_data is None
+    drawn_from = replace(data, split=options.examples_split, limit=None, skip=0)
+    if not same:
+        drawn_from = replace(drawn_from, data=options.examples_data, data_files=None, subset=None, data_revision=None)
+    with renamed(split="examples_split", **({} if same else {"name": "examples_data"})):
+        answered = common.load_data(drawn_from)
+    count, seed = options.examples, options.examples_seed
+    chat = settled(tokenizer, options).prompt_format == "chat"
+    source = source_of(answered)
+    return with_examples(contrast, answered, count, chat=chat, seed=seed), {
+        "count": count,
+        "seed": seed,
+        **{name: source[name] for name in ("name", "split")},
+    }
 
 
 def _measures(results: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """What a model does, with or without an edit, measured."""
 
-from .measuring import evaluate
 from .likelihood import answer_log_likelihoods
+from .measuring import evaluate
 from .multiple_choice import MultipleChoiceResult, QuestionScore, evaluate_multiple_choice
 from .perplexity import perplexity
 from .side_effects import SideEffects, side_effects

@@ -56,7 +56,7 @@ class EvaluationOptions(PromptOptions):
     metrics: list[str] | None = field(
         default=None,
         metadata={
-            "help": f"Comma-separated: {', '.join(ALL_METRICS)}. Default: what the data are made for.",
+            "help": f"Of {', '.join(ALL_METRICS)}. Default: all that suit.",
             "option": "--metrics",
         },
     )
@@ -87,6 +87,7 @@ def evaluate(
     texts: Mapping[str, Sequence[str]] | Iterable[str] | None = None,
     strength: float = 1.0,
     names: Mapping[str, str] | None = None,
+    examples: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """What a model does with the questions of a contrast set, and an edit to other texts.
@@ -104,6 +105,7 @@ def evaluate(
         texts: unrelated texts for side effects, or several sets of them by name.
         strength: factor on the strength of the edits, see `edit_strength`.
         names: adapter's name in the model to what people know it by, its folder or id on the Hub.
+        examples: what is recorded of answered questions before each prompt, where `with_examples` put some there.
         options: of `EvaluationOptions`: `base`, `batch_size`, `resamples`, `bootstrap_seed`, and how prompts become
             tokens.
 
@@ -138,7 +140,8 @@ def evaluate(
             "seed": options.bootstrap_seed,
         },
     }
-    return record(model, tokenizer, data, measured, prompts=options, strength=strength, names=names)
+    recorded = {"prompts": options, "strength": strength, "names": names, "examples": examples}
+    return record(model, tokenizer, data, measured, **recorded)
 
 
 def _text_sets(texts: Mapping[str, Sequence[str]] | Iterable[str] | None) -> dict[str | None, list[str]]:

@@ -7,7 +7,8 @@ command line adds, repeat an evaluation):
     model           name, revision, fingerprint, dtype: the base model
     adapters        of each active adapter its name, and method, config and weights as `adapter_record` gives them
     strength        the factor of `edit_strength`
-    data            name, subset, split, files, rows, of_rows as `source_of` gives them, and digest, a hash of the rows
+    data            name, subset, split, files, rows, of_rows as `source_of` gives them, digest, a hash of the rows, and
+                    examples, of the answered questions before each prompt their count, name, split and seed, or null
     prompts         format and more, as `prompt_record` gives it
     measures        name to value, low and high (an interval over the questions), base (the base model's value in the
                     same run), difference, difference_low, difference_high and p_value; null for what was not measured
@@ -54,9 +55,9 @@ from .metrics import LEAST
 VERSION = 2
 OF_MODEL = ("name", "revision", "fingerprint", "dtype")
 OF_MEASURE = ("value", "low", "high", "base", "difference", "difference_low", "difference_high", "p_value")
-OF_DATA = ("name", "subset", "split", "files", "rows", "of_rows", "digest")
+OF_DATA = ("name", "subset", "split", "files", "rows", "of_rows", "digest", "examples")
 # What names a data set. Results of one name must agree in all else, and so must those of the same rows.
-DATA_SET = ("name", "subset", "split", "files")
+DATA_SET = ("name", "subset", "split", "files", "examples")
 # MC2 is a sum of probabilities, which rounding takes above 1.
 ROUNDING = 1e-9
 _AGAIN = "evaluate again with this release of peft_edit"
@@ -85,6 +86,7 @@ class NamedData(TypedDict, total=False):
     subset: str | None
     split: str | None
     files: list[str] | None
+    examples: dict[str, Any] | None
     of_rows: int | None
 
 
@@ -216,6 +218,7 @@ def record(
     prompts: PromptOptions | None = None,
     strength: float = 1.0,
     names: Mapping[str, str] | None = None,
+    examples: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What was measured with all that it follows from, as JSON values.
 
@@ -227,6 +230,7 @@ def record(
         prompts: how prompts became tokens.
         strength: the factor of `edit_strength`.
         names: adapter's name in the model to what people know it by, its folder or id on the Hub.
+        examples: what is known of answered questions before each prompt, `count` and more; None without.
     """
     bare = unwrap(model)
     try:
@@ -246,7 +250,7 @@ def record(
             for name in active_adapters(model)
         ],
         "strength": strength,
-        "data": {**source_of(data), "digest": rows_digest(data)},
+        "data": {**source_of(data), "digest": rows_digest(data), "examples": examples and dict(examples)},
         "prompts": prompt_record(tokenizer, prompts or PromptOptions()),
         **measured,
         "versions": versions(),
