@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,6 +16,7 @@ from ..arguments import Argument, ArgumentError, check_options, renamed
 
 if TYPE_CHECKING:
     from ..models.load import BaseModel
+    from .options import Run
 
 ADAPTER = {"help": "Adapter to load: local folder, or id on the Hub, user/name or user/name@revision."}
 # Fields of configurations that name the edited decoder blocks and modules.
@@ -126,6 +131,14 @@ def _check_json(path: Path) -> None:
         files.check_writable(path)
     except ValueError as error:
         raise ArgumentError(Argument("json"), f" {error}") from error
+
+
+@contextmanager
+def told_warnings(run: Run) -> Iterator[None]:
+    """Print warnings inside the `with` block as a command words them, each on one line."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *details: print(f"Warning: {run.tell(message)}", file=sys.stderr)
+        yield
 
 
 def load_model(options: LoadedModelOptions):

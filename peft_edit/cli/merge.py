@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import sys
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -34,8 +32,7 @@ def merge(
         raise ArgumentError(Argument("private"), " needs ", Argument("push"), ": it is about the repository")
     if push is not None:
         hub.check_token(push)
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *details: print(f"Warning: {run.tell(message)}", file=sys.stderr)
+    with common.told_warnings(run):
         result = merging.merge_checkpoint(
             base.model,
             adapter,

@@ -49,14 +49,16 @@ def fit_mean_difference(
     config = MeanDifferenceConfig(task_type=TaskType.CAUSAL_LM, **{**options, **taken})
     base, _ = common.load_model(model)
     adapted = get_peft_model(base, config)
-    fit = fit_mean_difference(adapted, opened, allow_fingerprint_mismatch=allow_fingerprint_mismatch)
+    with common.told_warnings(run):
+        fit = fit_mean_difference(adapted, opened, allow_fingerprint_mismatch=allow_fingerprint_mismatch)
     if not processes().is_main:
         return
     results = run.record(fit.to_dict())
     save_adapter(adapted, out, {"mean_difference_fit.json": json.dumps(results, indent=2) + "\n"})
     output.write(results)
-    rows = [[str(site.layer), f"{site.norm:.3g}", f"{site.rms:.3g}"] for site in fit.layers]
-    print(common.table(["layer", "norm of the difference", "RMS of activations"], rows))
+    rows = [[str(f.layer), f"{f.norm:.3g}", f"{f.rms:.3g}", f"{f.change:.3f}"] for f in fit.layers]
+    print(common.table(["layer", "norm of the difference", "RMS of activations", "change"], rows))
+    print("change: length of what is added, over that of activations (root mean square)")
     counted = opened.counted
     print(f"Adapter, fitted to {fit.demonstrations} {counted}, {common.size_of(out)}: {out}")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...activations.store import ActivationStore, Store, open_store
+from ...adapters.changes import warn_of_change
 from ...adapters.match import check_store, check_unmerged, describe_data, find_adapter, replace_config
 from .config import MeanDifferenceConfig
 from .layer import MeanDifferenceLayer
@@ -29,12 +30,15 @@ class SiteFit:
         site: name of the module.
         norm: length of the difference of the means, before `scale_to_rms` scales it.
         rms: root mean square of the site's activations, positive and negative ones.
+        change: length of what is added, over the root mean square of the lengths of these activations. It is added to
+            every token, so that a retain set could change nothing: lower the strength.
     """
 
     layer: int
     site: str
     norm: float
     rms: float
+    change: float
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ def fit_mean_difference(
                 f"layer {index}: the activations of {store.path} are not finite, or their means differ by more than "
                 "float32 holds: collect them in a wider dtype, or leave the questions with huge ones out"
             )
-        fits.append(SiteFit(index, layer.site, norm=norm, rms=rms))
+        change = abs(config.strength) * float(vector.norm()) / (rms * math.sqrt(store.hidden_size))
+        fits.append(SiteFit(index, layer.site, norm=norm, rms=rms, change=change))
     for index, layer in layers.items():
         device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
         layer.set_vector(adapter_name, vectors[index].to(device), checked=True)
@@ -115,6 +120,7 @@ def fit_mean_difference(
         base_model_fingerprint=store.metadata["fingerprint"],
         fitted_on={**describe_data(store), counted: len(store)},
     )
+    warn_of_change({fit.layer: fit.change for fit in fits}, "activations")
     return MeanDifferenceFit(adapter_name, len(store), fits)
 
 

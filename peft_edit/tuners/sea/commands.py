@@ -56,7 +56,8 @@ def fit_sea(
     config = SEAConfig(task_type=TaskType.CAUSAL_LM, **{**options, **taken})
     base, _ = common.load_model(model)
     adapted = get_peft_model(base, config)
-    fit = fitting.fit_sea(adapted, opened, None, allow_fingerprint_mismatch, retain=retain)
+    with common.told_warnings(run):
+        fit = fitting.fit_sea(adapted, opened, None, allow_fingerprint_mismatch, retain=retain)
     if not processes().is_main:
         return
     results = run.record(fit.to_dict())

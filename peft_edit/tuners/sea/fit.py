@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...activations.store import ActivationStore, Store, open_store
+from ...adapters.changes import warn_of_change
 from ...adapters.match import (
     check_retain,
     check_store,
@@ -155,6 +156,8 @@ def fit_sea(
             **({} if retain is None else {"retain": describe_retained(retain)}),
         },
     )
+    rows = "the neutral demonstrations" if retain is None else "the tokens of the retain set"
+    warn_of_change({f.layer: f.change for f in fits}, rows)
     return SEAFit(adapter_name, len(store), fits)
 
 
