@@ -26,7 +26,7 @@ def test_the_largest_change_is_in_the_warning():
 def test_a_fit_of_sea_warns_of_its_neutral_demonstrations(tmp_path):
     positive, negative, neutral, _ = planted()
     store = ActivationStore.from_tensors(tmp_path, positive=positive, negative=negative, neutral=neutral, site="block")
-    model = get_peft_model(vivid_model(), SEAConfig(site="block", positive_energy=0.9, negative_energy=0.9))
+    model = get_peft_model(vivid_model(), SEAConfig(site="block", projections="positive", rescale="none"))
     with pytest.warns(UserWarning, match=r"^the edit changes the neutral demonstrations by up to \d+ %") as warned:
         fit = fit_sea(model, store)
     largest = max(fit.layers, key=lambda site: site.change)
