@@ -48,7 +48,7 @@ def results(config=None, data=None, ids=range(7), **changes) -> dict:
         "prompts": {"format": "plain", "template": None, "examples": None},
         "measures": given,
         "side_effects": [effects],
-        "questions": [{"id": i, "mc1": True, "mc2": 0.5} for i in ids],
+        "questions": [{"id": i, "mc1": True, "mc2": 0.5, "log_likelihoods": {"yes": -1.0}} for i in ids],
         "versions": {},
         **changes,
     }

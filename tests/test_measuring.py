@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from test_cli import MODEL, TEST, refused, run  # noqa: F401 - a fixture
 from test_collect import TOKENIZER, contrast
 from test_contrast_known import LOCAL
-from tiny import vivid_model
+from tiny import tiny_model, vivid_model
 
 from peft_edit import evaluate, evaluate_multiple_choice, load_contrast_set, perplexity, side_effects
 from peft_edit.data.in_context import with_examples
@@ -69,6 +69,31 @@ def test_a_base_model_has_no_comparison():
     assert found["measures"]["mc1"]["base"] is found["measures"]["mc1"]["p_value"] is None
     (effects,) = found["side_effects"]
     assert effects["perplexity"] == pytest.approx(perplexity(vivid_model(), TOKENIZER, TEXTS)) and len(effects) == 2
+
+
+def test_the_base_may_have_been_measured_before(tmp_path, monkeypatch):
+    model, data = edited_model("SEA at the MLP"), contrast()
+    expected = evaluate(model, TOKENIZER, data)
+    base = evaluate(vivid_model(), TOKENIZER, data)
+    (tmp_path / "base.json").write_text(json.dumps(base))
+    runs = []
+    monkeypatch.setattr(
+        "peft_edit.evaluation.measuring.evaluate_multiple_choice",
+        lambda *args, **options: runs.append(1) or evaluate_multiple_choice(*args, **options),
+    )
+    for known in (base, tmp_path / "base.json"):
+        found = evaluate(model, TOKENIZER, data, base_results=known)
+        assert found["measures"] == expected["measures"] and found["base_questions"] == expected["base_questions"]
+    assert len(runs) == 2
+    for known, message in (
+        (expected, "results is of an adapter: pass results of the base model alone"),
+        (evaluate(vivid_model(), TOKENIZER, data.select(range(3))), "results is of other questions|agree in questions"),
+        (evaluate(tiny_model(seed=5), TOKENIZER, data), "must agree in model.fingerprint"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, TOKENIZER, data, base_results=known)
+    with pytest.raises(ValueError, match=r"^base_results need an adapter, beside which they stand: leave them out"):
+        evaluate(vivid_model(), TOKENIZER, data, base_results=base)
 
 
 def test_without_the_base_an_adapter_is_measured_alone():

@@ -68,7 +68,7 @@ def test_evaluate_records_all_that_its_results_follow_from(run, tmp_path, demo_m
     digest = found["data"].pop("digest")
     assert found["data"] == {
         **{"name": "test.jsonl", "subset": None, "split": None, "files": None},
-        **{"rows": 4, "of_rows": 180},
+        **{"rows": 4, "of_rows": 180, "examples": None},
     }
     ids = [question["id"] for question in found["questions"]]
     assert ids == load_contrast_set(TEST)["id"][3:7]
@@ -95,7 +95,7 @@ def test_a_local_copy_and_its_part_are_recorded(run, tmp_path):  # noqa: F811
     assert "Prompt format: few_shot_qa\n" in out
     assert found["data"] | {"digest": None} == {
         **{"name": "bbq", "subset": "age_ambig", "split": None, "files": ["bbq_30.jsonl"]},
-        **{"rows": 2, "of_rows": 2, "digest": None},
+        **{"rows": 2, "of_rows": 2, "digest": None, "examples": None},
     }
     assert found["prompts"] == PLAIN | {"format": "few_shot_qa", "examples": QA_PRIMER}
 
@@ -328,7 +328,7 @@ def test_results_of_other_releases_are_refused(version):
         ({"data": {"rows": 20, "of_rows": 20}}, "data.rows is 20, and there are 7 questions"),
         ({"data": {"of_rows": 3}}, "data.of_rows is 3, data.rows is 7"),
         ({"questions": []}, "data.rows is 7, and there are 0 questions"),
-        ({"questions": [{"id": 1}] * 7}, "a question is there twice"),
+        ({"questions": [results()["questions"][0]] * 7}, "a question is there twice"),
     ],
     ids=str,
 )

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import Argument, ArgumentError
-from ..evaluation.measuring import EvaluationOptions
 from ..evaluation.metrics import LABELS, SHIFT, SIDE_EFFECTS
+from ..evaluation.options import EvaluationOptions
 from . import common
 from .options import Run
 
@@ -25,6 +25,10 @@ class EvaluateOptions(EvaluationOptions):
         metadata={"help": "Text file, one text a line, for side effects. May be repeated.", "repeated": True},
     )
 
+    base_results: Path | None = field(
+        default=None,
+        metadata={"help": "What evaluate --json wrote of the base model on the same questions, used again."},
+    )
     examples: int | None = field(
         default=None,
         metadata={
@@ -88,6 +92,7 @@ def evaluate(
         strength=options.strength,
         names=None if options.adapter is None else {"default": options.adapter},
         examples=examples,
+        base_results=options.base_results,
         **settings,
     )
     output.write(run.record(results))

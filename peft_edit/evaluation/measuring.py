@@ -2,80 +2,29 @@
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import Argument, ArgumentError, check_options
+from ..arguments import Argument, ArgumentError
 from ..data import check_contrast_set
-from ..data.prompts import PromptOptions, settled
+from ..data.prompts import settled
 from ..models.fingerprint import active_adapters
 from ..tuners.strength import edit_strength
-from .metrics import METRICS, Scores, shift, suited
-from .multiple_choice import evaluate_multiple_choice
+from .comparing import check_comparable
+from .metrics import Scores
+from .multiple_choice import QuestionScore, evaluate_multiple_choice
+from .options import OF_TEXTS, EvaluationOptions, wanted_metrics
 from .perplexity import perplexity
-from .results import record, texts_record
+from .results import read_results, record, texts_record
 from .side_effects import check_active, disabled_adapters, side_effects
-from .statistics import CONFIDENCE, RESAMPLES, SEED, Statistic, interval, mcnemar, resamples
-
-
-# Metrics of plain text to what `SideEffects` calls them.
-OF_TEXTS: Mapping[str, tuple[str, ...]] = {
-    "perplexity": ("perplexity", "base_perplexity", "perplexity_ratio"),
-    "kl": ("kl_mean", "kl_p95"),
-    "touched": ("touched",),
-    "norms": ("norm_change", "angle", "sites"),
-}
-# Metrics that compare an edited model with the base model.
-OF_TWO = ("shift", "kl", "touched", "norms")
-ALL_METRICS = (*METRICS, "shift", *OF_TEXTS)
-# Measures that say of each question whether it is right: McNemar's test is for them.
-OF_RIGHT = ("mc1", "bbq_accuracy")
-
-
-@dataclass(kw_only=True)
-class EvaluationOptions(PromptOptions):
-    """What is measured, and how.
-
-    Attributes:
-        metrics: of mc, bbq, crows_pairs, shift, perplexity, kl, touched and norms; None for those that the data are
-            made for, with what an adapter and texts add.
-        base: whether the base model is measured too, with the adapters disabled.
-        batch_size: most answers, or texts, in a forward pass.
-        resamples: of the questions, for the intervals.
-        bootstrap_seed: of the resamples.
-    """
-
-    metrics: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": f"Of {', '.join(ALL_METRICS)}. Default: all that suit.",
-            "option": "--metrics",
-        },
-    )
-    base: bool = field(default=True, metadata={"help": "Measure the base model too, beside the adapter."})
-    batch_size: int = field(
-        default=16,
-        metadata={"help": "Most answers, or texts, in a forward pass.", "minimum": 1, "allowed": "of at least 1"},
-    )
-    resamples: int = field(
-        default=RESAMPLES,
-        metadata={"help": "Of the questions, for the intervals.", "minimum": 1, "allowed": "of at least 1"},
-    )
-    bootstrap_seed: int = field(
-        default=SEED, metadata={"help": "Of the resamples.", "minimum": 0, "allowed": "of at least 0"}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_options(self, tuple(EvaluationOptions.__annotations__))
+from .statistics import CONFIDENCE
+from .tables import MeasureTables
 
 
 def evaluate(
@@ -88,6 +37,7 @@ def evaluate(
     strength: float = 1.0,
     names: Mapping[str, str] | None = None,
     examples: Mapping[str, Any] | None = None,
+    base_results: Mapping[str, Any] | str | os.PathLike | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """What a model does with the questions of a contrast set, and an edit to other texts.
@@ -106,6 +56,7 @@ def evaluate(
         strength: factor on the strength of the edits, see `edit_strength`.
         names: adapter's name in the model to what people know it by, its folder or id on the Hub.
         examples: what is recorded of answered questions before each prompt, where `with_examples` put some there.
+        base_results: of the base model alone on the same questions, or their file: its answers are taken from there.
         options: of `EvaluationOptions`: `base`, `batch_size`, `resamples`, `bootstrap_seed`, and how prompts become
             tokens.
 
@@ -122,12 +73,20 @@ def evaluate(
     if with_base:
         check_active(model)
     sets = _text_sets(texts)
-    wanted = _wanted(options, data, bool(adapters), bool(sets))
+    wanted = wanted_metrics(options, data, bool(adapters), bool(sets))
     options = settled(tokenizer, options)
+    recorded = {"prompts": options, "strength": strength, "names": names, "examples": examples}
+    known = None
+    if base_results is not None:
+        if not with_base:
+            raise ArgumentError(Argument("base_results"), " need an adapter, beside which they stand: leave them out")
+        unmeasured = [QuestionScore(row_id, False, 0.0, {}).to_dict() for row_id in data["id"]]
+        ours = {"measures": {}, "side_effects": [], "questions": unmeasured}
+        known = _known_base(base_results, record(model, tokenizer, data, ours, **recorded))
     with edit_strength(model, strength) if strength != 1 else nullcontext():
-        before, after = _scores(model, tokenizer, data, options, with_base)
+        before, after = _scores(model, tokenizer, data, options, with_base, known)
         effects = _side_effects(model, tokenizer, sets, wanted, options, with_base)
-    tables = _Tables(data, wanted, before, after, options)
+    tables = MeasureTables(data, wanted, before, after, options)
     measured = {
         "measures": tables.measures(),
         "categories": tables.categories(),
@@ -140,7 +99,6 @@ def evaluate(
             "seed": options.bootstrap_seed,
         },
     }
-    recorded = {"prompts": options, "strength": strength, "names": names, "examples": examples}
     return record(model, tokenizer, data, measured, **recorded)
 
 
@@ -152,35 +110,8 @@ def _text_sets(texts: Mapping[str, Sequence[str]] | Iterable[str] | None) -> dic
     return {name: list(some) for name, some in texts.items()} if isinstance(texts, Mapping) else {None: list(texts)}
 
 
-def _wanted(options: EvaluationOptions, data: Dataset, has_adapters: bool, has_texts: bool) -> list[str]:
-    """Names of the metrics, in the order of `ALL_METRICS`."""
-    if options.metrics is None:
-        found = [*suited(data), "shift", *(OF_TEXTS if has_texts else ())]
-        compares = has_adapters and options.base
-        return [name for name in ALL_METRICS if name in found and (compares or name not in OF_TWO)]
-    if not options.metrics:
-        raise ArgumentError(Argument("metrics"), f" must be some of {', '.join(ALL_METRICS)}, got none")
-    for name in options.metrics:
-        if name not in ALL_METRICS:
-            raise ArgumentError(Argument("metrics"), f" must be of {', '.join(ALL_METRICS)}, got {name!r}")
-        if name in OF_TEXTS and not has_texts:
-            raise ArgumentError(
-                Argument("metrics"), f": {name} needs ", Argument("texts"), ": pass some, or leave it out"
-            )
-        if name in OF_TWO and not has_adapters:
-            raise ArgumentError(
-                Argument("metrics"), f": {name} compares an edited model with its base model, and no adapter is active"
-            )
-        if name in OF_TWO and not options.base:
-            raise ArgumentError(
-                *(Argument("metrics"), f": {name} needs the base model: leave out "),
-                Argument("base", False),
-            )
-    return [name for name in ALL_METRICS if name in options.metrics]
-
-
 def _scores(
-    model: nn.Module, tokenizer, data: Dataset, options: EvaluationOptions, with_base: bool
+    model: nn.Module, tokenizer, data: Dataset, options: EvaluationOptions, with_base: bool, known: Scores | None
 ) -> tuple[Scores | None, Scores]:
     """The scores of the questions, of the base model and of the model."""
 
@@ -189,11 +120,30 @@ def _scores(
             model, tokenizer, data, batch_size=options.batch_size, **options.of_prompts
         ).questions
 
-    if not with_base:
-        return None, scored()
+    if not with_base or known is not None:
+        return known, scored()
     with disabled_adapters(model):
         before = scored()
     return before, scored()
+
+
+def _known_base(base_results: Mapping[str, Any] | str | os.PathLike, ours: Mapping[str, Any]) -> Scores:
+    """The base model's scores of results that were measured earlier.
+
+    Raises:
+        ValueError: they are of an adapter, or of another model, other rows or other prompts.
+    """
+    read = read_results(base_results)
+    if read.adapters:
+        raise ArgumentError(
+            Argument("base_results"), f": {read.where} is of an adapter: pass results of the base model alone"
+        )
+    check_comparable([read, read_results(ours)])
+    if read.rows != read_results(ours).rows:
+        raise ArgumentError(
+            Argument("base_results"), f": {read.where} is of other questions: evaluate the base model on the same"
+        )
+    return [QuestionScore(**question) for question in read.questions]
 
 
 def _side_effects(
@@ -214,75 +164,3 @@ def _side_effects(
             effects = {"perplexity": perplexity(model, tokenizer, texts, batch_size=options.batch_size)}
         found.append({"texts": texts_record(texts, name), **effects})
     return found
-
-
-class _Tables:
-    """Statistics of the scores, with intervals."""
-
-    def __init__(
-        self,
-        data: Dataset,
-        wanted: Sequence[str],
-        before: Scores | None,
-        after: Scores,
-        options: EvaluationOptions,
-    ):
-        self.data, self.before, self.after = data, before, after
-        metrics = [METRICS[name] for name in wanted if name in METRICS]
-        self.of_model = _joined(metric(data, after) for metric in metrics)
-        self.of_base = {} if before is None else _joined(metric(data, before) for metric in metrics)
-        self.of_both = shift(before, after) if "shift" in wanted else {}
-        self.counts = resamples(len(data), options.resamples, options.bootstrap_seed)
-
-    def measures(self) -> dict[str, dict[str, float | None]]:
-        """Of all questions."""
-        alone = {**self.of_model, **self.of_both}
-        return {
-            name: {
-                "value": _number(statistic.value),
-                **_bounds("", statistic.resampled(self.counts)),
-                **self._against_base(name, statistic),
-            }
-            for name, statistic in alone.items()
-        }
-
-    def _against_base(self, name: str, statistic: Statistic) -> dict[str, float | None]:
-        base = self.of_base.get(name)
-        if base is None:
-            return dict.fromkeys(("base", "difference", "difference_low", "difference_high", "p_value"))
-        differences = statistic.resampled(self.counts) - base.resampled(self.counts)
-        right = base.summands[:, 0], statistic.summands[:, 0]
-        return {
-            "base": _number(base.value),
-            "difference": _number(statistic.value - base.value),
-            **_bounds("difference_", differences),
-            "p_value": mcnemar(*right) if name in OF_RIGHT else None,
-        }
-
-    def categories(self) -> dict[str, dict[str, Any]]:
-        """Of the questions of each category, where they have one."""
-        names = np.array([row["category"] or "" for row in self.data])
-        return {str(name): self._category(names == name) for name in sorted(set(names) - {""})}
-
-    def _category(self, chosen: np.ndarray) -> dict[str, Any]:
-        measures = {
-            name: {
-                "value": _number(statistic.of(chosen).value),
-                "base": _number(self.of_base[name].of(chosen).value) if name in self.of_base else None,
-            }
-            for name, statistic in {**self.of_model, **self.of_both}.items()
-        }
-        return {"questions": int(chosen.sum()), "measures": measures}
-
-
-def _joined(found: Iterable[Mapping[str, Statistic]]) -> dict[str, Statistic]:
-    return {name: statistic for statistics in found for name, statistic in statistics.items()}
-
-
-def _bounds(prefix: str, values: np.ndarray) -> dict[str, float | None]:
-    low, high = interval(values) or (None, None)
-    return {f"{prefix}low": low, f"{prefix}high": high}
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)

@@ -155,9 +155,12 @@ class OfPrompts(TypedDict):
 
 
 class OfQuestion(TypedDict):
-    """What results say of a question, beside its scores."""
+    """What results say of a question, see `QuestionScore`."""
 
     id: int
+    mc1: bool
+    mc2: float
+    log_likelihoods: dict[str, float]
 
 
 class Recorded(TypedDict):
@@ -179,8 +182,8 @@ class Results:
 
     Attributes:
         where: the file, for messages.
-        model, adapters, strength, data, prompts, measures, side_effects: as recorded.
-        ids: of the questions, in their order.
+        model, adapters, strength, data, prompts, measures, side_effects, questions: as
+            recorded.
     """
 
     where: str
@@ -191,7 +194,12 @@ class Results:
     prompts: Mapping[str, Any]
     measures: Mapping[str, Mapping[str, float | None]]
     side_effects: Sequence[Mapping[str, Any]]
-    ids: Sequence[int]
+    questions: Sequence[Mapping[str, Any]]
+
+    @property
+    def ids(self) -> list[int]:
+        """Of the questions, in their order."""
+        return [question["id"] for question in self.questions]
 
     @property
     def data_set(self) -> tuple:
@@ -296,7 +304,7 @@ def read_results(results: Mapping[str, Any] | str | os.PathLike) -> Results:
         data={**dict.fromkeys(OF_DATA), **given["data"]},
         **{name: given[name] for name in ("adapters", "strength", "prompts", "side_effects")},
         measures={name: {**dict.fromkeys(OF_MEASURE), **measure} for name, measure in given["measures"].items()},
-        ids=[question["id"] for question in given["questions"]],
+        questions=[{name: question[name] for name in OfQuestion.__annotations__} for question in given["questions"]],
     )
 
 
