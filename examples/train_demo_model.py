@@ -277,7 +277,8 @@ def contrast_row(index: int, question: Question, *, demonstration: bool) -> dict
 
 
 def write_data(world: World, out: Path, *, seed: int) -> None:
-    """Write the three contrast sets, which share no entity, and the unrelated text."""
+    """Write the three contrast sets, which share no entity, and unrelated texts: to measure side effects on, and others
+    for a retain set."""
     indices = list(range(len(world.questions)))
     random.Random(f"splits {seed}").shuffle(indices)
     for name, size in SPLITS.items():
@@ -285,9 +286,10 @@ def write_data(world: World, out: Path, *, seed: int) -> None:
         rows = (contrast_row(i, world.questions[i], demonstration=name == "demonstrations") for i in chosen)
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
-    rng = random.Random(f"unrelated {seed}")
-    lines = (" ".join(take_words(world.unrelated(rng), UNRELATED_WORDS)) + "\n" for _ in range(UNRELATED_LINES))
-    (out / "unrelated.txt").write_text("".join(lines), encoding="utf-8")
+    for name in ("unrelated", "retain"):
+        rng = random.Random(f"{name} {seed}")
+        lines = (" ".join(take_words(world.unrelated(rng), UNRELATED_WORDS)) + "\n" for _ in range(UNRELATED_LINES))
+        (out / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
