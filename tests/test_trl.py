@@ -5,7 +5,7 @@ import torch
 from conftest import ASSETS
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from peft_edit import SEAConfig
@@ -65,3 +65,18 @@ def test_the_reference_of_dpo_is_the_edited_model(folder, tmp_path, demo_tokeniz
     # Before the first step LoRA does nothing: policy and reference are one model, or the reference lacks the edit.
     margin = first["rewards/margins"]
     assert abs(margin) > 1e-3 if way == "switched off" else margin == pytest.approx(0, abs=1e-6)
+
+
+def test_the_baseline_of_lora_trains_an_adapter_that_is_evaluated(tmp_path, monkeypatch, capsys):
+    from examples import lora_baseline
+    from peft_edit import evaluate, load_contrast_set
+
+    arguments = ["lora_baseline.py", ASSETS / "model", ASSETS / "demonstrations.jsonl", tmp_path / "lora"]
+    options = ["--limit", 8, "--max-steps", 2, "--batch-size", 4, "--rank", 2, "--cpu"]
+    monkeypatch.setattr("sys.argv", list(map(str, [*arguments, *options])))
+    lora_baseline.main()
+    assert "LoRA adapter, 2 steps on 8 answers" in capsys.readouterr().out
+    data = load_contrast_set(ASSETS / "test.jsonl", ids=None).select(range(4))
+    model = PeftModel.from_pretrained(base(), tmp_path / "lora")
+    found = evaluate(model, AutoTokenizer.from_pretrained(ASSETS / "model"), data)
+    assert found["adapters"][0]["method"] == "LORA" and found["measures"]["mc2"]["difference"] != 0
