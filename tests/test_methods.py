@@ -235,7 +235,7 @@ def test_bad_values_are_refused_when_they_are_set_later(method):
 )
 def test_what_a_fit_writes_is_checked(config, fields):
     message = refusal(config, **fields)
-    assert re.match(rf"{next(iter(fields))}(\[[^ ]*\]|\.\w+)* must be", message) and "\n" not in message
+    assert re.match(rf"{next(iter(fields))}(\[[^ ]*\]|\.\w+)* (must be|has no) ", message) and "\n" not in message
 
 
 @every_edit
