@@ -14,8 +14,9 @@ from peft_edit.tuners.layer import edit_layers
 from peft_edit.tuners.method import methods
 
 
-# Fields with which the tests see more of an edit: one that merges exactly, and a gate that some of the tokens pass.
-FIELDS = {"SEA at the MLP": {"rescale": "none"}, "HPR": {"gate": 0.6}}
+# Fields with which the tests see more of an edit: one that merges exactly, a gate that some of the tokens pass, and as
+# many heads as a tiny model has.
+FIELDS = {"SEA at the MLP": {"rescale": "none"}, "HPR": {"gate": 0.6}, "ITI": {"num_heads": 2}}
 PLACES = {"mlp": "MLP", "block": "block"}
 
 

@@ -124,6 +124,12 @@ class EditModel(BaseTuner):
         continue_scopes(edit_layers(model))
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT finds the name only next to the end of a key; a network has the layer's number behind it.
+        parts = "|".join(map(re.escape, cls.tuner_layer_cls.adapter_layer_names))
+        return re.sub(rf"(\.(?:{parts}))\.{re.escape(adapter_name)}\.", r"\1.", key)
+
+    @classmethod
     def _get_adapter_state_dict(cls, *args, **kwargs) -> dict[str, Tensor]:
         # An adapter of another method that was added later may lie around the layer, which the file must not tell.
         tensors = super()._get_adapter_state_dict(*args, **kwargs)
