@@ -14,8 +14,8 @@ from torch.nn import functional
 # Newton's steps after which a probe that goes on to change is an error; a dozen are usual.
 MAX_STEPS = 200
 MAX_HALVINGS = 40
-# Largest element of the gradient, as a share of that which all rows could add up to, at which a probe is found.
-TOLERANCE = 1e-10
+# A probe is found where a step would lower its objective by no more than this share, which is above rounding.
+TOLERANCE = 1e-13
 # Keeps the Hessian regular where all rows are classified with certainty; far below any curvature that matters.
 RIDGE = 1e-12
 
@@ -41,17 +41,17 @@ def fit_probes(x: Tensor, y: Tensor, l2: float = 1.0) -> tuple[Tensor, Tensor]:
     signs = 2 * y.double() - 1
     penalty = torch.full((rows.shape[-1],), l2, dtype=torch.float64)
     penalty[-1] = 0
-    largest = rows.abs().sum(dim=1).amax(dim=1)  # (heads,)
     found = rows.new_zeros(len(rows), rows.shape[-1])
     for _ in range(MAX_STEPS):
         gradient, hessian = _derivatives(rows, signs, penalty, found)
-        if (gradient.abs().amax(dim=1) <= TOLERANCE * largest).all():
-            return found[:, :-1], found[:, -1]
         step = torch.linalg.solve(hessian, gradient)
-        taken = _descend(rows, signs, penalty, found, gradient, step)
-        if torch.equal(taken, found):  # to the last bit: rounding leaves nothing to gain
+        slope = (gradient * step).sum(dim=1)  # twice what the step would lower the objective by
+        objective = _objective(rows, signs, penalty, found)
+        moving = slope > TOLERANCE * (1 + objective)
+        if not moving.any():
             return found[:, :-1], found[:, -1]
-        found = taken
+        step, slope = (moving[:, None] * step, moving * slope)
+        found = found - _length(rows, signs, penalty, found, step, slope, objective)[:, None] * step
     raise ValueError("the probes do not converge: check the activations")
 
 
@@ -74,20 +74,18 @@ def _derivatives(rows: Tensor, signs: Tensor, penalty: Tensor, parameters: Tenso
     return gradient, curvature + RIDGE * scale[:, None, None] * torch.eye(len(penalty), dtype=rows.dtype)
 
 
-def _descend(
-    rows: Tensor, signs: Tensor, penalty: Tensor, parameters: Tensor, gradient: Tensor, step: Tensor
+def _length(
+    rows: Tensor, signs: Tensor, penalty: Tensor, parameters: Tensor, step: Tensor, slope: Tensor, objective: Tensor
 ) -> Tensor:
-    """Parameters after as much of a step as makes the objective of each head smaller (Armijo's rule)."""
-    before = _objective(rows, signs, penalty, parameters)
-    slope = (gradient * step).sum(dim=1)
-    length = torch.ones_like(before)
+    """How much of a step makes the objective of each head smaller, (heads,) (Armijo's rule)."""
+    length = torch.ones_like(objective)
     for _ in range(MAX_HALVINGS):
         after = _objective(rows, signs, penalty, parameters - length[:, None] * step)
-        enough = after <= before - 1e-4 * length * slope
+        enough = after <= objective - 1e-4 * length * slope + 1e-15 * objective
         if enough.all():
             break
         length = torch.where(enough, length, length / 2)
-    return parameters - torch.where(enough, length, 0)[:, None] * step
+    return torch.where(enough, length, 0)
 
 
 def accuracy(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
