@@ -22,6 +22,7 @@ from .tuners.sea import *
 from .tuners.hpr import *
 from .tuners.mean_difference import *
 from .tuners.iti import *
+from .tuners.diff import *
 # isort: on
 
 

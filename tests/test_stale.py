@@ -55,6 +55,8 @@ OTHER = {
     "strength": 0.3,
     "num_angle_layers": 2,
     "angle_hidden_size": 7,
+    "num_layers": 2,
+    "hidden_size": 7,
     "selected_layers": [1],
     "input_scale": 0.5,
 }
