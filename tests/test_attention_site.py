@@ -183,3 +183,25 @@ def test_methods_that_edit_outputs_do_not_take_it():
     for config in (SEAConfig, MeanDifferenceConfig):
         with pytest.raises(ValueError, match="site must be one of 'mlp', 'block', got 'attention'"):
             config(site="attention")
+
+
+def test_an_input_that_is_given_by_name_is_refused(tmp_path):
+    """A hook on the module's arguments does not see it."""
+    model = tiny_model()
+    o_proj = type(model.model.layers[0].self_attn.o_proj)
+
+    class Named(o_proj):
+        def __call__(self, x):
+            return super().__call__(input=x)
+
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.__class__ = Named
+    expected = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    with pytest.raises(ValueError, match=r"o_proj takes NoneType for input of shape .*, not one activation for each"):
+        collect_activations(model, TOKENIZER, contrast(), tmp_path, site="attention", neutral=None)
+    edited = get_peft_model(model, ITIConfig(init_weights=False))
+    match = r"^the edit at .*o_proj needs one tensor of width 32, the module takes NoneType: choose another site"
+    with pytest.raises(ValueError, match=match):
+        edited(input_ids=torch.tensor([[5, 6, 7]]))
+    with edited.disable_adapter():
+        assert torch.equal(edited(input_ids=torch.tensor([[5, 6, 7]])).logits, expected)

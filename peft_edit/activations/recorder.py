@@ -56,7 +56,7 @@ class Recorder:
             self._kept, self._rows = None, {}
 
     def _keep_input(self, name: str, module: nn.Module, args: tuple) -> None:
-        self._keep(name, args, "takes")
+        self._keep(name, args or None, "takes")
 
     def _keep_output(self, name: str, module: nn.Module, args: tuple, output: Tensor | tuple | list) -> None:
         self._keep(name, output, "gives")

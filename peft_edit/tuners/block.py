@@ -93,11 +93,12 @@ def edit_block_output(
     return output
 
 
-def edit_block_input(kind: type, block: nn.Module, args: tuple) -> tuple:
-    """Forward pre-hook of a module, the like for edits of its input, which is its first argument."""
+def edit_block_input(kind: type, block: nn.Module, args: tuple) -> tuple | None:
+    """Forward pre-hook of a module, the like for edits of its input, which is its first argument without a name."""
+    edited = args or None
     for layer in _led_by(kind, block, of_input=True):
-        args = layer.edit_output(args)
-    return args
+        edited = layer.edit_output(edited)
+    return edited
 
 
 def _led_by(kind: type, block: nn.Module, of_input: bool) -> list[BlockEditLayer]:
