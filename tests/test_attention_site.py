@@ -80,6 +80,23 @@ def test_heads_are_as_wide_as_the_configuration_says():
         attention_heads(model, 48)
 
 
+def test_configurations_that_say_of_no_heads_are_named(monkeypatch):
+    model = tiny_model()
+    model.config.num_attention_heads = 0
+    with pytest.raises(ValueError, match=r"^the configuration of LlamaForCausalLM has no number of attention heads"):
+        attention_heads(model, 32)
+    model = tiny_model()
+
+    def by_layer(self):
+        raise RuntimeError("'head_dim' is a per-layer attribute")  # as in Gemma 4
+
+    monkeypatch.setattr(type(model.config), "head_dim", property(by_layer), raising=False)
+    del model.config.__dict__["head_dim"]
+    with pytest.raises(ValueError, match=r"^LlamaConfig has a head_dim of its own for each layer") as error:
+        attention_heads(model, 32)
+    assert "\n" not in str(error.value)
+
+
 @every_family
 @pytest.mark.parametrize("tokens", ["last", "answer"])
 def test_rows_are_those_of_single_forward_passes(tmp_path, family, tokens):

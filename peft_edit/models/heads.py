@@ -32,9 +32,12 @@ def attention_heads(model: nn.Module, width: int) -> tuple[int, int]:
 
 
 def _number(config, name: str) -> int | None:
-    """A number of a configuration; None where it has none, or another one for each layer."""
+    """A number of a configuration; None where it has none. Raises ValueError where each layer has its own (Gemma 4)."""
     try:
         value = getattr(config, name, None)
-    except AttributeError:
-        return None
+    except RuntimeError as error:  # of a class that not all versions of Transformers have
+        raise ValueError(
+            f"{type(config).__name__} has a {name} of its own for each layer, so that the attention's heads cannot be "
+            "told apart: use another model or another site"
+        ) from error
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
