@@ -41,4 +41,3 @@ class ITIModel(EditModel):
     prefix: str = "iti_"
     tuner_layer_cls = ITILayer
     block_layer_cls = ITILayer
-    combined_by = "activate several at once"
