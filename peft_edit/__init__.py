@@ -21,6 +21,8 @@ from .version import __version__
 from .tuners.sea import *
 from .tuners.hpr import *
 from .tuners.mean_difference import *
+from .tuners.iti import *
+from .tuners.diff import *
 # isort: on
 
 

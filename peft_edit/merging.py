@@ -11,7 +11,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,14 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from .adapters.read import load_adapter, load_adapter_config
 from .arguments import Argument, ArgumentError
 from .files import check_free, growing_folder, publish, resolved, sync
-from .models.checkpoint import Checkpoint, Source, axis_in_source, find_sources
+from .models.checkpoint import Checkpoint, Source, StoredTensor, axis_in_source, find_sources
 from .models.dtypes import FLOATING
 from .models.load import BaseModel, load_structure
 from .tuners.layer import EditLayer, edit_layers
@@ -74,7 +75,8 @@ class CheckpointMerge:
 
 @dataclass(frozen=True)
 class Edit:
-    """Bytes of a file that hold a weight or a bias, or that of one expert, and the layer whose edit merges into it."""
+    """Bytes of a file that hold a weight or a bias, or that of one expert, and the layer whose edit merges into it.
+    `beside` are the parameters that `merge_reads` of the layer names."""
 
     start: int
     end: int
@@ -82,6 +84,7 @@ class Edit:
     shape: tuple[int, ...]
     axis: int
     layer: EditLayer
+    beside: dict[str, StoredTensor] = field(default_factory=dict)
 
 
 def merge_checkpoint(
@@ -251,6 +254,7 @@ def _edits(
 ) -> dict[str, list[Edit]]:
     """The part of the plan that one layer makes."""
     edits: dict[str, list[Edit]] = {}
+    beside = {read: _as_it_is(checkpoint, sources, shapes, f"{layer.site}.{read}") for read in layer.merge_reads}
     for relative, output in layer.output_tensors().items():
         name = f"{layer.site}.{relative}"
         found, shape = sources.get(name, []), shapes[name]
@@ -262,17 +266,37 @@ def _edits(
             )
         for source in found:
             stored = checkpoint.tensors[source.key]
-            if stored.dtype not in FLOATING:
-                raise ValueError(
-                    f"{source.key} of {checkpoint.path} is quantised ({stored.dtype}): merge into the checkpoint that "
-                    "it was made from"
-                )
+            _check_floating(checkpoint, source.key)
             axis = axis_in_source(source, stored.shape, shape, output.axis)
             if axis is None:
                 raise _other_shape(checkpoint, source.key, name, shape)
-            whole = Edit(stored.start, stored.end, FLOATING[stored.dtype], stored.shape, axis, layer)
+            whole = Edit(stored.start, stored.end, FLOATING[stored.dtype], stored.shape, axis, layer, beside)
             edits[source.key] = _split(whole) if output.stacked and not of_experts else [whole]
     return edits
+
+
+def _check_floating(checkpoint: Checkpoint, key: str) -> None:
+    if (dtype := checkpoint.tensors[key].dtype) not in FLOATING:
+        raise ValueError(
+            f"{key} of {checkpoint.path} is quantised ({dtype}): merge into the checkpoint that it was made from"
+        )
+
+
+def _as_it_is(
+    checkpoint: Checkpoint, sources: dict[str, list[Source]], shapes: dict[str, tuple[int, ...]], name: str
+) -> StoredTensor:
+    """The tensor of the checkpoint that is a parameter of the model, without any operation."""
+    found = sources.get(name, [])
+    if len(found) != 1 or found[0].operations:
+        raise ValueError(
+            f"{checkpoint.path} has {name} in a form that cannot be read for merging: save the model once with "
+            "save_pretrained, and merge into that"
+        )
+    _check_floating(checkpoint, found[0].key)
+    stored = checkpoint.tensors[found[0].key]
+    if stored.shape != shapes[name]:
+        raise _other_shape(checkpoint, found[0].key, name, shapes[name])
+    return stored
 
 
 def _split(edit: Edit) -> list[Edit]:
@@ -340,7 +364,7 @@ def _write_files(
         # A new thread does not take over this one's number of threads for products, on which their rounding depends.
         ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as pool,
     ):
-        calls = (partial(_merged, checkpoint.path / file, edit, device) for file in todo for edit in by_file[file])
+        calls = (partial(_merged, checkpoint.path, file, edit, device) for file in todo for edit in by_file[file])
         merged = _one_ahead(pool, calls)
         finishing: Future | None = None
         for file, size in sizes.items():
@@ -381,15 +405,24 @@ def _copy(source: BinaryIO, sink: BinaryIO, count: int, progress: tqdm, buffer: 
         count -= len(piece)
 
 
-def _merged(path: Path, edit: Edit, device: torch.device) -> memoryview:
+def _merged(folder: Path, file: str, edit: Edit, device: torch.device) -> memoryview:
     """The bytes of an edit, merged. They are in memory once."""
-    data = torch.empty(edit.end - edit.start, dtype=torch.uint8)
-    with path.open("rb", buffering=0) as source:
-        source.seek(edit.start)
-        _read(source, data.numpy().data)
-    tensor = data.view(edit.dtype).view(edit.shape).to(device)
-    edit.layer.merge_into(tensor, edit.axis, ADAPTER, out=tensor)
+    tensor = _tensor(folder / file, edit.start, edit.end, edit.dtype, edit.shape).to(device)
+    beside = {
+        name: _tensor(folder / stored.file, stored.start, stored.end, FLOATING[stored.dtype], stored.shape).to(device)
+        for name, stored in edit.beside.items()
+    }
+    edit.layer.merge_into(tensor, edit.axis, ADAPTER, out=tensor, **beside)
     return tensor.cpu().view(torch.uint8).numpy().data
+
+
+def _tensor(path: Path, start: int, end: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A part of a file."""
+    data = torch.empty(end - start, dtype=torch.uint8)
+    with path.open("rb", buffering=0) as source:
+        source.seek(start)
+        _read(source, data.numpy().data)
+    return data.view(dtype).view(shape)
 
 
 def _read(source: BinaryIO, piece: memoryview) -> None:

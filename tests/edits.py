@@ -9,13 +9,14 @@ import torch
 from peft import get_peft_model
 from tiny import logits, vivid_model
 
-from peft_edit.models.sites import find_sites, unwrap
+from peft_edit.models.sites import find_sites, takes_input, unwrap
 from peft_edit.tuners.layer import edit_layers
 from peft_edit.tuners.method import methods
 
 
-# Fields with which the tests see more of an edit: one that merges exactly, and a gate that some of the tokens pass.
-FIELDS = {"SEA at the MLP": {"rescale": "none"}, "HPR": {"gate": 0.6}}
+# Fields with which the tests see more of an edit: one that merges exactly, a gate that some of the tokens pass, and as
+# many heads as a tiny model has.
+FIELDS = {"SEA at the MLP": {"rescale": "none"}, "HPR": {"gate": 0.6}, "ITI": {"num_heads": 2}}
 PLACES = {"mlp": "MLP", "block": "block"}
 
 
@@ -66,14 +67,17 @@ def layers_of(model, adapter="default"):
 
 
 def outputs(model, edit="block", **kwargs):
-    """Block index to the output of an edit's site there as any later forward hook sees it."""
+    """Block index to the activations of an edit's site there as any later forward hook sees them."""
     seen, handles = {}, []
-    for index, name in find_sites(model, at(edit) if edit in EDITS else edit).items():
+    site = at(edit) if edit in EDITS else edit
+    for index, name in find_sites(model, site).items():
+        module = unwrap(model).get_submodule(name)
 
-        def keep(module, args, out, index=index):  # a copy: Falcon adds the attention's output to the MLP's in place
-            seen[index] = (out[0] if isinstance(out, tuple) else out).clone()
+        def keep(module, *values, index=index):  # a copy: Falcon adds the attention's output to the MLP's in place
+            seen[index] = (values[-1][0] if isinstance(values[-1], tuple) else values[-1]).clone()
 
-        handles.append(unwrap(model).get_submodule(name).register_forward_hook(keep))
+        hook = module.register_forward_pre_hook if takes_input(site) else module.register_forward_hook
+        handles.append(hook(keep))
     logits(model, **kwargs)
     for handle in handles:
         handle.remove()

@@ -33,16 +33,17 @@ ALLOWED = {
     "activations": {"activations/store", "arguments", "data", "files", "json_files", "models", "processes", "tuners"},
     "activations/store": {"arguments", "files", "json_files", "models"},
     "adapters": {"activations/store", "data", "evaluation", "files", "json_files", "models", "tuners"},
+    "training": {"activations/store", "adapters", "files", "models", "tuners"},
     "merging": {"adapters", "files", "models", "tuners", "version"},
     "evaluation": {"data", "json_files", "models", "tuners", "version"},
     "demo": {"activations", "adapters", "data", "evaluation", "files", "tuners"},
     "cli": {
         *("activations", "activations/store", "adapters", "arguments", "data", "demo", "evaluation", "files"),
-        *("merging", "models", "processes", "tuners"),
+        *("merging", "models", "processes", "training", "tuners"),
     },
     # A method builds on all this, on no other method, and only its commands and its evidence on what runs it.
     **{
-        f"tuners/{method}": {"activations/store", "adapters", "files", "models", "processes", "tuners"}
+        f"tuners/{method}": {"activations/store", "adapters", "files", "models", "processes", "training", "tuners"}
         for method in METHODS
     },
 }

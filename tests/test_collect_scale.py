@@ -222,9 +222,9 @@ def test_a_fit_takes_its_site(tmp_path, llama):
         assert {f.site for f in fit.layers} == set(ActivationStore(tmp_path, site).modules.values())
 
 
-@pytest.mark.parametrize("site", [(), 3, "attention", ("mlp", "attention")])
+@pytest.mark.parametrize("site", [(), 3, "head", ("mlp", "head")])
 def test_unknown_sites_are_named(tmp_path, llama, site):
-    with pytest.raises(ValueError, match="site must be one of 'mlp', 'block' or both, got "):
+    with pytest.raises(ValueError, match="site must be one of 'mlp', 'block', 'attention' or several, got "):
         collect_activations(llama, TOKENIZER, contrast(), tmp_path / "a", site=site)
     with pytest.raises(ValueError, match="target_modules replace one site"):
         collect_activations(

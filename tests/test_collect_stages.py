@@ -117,7 +117,11 @@ REFUSED = {
         contrast(),
         "the <target_modules> are of different widths, [32, 48]: collect them one by one",
     ),
-    "an unknown site": ({"site": "head"}, contrast(), "<site> must be one of 'mlp', 'block' or both, got 'head'"),
+    "an unknown site": (
+        {"site": "head"},
+        contrast(),
+        "<site> must be one of 'mlp', 'block', 'attention' or several, got 'head'",
+    ),
     "no chat template": (
         {"prompt_format": "chat"},
         contrast(),

@@ -35,7 +35,7 @@ from stores import write_pair_store
 from tiny import FAMILIES, LargestNew, agree, base_logits, logits, relative, token_ids, vivid_model
 
 import peft_edit
-from peft_edit import ActivationStore, HPRTrainer, HPRTrainingArguments, edit_strength, select_layers
+from peft_edit import ActivationStore, edit_strength, select_layers
 from peft_edit.adapters.match import replace_config
 from peft_edit.arguments import choices_of
 from peft_edit.models.sites import find_sites
@@ -235,7 +235,7 @@ def test_bad_values_are_refused_when_they_are_set_later(method):
 )
 def test_what_a_fit_writes_is_checked(config, fields):
     message = refusal(config, **fields)
-    assert re.match(rf"{next(iter(fields))}(\[[^ ]*\]|\.\w+)* must be", message) and "\n" not in message
+    assert re.match(rf"{next(iter(fields))}(\[[^ ]*\]|\.\w+)* (must be|has no) ", message) and "\n" not in message
 
 
 @every_edit
@@ -977,6 +977,13 @@ def fit(edit, model, folder):
     learn_by_function(edit)(model, store)
 
 
+def trainer_of(edit):
+    """The public trainer of a method and its arguments, by the method's name; None where it has none."""
+    names = (f"{METHOD_OF[edit].short}{what}" for what in ("Trainer", "TrainingArguments"))
+    found = [getattr(peft_edit, name, None) for name in names]
+    return None if None in found else found
+
+
 def pairs_in(folder):
     generator = torch.Generator().manual_seed(0)
     rows = {i: torch.randn(12, HIDDEN, generator=generator) for i in range(3)}
@@ -987,14 +994,23 @@ def pairs_in(folder):
 def train(edit, model, folder):
     options = {"max_steps": 1, "eval_strategy": "no", "use_cpu": True, "report_to": "none", "disable_tqdm": True}
     with torch.enable_grad():
-        HPRTrainer(model, HPRTrainingArguments(folder / "out", **options), train_dataset=pairs_in(folder)).train()
+        trainer, arguments = trainer_of(edit)
+        trainer(model, arguments(folder / "out", **options), train_dataset=pairs_in(folder)).train()
 
 
 def select(edit, model, folder):
     select_layers(model, pairs_in(folder), top_k=1)
 
 
-LEARNING = [(edit, fit) for edit in EDITS if learn_by_function(edit)] + [("HPR", train), ("HPR", select)]
+LEARNING = [
+    *((edit, fit) for edit in EDITS if learn_by_function(edit)),
+    *((edit, train) for edit in EDITS if trainer_of(edit)),
+    ("HPR", select),
+]
+
+
+def test_every_method_is_learnt_by_something():
+    assert {edit for edit, _ in LEARNING} == set(EDITS)
 
 
 @pytest.mark.parametrize("edit, learn", LEARNING)

@@ -55,6 +55,8 @@ OTHER = {
     "strength": 0.3,
     "num_angle_layers": 2,
     "angle_hidden_size": 7,
+    "num_layers": 2,
+    "hidden_size": 7,
     "selected_layers": [1],
     "input_scale": 0.5,
 }
@@ -65,7 +67,7 @@ BESIDE = {
 }
 # What a fit does next time, and what it writes.
 OF_A_FIT = {
-    *("positive_energy", "negative_energy", "centered", "retain_energy", "scale_to_rms"),
+    *("positive_energy", "negative_energy", "centered", "retain_energy", "scale_to_rms", "num_heads"),
     *("base_model_fingerprint", "fitted_on"),
 }
 WRITTEN = {"rank_pattern", "fit_statistics", "probe_accuracy", "modules_to_save"}
@@ -259,11 +261,13 @@ def test_after_the_only_adapter_was_deleted_a_model_is_its_base_model(edit):
         torch.testing.assert_close(logits(model), logits(edited_model(edit)))
 
 
-@pytest.mark.parametrize("site", ["attention", "MLP", "", None, "mlp.down_proj"])
+@pytest.mark.parametrize("site", ["head", "MLP", "", None, "mlp.down_proj"])
 def test_unknown_sites_are_refused(site):
     model = tiny_model()
     for options in ({}, {"target_modules": ["down_proj"]}):
-        with pytest.raises(ValueError, match=f"^site must be one of 'mlp', 'block', got {re.escape(repr(site))}$"):
+        with pytest.raises(
+            ValueError, match=f"^site must be one of 'mlp', 'block', 'attention', got {re.escape(repr(site))}$"
+        ):
             find_sites(model, site, **options)
 
 

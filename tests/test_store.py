@@ -182,7 +182,7 @@ BAD_TENSORS = {
         r"one of float64, .* got positive\[0\] of int64",
     ),
     "dtypes differ": ({"negative": {0: torch.ones(5, 4), 2: torch.ones(5, 4).half()}}, r"negative\[2\] of .*float16"),
-    "unknown site": ({"site": "attention"}, "site must be one of 'mlp', 'block', got 'attention'"),
+    "unknown site": ({"site": "head"}, "site must be one of 'mlp', 'block', 'attention', got 'head'"),
     "unknown tokens": ({"tokens": "first"}, "tokens must be one of 'last', 'mean', 'random', got 'first'"),
     "tokens without rows": ({"tokens": "answer"}, "tokens must be one of"),
 }

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from ..arguments import Argument, ArgumentError, check_options
 from ..data.prompts import PromptOptions
-from ..models.sites import LayerIndices, Site
+from ..models.sites import LayerIndices, OutputSite, Site
 from .store.layout import EVERY_TOKEN, RowTokens
 
 
@@ -19,8 +19,9 @@ class CollectArguments(PromptOptions):
 
     Args:
         site (`str` or sequence of `str`):
-            "mlp" for the output of the MLP's output projection, "block" for the output of the decoder block, or
-            ("mlp", "block") for both in one pass. By default "mlp", and both of plain texts.
+            "mlp" for the output of the MLP's output projection, "block" for the output of the decoder block,
+            "attention" for the outputs of the attention's heads, which are the input of its output projection; or
+            several, ("mlp", "block"), in one pass. By default "mlp", and ("mlp", "block") of plain texts.
         target_modules (`str`, list of `str`, *optional*):
             Names or regular expression of other modules, one in a block.
         layers (`int`, list of `int`, *optional*):
@@ -57,7 +58,7 @@ class CollectArguments(PromptOptions):
 
     site: str | Sequence[str] | None = field(
         default=None,
-        metadata={"help": "mlp, block, or mlp,block for both in one pass. Default: mlp, of texts both."},
+        metadata={"help": "mlp, block, attention, or several: mlp,block. Default: mlp, of texts mlp,block."},
     )
     target_modules: Iterable[str] | str | None = field(
         default=None, metadata={"help": "Comma-separated names of other modules, one in a block."}
@@ -100,7 +101,7 @@ class CollectArguments(PromptOptions):
         sites = self.chosen_sites
         if not sites or set(sites) - set(get_args(Site)):
             choices = ", ".join(map(repr, get_args(Site)))
-            raise ArgumentError(Argument("site"), f" must be one of {choices} or both, got {self.site!r}")
+            raise ArgumentError(Argument("site"), f" must be one of {choices} or several, got {self.site!r}")
         if len(sites) > 1 and self.target_modules is not None:
             raise ArgumentError(Argument("target_modules"), " replace one site: collect several sites without them")
         if self.tokens == "answer":
@@ -130,7 +131,7 @@ class CollectArguments(PromptOptions):
     def chosen_sites(self) -> list[str]:
         """The sites; empty where `site` is none."""
         if self.site is None:
-            return list(get_args(Site)) if self.of_texts and self.target_modules is None else ["mlp"]
+            return list(get_args(OutputSite)) if self.of_texts and self.target_modules is None else ["mlp"]
         given = [self.site] if isinstance(self.site, str) else self.site
         return list(dict.fromkeys(given)) if isinstance(given, Iterable) else []
 

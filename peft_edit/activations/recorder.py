@@ -1,4 +1,4 @@
-"""Hooks that keep rows of what the modules of sites give."""
+"""Hooks that keep rows of what the modules of sites give, or take."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from ..arguments import Argument, ArgumentError
 from ..models.dtypes import as_written
+from ..models.sites import takes_input
 from ..tuners.block import BlockEditLayer
 from ..tuners.layer import EditLayer
 
 
 class Recorder:
-    """Hooks that keep rows of the outputs of modules, while rows are asked for.
+    """Hooks that keep rows of the outputs of modules, or of their inputs, while rows are asked for.
 
     Args:
         model: the modules' model.
-        names: name of the tensor to name of the module.
+        names: name of the tensor, "site.layer", to name of the module.
         mean: keep the mean of the rows of each sequence instead of the rows.
     """
 
@@ -33,9 +34,12 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         for name, module_name in self.names.items():
-            module = _before_edit(self.model.get_submodule(module_name))
+            module = self.model.get_submodule(module_name)
             # First of the hooks: the edit of a block is a hook too.
-            handle = module.register_forward_hook(partial(self._keep, name), prepend=True)
+            if takes_input(name.partition(".")[0]):
+                handle = module.register_forward_pre_hook(partial(self._keep_input, name), prepend=True)
+            else:
+                handle = _before_edit(module).register_forward_hook(partial(self._keep_output, name), prepend=True)
             self._hooks.callback(handle.remove)
         return self
 
@@ -51,7 +55,13 @@ class Recorder:
         finally:
             self._kept, self._rows = None, {}
 
-    def _keep(self, name: str, module: nn.Module, args: tuple, output: Tensor | tuple | list) -> None:
+    def _keep_input(self, name: str, module: nn.Module, args: tuple) -> None:
+        self._keep(name, args or None, "takes")
+
+    def _keep_output(self, name: str, module: nn.Module, args: tuple, output: Tensor | tuple | list) -> None:
+        self._keep(name, output, "gives")
+
+    def _keep(self, name: str, output: Tensor | tuple | list, verb: str) -> None:
         if self._kept is None:  # a prompt, whose rows nobody wants
             return
         h = output[0] if type(output) in (tuple, list) else output
@@ -59,7 +69,7 @@ class Recorder:
         if shape not in (tuple(self._kept.shape), (self._kept.numel(),)):
             found = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
             raise ArgumentError(
-                f"{self.names[name]} gives {found} for input of shape {tuple(self._kept.shape)}, not one activation "
+                f"{self.names[name]} {verb} {found} for input of shape {tuple(self._kept.shape)}, not one activation "
                 "for each position of each row: choose another ",
                 *(Argument("site"), " or ", Argument("target_modules")),
             )
@@ -81,7 +91,7 @@ def _before_edit(module: nn.Module) -> nn.Module:
     """
     found = inner = module
     while True:
-        if any(isinstance(child, BlockEditLayer) for child in inner.children()):
+        if any(isinstance(child, BlockEditLayer) and not child.of_input for child in inner.children()):
             found = inner
         if not isinstance(inner, BaseTunerLayer):
             return found

@@ -17,7 +17,7 @@ from ..data.prompts import encode_prompts, listed_choices
 from ..data.source import source_of
 from ..models.fingerprint import active_adapters, adapters_fingerprint, fingerprint
 from ..models.kind import check_causal, check_generates
-from ..models.sites import find_sites, is_linear, out_features, text_config, unwrap
+from ..models.sites import find_sites, site_width, takes_input, unwrap
 from ..tuners.layer import check_independent_of_padding
 from .arguments import CollectArguments
 from .store.layout import INDEX, META, StoreShape, check_folder, read_manifest, read_metadata
@@ -83,12 +83,12 @@ def _neutral(data: Dataset, arguments: CollectArguments) -> str | None:
 
 def _width(model: nn.Module, modules: dict[str, dict[int, str]]) -> int:
     """Width of the rows of all sites."""
-    found = (model.get_submodule(name) for names in modules.values() for name in names.values())
-    widths = {out_features(m) if is_linear(m) else text_config(model).hidden_size for m in found}
+    found = ((site, model.get_submodule(name)) for site, names in modules.items() for name in names.values())
+    widths = {site_width(model, module, takes_input(site)) for site, module in found}
     if len(widths) > 1:
+        what = ("sites", f" {', '.join(modules)}") if len(modules) > 1 else (Argument("target_modules"),)
         raise ArgumentError(
-            *("the ", Argument("target_modules"), " are of different widths, "),
-            f"{sorted(widths)}: collect them one by one",
+            *("the ", *what, f" are of different widths, {sorted(widths)}: collect them one by one"),
         )
     return widths.pop()
 

@@ -14,7 +14,7 @@ from ..activations.store import ActivationStore
 from ..arguments import Argument, ArgumentError
 from ..data.names import data_name
 from ..models.fingerprint import fingerprint
-from ..models.sites import layer_index, without_wrappers
+from ..models.sites import layer_index, takes_input, without_wrappers
 from ..tuners.layer import EditLayer, edit_layers
 from ..tuners.method import methods
 
@@ -122,7 +122,7 @@ def check_store(
     Args:
         model: with the adapter.
         store: the activations.
-        site: "mlp" or "block".
+        site: "mlp", "block" or "attention".
         layers: block index to the adapter's layers.
         allow_fingerprint_mismatch: accept a store of a model with other weights.
     """
@@ -156,7 +156,8 @@ def _check_origin(model, store, site, layers, allow_fingerprint_mismatch) -> Act
     """The store, read at a site, where it is of this model and of these layers."""
     if site not in store.sites:
         held = " and ".join(map(repr, store.sites))
-        raise ValueError(f"{store.path} holds the output of {held}, the adapter edits {site!r}: collect that site")
+        what = "activations" if any(map(takes_input, store.sites)) else "output"
+        raise ValueError(f"{store.path} holds the {what} of {held}, the adapter edits {site!r}: collect that site")
     store = store.at(site)
     _check_layers(store, layers)
     if active := store.metadata["active_adapters"]:
@@ -194,7 +195,8 @@ def _check_layers(store: ActivationStore, layers: Mapping[int, EditLayer]) -> No
         module = store.modules[index]
         if module is not None and module != layer.site:
             raise ArgumentError(
-                f"{store.path} holds the output of {module}, the adapter edits {layer.site}: pass the same ",
+                f"{store.path} holds the {'input' if layer.of_input else 'output'} of {module}, the adapter edits "
+                f"{layer.site}: pass the same ",
                 Argument("target_modules"),
             )
         if store.hidden_size != layer.features:

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .sites import is_linear, out_features
+from .parts import is_linear, out_features
 
 
 # Each goes to several experts, so that every kind of expert gets some.

@@ -1,4 +1,4 @@
-"""Where activations are edited and collected: decoder blocks and MLP outputs, found by structure.
+"""Where activations are edited and collected: decoder blocks, MLP outputs and attention heads, found by structure.
 
 PEFT's table of MLP output projections covers some architectures only; the structure of a decoder block covers them all.
 """
@@ -13,17 +13,19 @@ from typing import Literal, SupportsIndex, TypeVar, get_args
 
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..arguments import Argument, ArgumentError, check_choice
+from .parts import attention_output, in_features, is_linear, mlp_output, out_features
 
 
 T = TypeVar("T")
 
-# What of a decoder block is edited or collected: the output of its MLP's output projection, or its own.
-Site = Literal["mlp", "block"]
+# What of a decoder block is edited or collected: the output of its MLP's output projection, its own, or what its
+# attention's heads put out, which is the input of the attention's output projection.
+OutputSite = Literal["mlp", "block"]
+Site = Literal[OutputSite, "attention"]
 LayerIndices = int | Iterable[int] | None
 
 
@@ -151,45 +153,23 @@ def decoder_blocks(model: nn.Module) -> dict[int, str]:
     return {i: f"{outermost[0]}.{i}" for i in range(len(lists[outermost[0]]))}
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a (possibly adapted or quantised) linear layer: an edit of its output can be merged."""
-    if isinstance(module, BaseTunerLayer):
-        return hasattr(module, "base_layer") and is_linear(module.get_base_layer())
-    return isinstance(module, (nn.Linear, Conv1D)) or (hasattr(module, "out_features") and hasattr(module, "weight"))
+def takes_input(site: str) -> bool:
+    """Whether the activations of a site are the input of its modules, and not their output."""
+    return site == "attention"
 
 
-def out_features(module: nn.Module) -> int:
-    """Width of a linear layer's output."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return base.nf if isinstance(base, Conv1D) else base.out_features
+def site_width(model: nn.Module, module: nn.Module, of_input: bool) -> int:
+    """Width of the activations at a module of a Transformers model: of its input, or of its output."""
+    if is_linear(module):
+        return in_features(module) if of_input else out_features(module)
+    return text_config(model).hidden_size
 
 
-# Children of a decoder block that are no MLP, nor a part of one, by their names or their classes.
-_NO_MLP_NAME = re.compile("attn|attention|adapter")
-_NO_MLP_CLASS = re.compile("(Attention|Mixer|Norm)$")
-_MLP_NAME = re.compile(r"(.*\.)?(\w*mlp|ffn?|feed_?forward|\w*moe)\.")
-
-
-def _mlp_output(block: nn.Module, hidden_size: int) -> str | None:
-    """Name within the block of the module whose output is the MLP's, None if there is no such module.
-
-    It is the last linear layer as wide as the model inside the child that is named as an MLP or, without one, outside
-    attention. A mixture of experts has no single such layer: there it is the child that holds the experts, unless
-    another MLP stands beside it (Granite's shared one), so that no module gives the whole output.
-    """
-    modules = {n: m for n, m in block.named_modules() if n}
-    inside = tuple(
-        f"{n}." for n, m in modules.items() if isinstance(m, BaseTunerLayer) or _NO_MLP_CLASS.search(type(m).__name__)
-    )
-    names = [n for n in modules if not _NO_MLP_NAME.search(n) and not n.startswith(inside)]
-    linear = [n for n in names if is_linear(modules[n]) and out_features(modules[n]) == hidden_size]
-    if experts := next((n for n in names if re.search(r"(^|\.)\w*experts?($|\.)", n)), None):
-        mixture = experts.split(".")[0]
-        return None if any(not n.startswith(f"{mixture}.") for n in linear) else mixture
-    # Gemma 4 has a further linear layer of that width after the MLP.
-    in_mlp = [n for n in linear if _MLP_NAME.match(n)]
-    whole = [n for n in names if _MLP_NAME.match(f"{n}.")]  # JetMoe's experts are no linear layers
-    return (in_mlp or linear or whole[:1] or [None])[-1]
+# How a site's module is found in a decoder block, and what a block without one is said to lack.
+_PARTS = {
+    "mlp": (mlp_output, "gives the output of their MLP"),
+    "attention": (attention_output, "projects the heads of their attention"),
+}
 
 
 def find_sites(
@@ -200,11 +180,12 @@ def find_sites(
     target_modules: Iterable[str] | str | None = None,
     exclude_modules: Iterable[str] | str | None = None,
 ) -> dict[int, str]:
-    """Block index to the name of the module whose output is collected or edited.
+    """Block index to the name of the module whose output, or input at "attention", is collected or edited.
 
     Args:
         model: a Transformers model, bare or in a `PeftModel` (names are those of the bare model).
-        site: "mlp" for the output of the MLP's output projection, "block" for the output of the decoder block.
+        site: "mlp" for the output of the MLP's output projection, "block" for the output of the decoder block,
+            "attention" for the input of the attention's output projection, the heads' outputs side by side.
         layers: block indices; None for all.
         target_modules, exclude_modules: names or regular expression instead of the default of the site, matched as in
             PEFT.
@@ -247,16 +228,17 @@ def find_sites(
     blocks = {i: name for i, name in blocks.items() if wanted is None or i in wanted}
     if site == "block":
         return blocks
+    find, what = _PARTS[site]
     hidden_size = text_config(model).hidden_size
-    outputs = {i: _mlp_output(model.get_submodule(name), hidden_size) for i, name in blocks.items()}
-    missing = [i for i, output in outputs.items() if output is None]
+    found = {i: find(model.get_submodule(name), hidden_size) for i, name in blocks.items()}
+    missing = [i for i, name in found.items() if name is None]
     if missing:
         raise ArgumentError(
-            f"no module of layers {missing} gives the output of their MLP: pass ",
+            f"no module of layers {missing} {what}: pass ",
             *(Argument("layers_to_transform"), " without them, ", Argument("target_modules"), " or "),
             Argument("site", "block"),
         )
-    return {i: f"{blocks[i]}.{output}" for i, output in outputs.items()}
+    return {i: f"{blocks[i]}.{name}" for i, name in found.items()}
 
 
 def matches(name: str, target_modules, exclude_modules=None, layers: list[int] | None = None, modules_to_save=None):

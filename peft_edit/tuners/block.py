@@ -1,4 +1,4 @@
-"""Edits of the output of any module, a decoder block for one: children of the module, with hooks on it."""
+"""Edits of the output of any module, a decoder block for one, or of its input: children of it, with hooks on it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from .layer import EditLayer
 
 
 class BlockEditLayer(EditLayer):
-    """An edit of the output of any module: a child of that module and a forward hook on it."""
+    """An edit of the output of any module, or of its input: a child of that module and a hook on it."""
 
     def attach(self, block: nn.Module) -> None:
         """Hook the edit to the block whose child this layer becomes."""
         # In a tuple, so that the block does not become a child of its own child.
         self._block = (block,)
         # First of the hooks, so that what records hidden states sees the edit.
-        self._hook = block.register_forward_hook(partial(edit_block_output, type(self)), prepend=True)
+        if self.of_input:
+            self._hook = block.register_forward_pre_hook(partial(edit_block_input, type(self)), prepend=True)
+        else:
+            self._hook = block.register_forward_hook(partial(edit_block_output, type(self)), prepend=True)
 
     def detach(self) -> None:
         """Take the hook off the block."""
@@ -85,8 +88,20 @@ def edit_block_output(
     Each method has a layer of its own kind, with a hook of its own. The hook of the first layer runs all edits of the
     block in the order in which they were added; the other hooks do nothing.
     """
-    layers = [child for child in block.children() if isinstance(child, BlockEditLayer)]
-    if layers and type(layers[0]) is kind:
-        for layer in layers:
-            output = layer.edit_output(output)
+    for layer in _led_by(kind, block, of_input=False):
+        output = layer.edit_output(output)
     return output
+
+
+def edit_block_input(kind: type, block: nn.Module, args: tuple) -> tuple | None:
+    """Forward pre-hook of a module, the like for edits of its input, which is its first argument without a name."""
+    edited = args or None
+    for layer in _led_by(kind, block, of_input=True):
+        edited = layer.edit_output(edited)
+    return edited
+
+
+def _led_by(kind: type, block: nn.Module, of_input: bool) -> list[BlockEditLayer]:
+    """The edits of a module's output or input, in their order, where the first of them is of a kind; else none."""
+    layers = [child for child in block.children() if isinstance(child, BlockEditLayer) and child.of_input == of_input]
+    return layers if layers and type(layers[0]) is kind else []

@@ -80,7 +80,7 @@ class EditConfig(PeftConfig):
 
     Attributes:
         method: name of the method, in upper case; each configuration class has one.
-        site: "mlp" or "block": whose outputs are edited where there are no `target_modules`.
+        site: "mlp", "block" or "attention": what is edited where there are no `target_modules`.
         fixed: names of the fields that the modules of an adapter follow from, so that they cannot change later.
         sites_in_use: names of the modules that adapters with this very object edit.
     """

@@ -1,4 +1,4 @@
-"""What the layers of every editing method share: they change a module's output, not its weights."""
+"""What the layers of every editing method share: they change a module's output or input, not its weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 from accelerate.utils import align_module_device
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..arguments import Argument, ArgumentError
 from ..models.dtypes import as_written, dtype_name, is_finite, is_quantised
 from ..models.outputs import OutputTensor
-from ..models.sites import is_linear
+from ..models.parts import is_linear
 from .config import EditConfig
 
 
@@ -29,7 +29,7 @@ class StrengthScope:
 
 
 class EditLayer(BaseTunerLayer):
-    """Applies the active adapters, in their order, to the output of a module.
+    """Applies the active adapters, in their order, to the output of a module, or to its input.
 
     A method's layers keep what they learn in `ModuleDict`s, adapter name to module, whose names are
     `adapter_layer_names`.
@@ -37,7 +37,9 @@ class EditLayer(BaseTunerLayer):
 
     other_param_names: tuple[str, ...] = ("configs",)
 
-    # Name of that module in the model, and the width of its output.
+    # Whether the input of the module is edited, and not its output.
+    of_input: ClassVar[bool] = False
+    # Name of that module in the model, and the width of what is edited.
     site: str
     features: int
     # Configuration of each adapter, the very object of the model's `peft_config`.
@@ -110,7 +112,7 @@ class EditLayer(BaseTunerLayer):
         return getattr(self.configs[adapter_name], "token_scope", "all") == "last"
 
     def edit_output(self, output: Tensor | tuple | list) -> Tensor | tuple | list:
-        """Edit a module's output: a tensor, (..., d), or a tuple or list that begins with one."""
+        """Edit a module's output: a tensor, (..., d), or a tuple or list that begins with one, as arguments are."""
         if self.merged and self.row_adapters is None:
             return output
         if type(output) in (tuple, list):
@@ -121,7 +123,8 @@ class EditLayer(BaseTunerLayer):
         if not isinstance(output, Tensor) or output.dim() > 3 or output.shape[-1] != self.features:
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ArgumentError(
-                f"the edit at {self.site} needs one tensor of width {self.features}, the module gives {found}: "
+                f"the edit at {self.site} needs one tensor of width {self.features}, the module "
+                f"{'takes' if self.of_input else 'gives'} {found}: "
                 "choose another ",
                 *(Argument("site"), " or ", Argument("target_modules")),
             )
@@ -177,7 +180,12 @@ class EditLayer(BaseTunerLayer):
         """Relative error of merging an adapter here, as its fit measured it; None where merging is exact."""
         return None
 
-    def merge_into(self, tensor: Tensor, axis: int, adapter_name: str, out: Tensor) -> None:
+    @property
+    def merge_reads(self) -> tuple[str, ...]:
+        """Names of parameters of the base layer that merging reads, besides those that it changes."""
+        return ()
+
+    def merge_into(self, tensor: Tensor, axis: int, adapter_name: str, out: Tensor, **beside: Tensor) -> None:
         """Merge an adapter into a parameter of this site, or of one of its experts, wherever that is.
 
         Args:
@@ -185,13 +193,15 @@ class EditLayer(BaseTunerLayer):
             axis: of the features of the output, of length d.
             adapter_name: an adapter that is fitted here.
             out: receives the result, may be `tensor`.
+            beside: the parameters that `merge_reads` names, on the device of `tensor`.
         """
         raise TypeError(f"{type(self).__name__} merges nothing")  # where `check_mergeable` lets nothing pass
 
     def check_weights(self, adapter_name: str) -> None:
         """Raise ValueError for weights of the base layer that nothing can be merged into."""
-        for output in self.output_tensors().values():
-            tensor = output.parameter.data
+        read = (getattr(self.get_base_layer(), name) for name in self.merge_reads)
+        for parameter in (*read, *(output.parameter for output in self.output_tensors().values())):
+            tensor = parameter.data
             # torchao's and sharded weights are subclasses.
             if is_quantised(tensor.dtype) or type(tensor) is not Tensor:
                 kind = dtype_name(tensor.dtype) if type(tensor) is Tensor else type(tensor).__name__
@@ -276,13 +286,13 @@ class EditLayer(BaseTunerLayer):
             self.check_mergeable(name)
             outputs = self.output_tensors()
             originals = {key: output.parameter.data for key, output in outputs.items()}
-            merged = {}
+            merged, beside = {}, {key: getattr(self.get_base_layer(), key).data for key in self.merge_reads}
             for key, output in outputs.items():
                 out = torch.empty_like(originals[key], memory_format=torch.contiguous_format)
                 pairs = zip(originals[key], out, strict=True) if output.stacked else [(originals[key], out)]
                 for tensor, target in pairs:
                     with as_written(tensor):
-                        self.merge_into(tensor, output.axis - output.stacked, name, target)
+                        self.merge_into(tensor, output.axis - output.stacked, name, target, **beside)
                 merged[key] = out
             if safe_merge and not all(value.isfinite().all() for value in merged.values()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")

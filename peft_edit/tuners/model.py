@@ -19,12 +19,10 @@ from ..arguments import Argument, ArgumentError
 from ..models.fingerprint import fingerprint, is_at_hand
 from ..models.sites import (
     find_sites,
-    is_linear,
     layer_index,
     matches,
-    out_features,
+    site_width,
     target_modules,
-    text_config,
     without_wrappers,
 )
 from .block import BlockEditLayer, check_not_on_disk
@@ -109,7 +107,7 @@ class EditModel(BaseTuner):
     ) -> None:
         """Make the first layer of the method at a module: a child of it, see `BlockEditLayer`."""
         check_not_on_disk(self.model, target, current_key)
-        features = out_features(target) if is_linear(target) else text_config(self.model).hidden_size
+        features = site_width(self.model, target, self.block_layer_cls.of_input)
         layer = self.block_layer_cls(target, adapter_name, config, site=current_key, features=features)
         target.add_module(self.prefix.removesuffix("_"), layer)
 
@@ -124,6 +122,12 @@ class EditModel(BaseTuner):
         except NoMatchingPeftModuleError as error:
             raise _no_match(type(model).__name__, self.peft_config[adapter_name]) from error
         continue_scopes(edit_layers(model))
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT finds the name only next to the end of a key; a network has the layer's number behind it.
+        parts = "|".join(map(re.escape, cls.tuner_layer_cls.adapter_layer_names))
+        return re.sub(rf"(\.(?:{parts}))\.{re.escape(adapter_name)}\.", r"\1.", key)
 
     @classmethod
     def _get_adapter_state_dict(cls, *args, **kwargs) -> dict[str, Tensor]:

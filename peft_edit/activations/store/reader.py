@@ -31,7 +31,7 @@ class ActivationStore:
 
     Args:
         path: folder of the store.
-        site: "mlp" or "block"; None for the only or the first one of the store.
+        site: "mlp", "block" or "attention"; None for the only or the first one of the store.
 
     Attributes:
         path: the folder.
@@ -121,20 +121,22 @@ class ActivationStore:
 
     def positive(self, layer: int) -> Tensor:
         """Activations of the positive answers at a layer, (n, d)."""
-        return self._rows(layer, self._demonstrated("positive", 1))
+        return self._rows(layer, self.rows("positive"))
 
     def negative(self, layer: int) -> Tensor:
         """Activations of the negative answers at a layer, (n, d); row i belongs to row i of `positive`."""
-        return self._rows(layer, self._demonstrated("negative", 0))
+        return self._rows(layer, self.rows("negative"))
 
-    def _demonstrated(self, sign: str, column: int) -> Tensor:
+    def rows(self, sign: str) -> Tensor:
+        """Rows of the "positive" or "negative" activations, (n,) int64, for `gather`. That of an answer in several
+        demonstrations stands as often."""
         if self.tokens == "all":
             raise ArgumentError(
                 f"{self.path} holds plain texts, which demonstrate nothing (",
                 *(Argument("tokens", "all"), "): collect a contrast set, or pass it as "),
                 *(Argument("retain"), ""),
             )
-        return self.pairs()[:, column] if self.tokens == "answer" else self._index[sign]
+        return self.pairs()[:, int(sign == "positive")] if self.tokens == "answer" else self._index[sign]
 
     def text_tokens(self) -> Tensor:
         """Rows of all tokens of all texts, in the order of the texts, (t,) int64, for `gather`. A text that stands
@@ -293,7 +295,7 @@ class ActivationStore:
             path: folder to write; must not exist or be empty.
             positive, negative, neutral: layer to activations, (n, d), all of one floating dtype; row i of the three is
                 one demonstration.
-            site: "mlp" or "block".
+            site: "mlp", "block" or "attention".
             tokens: "last", "mean" or "random".
             modules: layer to the name of the module they come from; None where that is the default of the site.
 

@@ -2,16 +2,14 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from itertools import pairwise
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ...models.dtypes import as_written
-from ...models.sites import layer_index
-from ..block import BlockEditLayer
-from ..frozen import no_weight
+from ..network import feed_forward
+from ..trained import TrainedLayer
 from .config import HPRConfig
 from .maths import edit, reflection_angle
 
@@ -22,22 +20,11 @@ NO_MERGE = f"{OWN_ANGLE}, which no weight of the model can do"
 
 
 def angle_network(features: int, num_layers: int = 4, hidden_size: int | None = None) -> nn.Sequential:
-    """Network f of g(a) = pi sigmoid(f(a)): linear layers with GELU between, (..., d) -> (..., 1).
-
-    Args:
-        features: d.
-        num_layers: number of linear layers.
-        hidden_size: width of the hidden ones; None halves: d, d/2, d/4, ..., 1.
-    """
-    hidden = [max(1, features >> i) if hidden_size is None else hidden_size for i in range(1, num_layers)]
-    widths = [features, *hidden, 1]
-    layers = []
-    for wide, narrow in pairwise(widths):
-        layers += [nn.Linear(wide, narrow), nn.GELU()]
-    return nn.Sequential(*layers[:-1])
+    """Network f of g(a) = pi sigmoid(f(a)), (..., d) -> (..., 1), see `feed_forward`."""
+    return feed_forward(features, 1, num_layers, hidden_size)
 
 
-class HPRLayer(nn.Module, BlockEditLayer):
+class HPRLayer(TrainedLayer):
     """
     HPR layer: a probe and an angle network for each adapter, which edit the output of a decoder block.
 
@@ -47,28 +34,13 @@ class HPRLayer(nn.Module, BlockEditLayer):
 
     adapter_layer_names: tuple[str, ...] = ("hpr_probe", "hpr_angle")
 
-    def __init__(self, block: nn.Module, adapter_name: str, config: HPRConfig, site: str, features: int) -> None:
-        super().__init__()
-        self.begin(adapter_name, site, features)
-        self.index = layer_index(site)
-        self.attach(block)
-        self.update_layer(adapter_name, config)
+    method = "HPR"
 
     def make_modules(self, adapter_name: str, config: HPRConfig) -> None:
         self.hpr_probe[adapter_name] = nn.Linear(self.features, 1, bias=False)
         self.hpr_angle[adapter_name] = angle_network(self.features, config.num_angle_layers, config.angle_hidden_size)
         if config.init_weights:
             nn.init.zeros_(self.hpr_probe[adapter_name].weight)
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
-        starts = tuple(f"{prefix}{part}." for part in self.adapter_layer_names)
-        for name, tensor in state_dict.items():
-            if name.startswith(starts) and not tensor.is_meta and (held := no_weight(tensor)):
-                errors.append(
-                    f"{name.removeprefix(prefix)} of the HPR adapter at {self.site} holds {held}: the adapter file is "
-                    "damaged; load it again or train again"
-                )
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def probe_logits(self, a: Tensor, adapter_name: str) -> Tensor:
         """w . a of activations (..., d): the logit of being positive, (...)."""
@@ -97,13 +69,7 @@ class HPRLayer(nn.Module, BlockEditLayer):
                 f"the modules of HPR adapter {adapter_name!r} at {self.site} are wrapped by FSDP one by one: "
                 "wrap whole decoder blocks, or use fully_shard"
             )
-        offloaded = probe.weight.is_meta and hasattr(probe, "_hf_hook")  # as it is between two uses
-        if probe.weight.is_meta and not offloaded and not h.is_meta:
-            raise ValueError(
-                f"HPR adapter {adapter_name!r} at {self.site} was not loaded: the adapter file lacks it, or "
-                "load_adapter was given an offloaded model; load the complete adapter with PeftModel.from_pretrained "
-                "or train again"
-            )
+        offloaded = self.check_loaded(probe, adapter_name, h)
         with align_module_device(probe) if offloaded else nullcontext():
             w = probe.weight[0]
 

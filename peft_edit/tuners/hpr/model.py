@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import re
-
 import torch
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
@@ -77,11 +75,6 @@ class HPRModel(EditModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             vars(config)["target_modules"] = target_modules
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT finds the name only next to the end of a key; an angle network has the layer's number behind it.
-        return re.sub(rf"(\.hpr_(?:probe|angle))\.{re.escape(adapter_name)}\.", r"\1.", key)
 
     @classmethod
     def _get_adapter_state_dict(

@@ -6,25 +6,13 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from ...training.stacked import StackedModules, StackedNetwork
 from ..angle import angle_between
 from .layer import HPRLayer
 
 
-class StackedLinear(nn.Module):
-    """A linear layer for each block, applied at once: (blocks, n, in) -> (blocks, n, out)."""
-
-    def __init__(self, layers: list[nn.Linear]):
-        super().__init__()
-        self.weight = nn.Parameter(torch.stack([layer.weight.detach().float() for layer in layers]))
-        self.bias = nn.Parameter(torch.stack([layer.bias.detach().float() for layer in layers]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
-
-
-class StackedHPR(nn.Module):
+class StackedHPR(StackedModules):
     """Probes and angle networks of all blocks of an adapter, their weights stacked: what the Trainer trains.
 
     Args:
@@ -32,11 +20,12 @@ class StackedHPR(nn.Module):
         adapter_name: the adapter.
     """
 
+    of_pairs = 3
+
     def __init__(self, layers: list[HPRLayer], adapter_name: str):
         super().__init__()
         self.probe = nn.Parameter(torch.stack([x.hpr_probe[adapter_name].weight.detach()[0].float() for x in layers]))
-        networks = zip(*(layer.hpr_angle[adapter_name] for layer in layers), strict=True)
-        self.angle = nn.ModuleList(StackedLinear(m) for m in networks if isinstance(m[0], nn.Linear))
+        self.angle = StackedNetwork(layer.hpr_angle[adapter_name] for layer in layers)
 
     def forward(self, activations: Tensor, retained: Tensor | None = None) -> tuple[Tensor, ...]:
         """
@@ -56,9 +45,7 @@ class StackedHPR(nn.Module):
         if retained is not None:
             x = torch.cat((x, retained.transpose(0, 1).to(x.dtype)), dim=1)  # (blocks, 2 B + R, d)
         logits = torch.bmm(x, self.probe.unsqueeze(2)).squeeze(2)
-        for i, linear in enumerate(self.angle):
-            x = linear(functional.gelu(x) if i else x)
-        angles = math.pi * torch.sigmoid(x.squeeze(2).float())
+        angles = math.pi * torch.sigmoid(self.angle(x).squeeze(2).float())
         of_pairs = (y[:, :count].float().unflatten(1, (2, -1)).permute(2, 0, 1) for y in (logits, angles))
         of_retained = () if retained is None else (y[:, count:].float().T for y in (logits, angles))
         return (*of_pairs, target.T, *of_retained)
@@ -69,7 +56,4 @@ class StackedHPR(nn.Module):
         for i, layer in enumerate(layers):
             if layer is not None:
                 layer.hpr_probe[adapter_name].weight.copy_(self.probe[i].unsqueeze(0))
-                linear = [m for m in layer.hpr_angle[adapter_name] if isinstance(m, nn.Linear)]
-                for stacked, module in zip(self.angle, linear, strict=True):
-                    module.weight.copy_(stacked.weight[i])
-                    module.bias.copy_(stacked.bias[i])
+                self.angle.copy_to(layer.hpr_angle[adapter_name], i)

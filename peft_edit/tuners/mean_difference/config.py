@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, TypedDict
 
-from ...models.sites import Site
+from ...models.sites import OutputSite
 from ..config import EditConfig
 
 
@@ -41,7 +41,7 @@ class MeanDifferenceConfig(EditConfig):
 
     method: ClassVar[str] = "MEAN_DIFFERENCE"
 
-    site: Site = field(
+    site: OutputSite = field(
         default="block", metadata={"help": "'mlp' (MLP output projections) or 'block' (decoder blocks)."}
     )
     token_scope: Literal["all", "last"] = field(

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from ...arguments import Argument, ArgumentError
-from ...models.sites import Site
+from ...models.sites import OutputSite
 from ..config import EditConfig
 from .maths import FeatureSpace, Projections, Rescale, check_energy
 
@@ -56,7 +56,9 @@ class SEAConfig(EditConfig):
 
     method: ClassVar[str] = "SEA"
 
-    site: Site = field(default="mlp", metadata={"help": "'mlp' (MLP output projections) or 'block' (decoder blocks)."})
+    site: OutputSite = field(
+        default="mlp", metadata={"help": "'mlp' (MLP output projections) or 'block' (decoder blocks)."}
+    )
     positive_energy: float = field(
         default=0.998, metadata={"help": "Energy of the positive directions, in (0, 1].", "allowed": "in (0, 1]"}
     )

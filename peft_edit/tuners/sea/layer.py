@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...arguments import Argument, ArgumentError
 from ...models.dtypes import as_written
 from ...models.outputs import OutputTensor, linear_outputs, mixture_outputs, why_inexact
-from ...models.sites import out_features
+from ...models.parts import out_features
 from ..block import BlockEditLayer, check_alone
 from ..frozen import FrozenWeight
 from ..layer import EditLayer

@@ -6,7 +6,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...arguments import Argument, Note
-from ...models.sites import is_linear
+from ...models.parts import is_linear
 from ..model import EditModel
 from .config import SEAConfig
 from .layer import SEABlock, SEALayer, SEALinear

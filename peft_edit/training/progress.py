@@ -6,11 +6,19 @@ from transformers.trainer_callback import ProgressCallback
 
 
 class Progress(ProgressCallback):
-    """Transformers' progress bars, which show the loss and the accuracy instead of printing every log to standard
-    output, where the results go."""
+    """Transformers' progress bars, which show the loss and a score instead of printing every log to standard
+    output, where the results go.
+
+    Args:
+        score: name of the score in the logs.
+    """
+
+    def __init__(self, score: str):
+        super().__init__()
+        self.score = score
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = {name: logs[name] for name in ("loss", "probe_accuracy") if name in logs}
+        shown = {name: logs[name] for name in ("loss", self.score) if name in logs}
         if state.is_world_process_zero and self.training_bar is not None and shown:
             self.training_bar.set_postfix(shown)
 

@@ -1,0 +1,51 @@
+"""Commands of Diff."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from ...cli import common
+from ...cli import training as shared
+from ...cli.options import Run
+from .arguments import DiffTrainingArguments
+from .config import DiffConfig
+from .train import DiffTrainer
+
+
+ADAPTER_FIELDS = shared.adapter_fields(DiffConfig, "num_layers", "hidden_size", "strength", "token_scope")
+TRAINING_FIELDS = shared.training_fields(DiffTrainingArguments, Literal["loss", "relative_error"])
+
+
+def train_diff(
+    model: common.ModelOptions,
+    store: shared.Store,
+    out: common.Out,
+    adapter: Annotated[dict[str, Any], ADAPTER_FIELDS],
+    training: Annotated[dict[str, Any], TRAINING_FIELDS],
+    output: common.Output,
+    run: Run,
+    eval_store: shared.EvalStore = None,
+    retain: common.Retain = None,
+    patience: shared.Patience = None,
+    resume: shared.Resume = True,
+    allow_fingerprint_mismatch: common.AllowMismatch = False,
+) -> None:
+    """Train the networks of a Diff adapter on a store. The weights of the base model are not loaded.
+
+    Example: peft-edit train-diff meta-llama/Llama-2-7b-hf train-store diff --layers 12-16 --eval-store eval-store
+    """
+    stores = {"store": store, "eval_store": eval_store, "retain": retain}
+    how = {"patience": patience, "resume": resume, "allow_fingerprint_mismatch": allow_fingerprint_mismatch}
+    trained = shared.Training(model=model, out=out, adapter=adapter, options=training, **stores, **how)
+    shared.train_adapter(trained, run, output, DiffTrainer, _show)
+
+
+def _show(trainer: DiffTrainer, results: dict[str, Any]) -> None:
+    """Print what a training came to."""
+    if "eval_relative_error" in results:
+        names = [f"eval_relative_error_layer_{index}" for index in trainer.layers]
+        rows = [[str(i), f"{results[name]:.4f}"] for i, name in zip(trainer.layers, names, strict=True)]
+        print(common.table(["layer", "error, as a share of the difference"], rows))
+
+
+COMMANDS = [train_diff]

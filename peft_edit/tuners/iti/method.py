@@ -1,0 +1,37 @@
+"""What ITI says of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...activations.store import ROW_TOKENS
+from ...models.sites import by_layer, layer_index
+from ..method import Method
+from .config import ITIConfig
+from .layer import ITILayer
+from .model import ITIModel
+
+
+def card_settings(config: ITIConfig) -> list[str]:
+    return ["num_heads", "alpha"]
+
+
+def card_layers(config: ITIConfig) -> list[dict[str, Any]]:
+    return [
+        {"index": layer_index(site), "best": max(statistics["accuracy"], default=0.0), **statistics}
+        for site, statistics in by_layer(config.fit_statistics)
+    ]
+
+
+METHOD = Method(
+    short="ITI",
+    config=ITIConfig,
+    model=ITIModel,
+    layer=ITILayer,
+    tokens=ROW_TOKENS,
+    learnt_by="fit-iti",
+    commands="peft_edit.tuners.iti.commands",
+    card_settings=card_settings,
+    card_layers=card_layers,
+    no_lora="it adds a vector, which is a bias and no low-rank update of a weight; merge it where it merges",
+)
