@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import Tensor
 
 from ..arguments import Argument, Note
 
@@ -12,6 +14,21 @@ from ..arguments import Argument, Note
 # Relative change above which greedy answers of a real model of 135 million parameters began to repeat themselves, and
 # its perplexity on other text rose by a tenth or more, with some twenty layers edited.
 LARGE = 0.1
+
+
+def relative_change(chunks: Iterable[Tensor], edit: Callable[[Tensor], Tensor]) -> float:
+    """Mean of ||out - h|| / ||h|| over activations, (r, d) each; those that are zero have none.
+
+    Args:
+        chunks: the activations.
+        edit: h to out.
+    """
+    total, count = 0.0, 0
+    for h in chunks:
+        norm = h.norm(dim=1)
+        change = ((edit(h) - h).norm(dim=1) / norm)[norm > 0]
+        total, count = total + float(change.sum()), count + len(change)
+    return total / max(count, 1)
 
 
 def warn_of_change(changes: Mapping[int, float], rows: str, stacklevel: int = 3) -> None:

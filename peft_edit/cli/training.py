@@ -124,7 +124,9 @@ def train_adapter(
     from transformers import EarlyStoppingCallback, set_seed
 
     from ..activations.store import open_pairs
+    from ..adapters.changes import warn_of_change
     from ..adapters.save import check_adapter_folder, save_adapter
+    from ..training.changes import changes_of
     from ..training.resuming import Interrupted
 
     out, config_class, interrupted = training.out, trainer_class.config_class, Interrupted(training.out, run.command)
@@ -161,12 +163,18 @@ def train_adapter(
         results |= trainer.evaluate()
     if not trainer.is_world_process_zero():
         return False
+    changes, rows = changes_of(trainer)
+    results |= {"change": {str(layer): change for layer, change in changes.items()}, "change_of": rows}
     results = run.record(results)
     record = f"{run.command.replace('-', '_')}.json"
     save_adapter(adapted, out, {record: json.dumps(results, indent=2) + "\n"}, interrupted.name)
     interrupted.end()
     output.write(results)
     show(trainer, results)
+    print(common.table(["layer", "change"], [[str(layer), f"{change:.3f}"] for layer, change in changes.items()]))
+    print(f"change: relative change of {rows}")
+    with common.told_warnings(run):
+        warn_of_change(changes, rows)
     print(
         f"Adapter, {results['steps']} steps on {len(opened)} token pairs, {len(trainer.layers)} layers, "
         f"{common.size_of(out)}: {out}"

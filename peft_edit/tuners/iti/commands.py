@@ -47,16 +47,19 @@ def fit_iti(
     config = ITIConfig(task_type=TaskType.CAUSAL_LM, **{**options, **taken})
     base, _ = common.load_model(model)
     adapted = get_peft_model(base, config)
-    fit = fit_iti(adapted, opened, allow_fingerprint_mismatch=allow_fingerprint_mismatch, **vars(fitting))
+    with common.told_warnings(run):
+        fit = fit_iti(adapted, opened, allow_fingerprint_mismatch=allow_fingerprint_mismatch, **vars(fitting))
     if not processes().is_main:
         return
     results = run.record(fit.to_dict())
     save_adapter(adapted, out, {"iti_fit.json": json.dumps(results, indent=2) + "\n"})
     output.write(results)
     rows = [
-        [str(site.layer), f"{max(site.accuracy):.4f}", ", ".join(map(str, site.heads)) or "-"] for site in fit.layers
+        [str(f.layer), f"{max(f.accuracy):.4f}", ", ".join(map(str, f.heads)) or "-", f"{f.change:.3f}"]
+        for f in fit.layers
     ]
-    print(common.table(["layer", "best probe accuracy", "edited heads"], rows))
+    print(common.table(["layer", "best probe accuracy", "edited heads", "change"], rows))
+    print("change: length of what is added, over that of the activations of all heads")
     print(f"Adapter, fitted to {fit.answers} answers, {common.size_of(out)}: {out}")
 
 

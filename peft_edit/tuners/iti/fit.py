@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...activations.store import ActivationStore, Store, open_store
+from ...adapters.changes import relative_change, warn_of_change
 from ...adapters.match import check_store, check_unmerged, describe_data, find_adapter, replace_config
 from ...arguments import Argument, ArgumentError, check_options, takes
 from ...models.heads import attention_heads
@@ -61,6 +63,7 @@ class SiteFit:
         accuracy: of the probe of each head on held-out questions, in [0, 1].
         heads: those that are edited, in increasing order.
         sigma: standard deviation of the activations along the direction of each of these.
+        change: mean over the answers of the length of what is added over that of the activations of all heads.
     """
 
     layer: int
@@ -68,6 +71,7 @@ class SiteFit:
     accuracy: list[float]
     heads: list[int]
     sigma: list[float]
+    change: float
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,12 @@ def fit_iti(
     sigmas: dict[int, list[float]] = {index: [] for index in layers}
     for index in sorted(chosen):
         vectors[index], sigmas[index] = _vector(store, index, answers, heads, chosen[index])
+    changes = dict.fromkeys(layers, 0.0)
+    for index in chosen:
+        added = config.alpha * vectors[index]
+        changes[index] = relative_change([store.gather(answers.rows, [index])[0].float()], partial(torch.add, added))
     fits = [
-        SiteFit(index, layer.site, scores[index].tolist(), chosen.get(index, []), sigmas[index])
+        SiteFit(index, layer.site, scores[index].tolist(), chosen.get(index, []), sigmas[index], changes[index])
         for index, layer in layers.items()
     ]
     for index, layer in layers.items():
@@ -175,6 +183,7 @@ def fit_iti(
         base_model_fingerprint=store.metadata["fingerprint"],
         fitted_on={**describe_data(store), "demonstrations": len(store)},
     )
+    warn_of_change(changes, "activations")
     return ITIFit(adapter_name, len(store), len(answers.rows), answers.held_out_questions, fits)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...activations.store import ActivationStore, Store, open_store
-from ...adapters.changes import warn_of_change
+from ...adapters.changes import relative_change, warn_of_change
 from ...adapters.match import (
     check_retain,
     check_store,
@@ -224,29 +224,6 @@ def _feature_map(config: SEAConfig, scale: float) -> Callable[[Tensor], Tensor]:
     return lambda x: FEATURE_MAPS[config.feature_map].forward(x / scale)
 
 
-def relative_change(
-    chunks: Iterable[Tensor],
-    edit_site: Callable[..., Tensor],
-    config: SEAConfig,
-    mean_rescale: float,
-) -> float:
-    """Mean of ||out - h|| / ||h|| over activations, (r, d) each; those that are zero have none.
-
-    Args:
-        chunks: the activations.
-        edit_site: `edit` with the factors.
-        config: of the edit.
-        mean_rescale: of the edit.
-    """
-    total, count = 0.0, 0
-    for h in chunks:
-        out = edit_site(h, rescale=config.rescale, mean_rescale=mean_rescale, strength=config.strength)
-        norm = h.norm(dim=1)
-        change = ((out - h).norm(dim=1) / norm)[norm > 0]
-        total, count = total + float(change.sum()), count + len(change)
-    return total / max(count, 1)
-
-
 def site_statistics(
     neutral: Tensor,
     positive: Tensor,
@@ -275,6 +252,7 @@ def site_statistics(
     )
     edited = edit_site(neutral, rescale="none", strength=config.statistics_strength)
     ratio = rescale_statistics(neutral, edited)
+    as_configured = {"rescale": config.rescale, "mean_rescale": ratio.mean, "strength": config.strength}
     values = (
         float(neutral.square().mean().sqrt()),
         ratio.mean,
@@ -282,7 +260,7 @@ def site_statistics(
         ratio.relative_error,
         ratio.unscaled_error,
         config.statistics_strength,
-        relative_change([neutral] if left_alone is None else left_alone, edit_site, config, ratio.mean),
+        relative_change([neutral] if left_alone is None else left_alone, partial(edit_site, **as_configured)),
     )
     return dict(zip(RECORDED, values, strict=True))
 
