@@ -31,6 +31,7 @@ def commands() -> list[Callable]:
 
 def application() -> typer.Typer:
     """The command line with all commands."""
+    from . import harness
     from .options import command, command_name, options_of
 
     app = typer.Typer(
@@ -46,6 +47,7 @@ def application() -> typer.Typer:
         # Wide enough for most options to have one line.
         settings = {"max_content_width": 140}
         app.command(command_name(function), context_settings=settings)(command(function, elsewhere=options))
+    app.command(command_name(harness.lm_eval), cls=harness.Untouched)(harness.lm_eval)
     return app
 
 
