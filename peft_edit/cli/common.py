@@ -24,7 +24,8 @@ LAYERS = {
 SITE = {"default": None, "help": "Of a store with several: mlp or block. Default: its first."}
 MODULES = {"help": "Comma-separated names of other modules, as given to collect."}
 
-Out = Folder = Annotated[Path, {"help": "Folder of the adapter.", "positional": True}]
+Folder = Annotated[Path, {"help": "Folder of the adapter.", "positional": True}]
+Out = Annotated[Path, {"help": "Folder of the adapter.", "positional": True, "output": True}]
 Adapter = Annotated[str | None, ADAPTER]
 PositionalAdapter = Annotated[str, {"help": "Adapter: id on the Hub or local folder.", "positional": True}]
 Retain = Annotated[
@@ -73,9 +74,9 @@ class LoadedModelOptions(ModelOptions):
 
 @dataclass(kw_only=True)
 class DataOptions:
-    """A contrast set."""
+    """A contrast set; `data` is None where a command takes something else in its place."""
 
-    data: str = field(
+    data: str | None = field(
         metadata={
             "help": "Contrast set: known name, id on the Hub, or .jsonl/.csv/.parquet file.",
             "positional": True,
@@ -105,7 +106,9 @@ class DataOptions:
 class Output:
     """Where results go besides standard output."""
 
-    json: Path | None = field(default=None, metadata={"help": "Write the results to this file too.", "last": True})
+    json: Path | None = field(
+        default=None, metadata={"help": "Write the results to this file too.", "last": True, "output": True}
+    )
 
     def __post_init__(self):
         if self.json is not None:
