@@ -94,6 +94,10 @@ class DataOptions:
     limit: int | None = field(
         default=None, metadata={"help": "Use so many rows only.", "minimum": 1, "allowed": "of at least 1"}
     )
+    shuffle: int | None = field(
+        default=None,
+        metadata={"help": "Mix the rows, with this seed, first.", "minimum": 0, "allowed": "of at least 0"},
+    )
     skip: int = field(
         default=0, metadata={"help": "Leave out so many first rows.", "minimum": 0, "allowed": "of at least 0"}
     )
@@ -182,11 +186,13 @@ def load_data(options: DataOptions):
 
 
 def some_rows(data, options: DataOptions, source: str):
-    """`limit` of the rows after the first `skip`."""
+    """`limit` of the rows after the first `skip`, in their order or mixed."""
     if options.skip >= len(data):
         raise ArgumentError(
             Argument("skip", options.skip), f" leaves none of the {len(data)} rows of {source}: lower it"
         )
+    if options.shuffle is not None:
+        data = data.shuffle(seed=options.shuffle)
     stop = len(data) if options.limit is None else min(options.skip + options.limit, len(data))
     return data.select(range(options.skip, stop)) if (options.skip, stop) != (0, len(data)) else data
 

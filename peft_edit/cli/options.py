@@ -195,12 +195,10 @@ class Bound:
     Attributes:
         function: of the command.
         arguments: that it is called with.
-        recorded: the options as results record them.
     """
 
     function: Callable
     arguments: Mapping[str, Any]
-    recorded: Mapping[str, Any]
 
     def run(self) -> None:
         self.function(**self.arguments)
@@ -220,15 +218,23 @@ def bind(
     Raises:
         ArgumentError: an option has a value that it cannot have, or that does not go with others.
     """
-    values = {o.name: parse(texts[o.name], o.hint, o.name, o.metadata) for o in options}
+    values = _values(options, texts)
     for o in options:
         if values[o.name] != o.default:
             o.check(values[o.name], o.field or o.parameter)
     _check_apart(options, values)
-    recorded = {o.name: to_json(values[o.name], o.hint, o.metadata) for o in options if not o.is_secret}
-    return Bound(
-        function, _arguments(function, options, values, Run(command_name(function), recorded, spell)), recorded
-    )
+    run = Run(command_name(function), as_recorded(options, texts), spell)
+    return Bound(function, _arguments(function, options, values, run))
+
+
+def as_recorded(options: Sequence[Option], texts: Mapping[str, Any]) -> dict[str, Any]:
+    """A command's options as results record them, see `bind`."""
+    values = _values(options, texts)
+    return {o.name: to_json(values[o.name], o.hint, o.metadata) for o in options if not o.is_secret}
+
+
+def _values(options: Sequence[Option], texts: Mapping[str, Any]) -> dict[str, Any]:
+    return {o.name: parse(texts[o.name], o.hint, o.name, o.metadata) for o in options}
 
 
 def default_text(option: Option) -> Any:
