@@ -163,11 +163,13 @@ def load_structure(options: ModelOptions):
     return load_structure(options.base)
 
 
-def load_adapter(model, adapter: str, allow_fingerprint_mismatch: bool = False, edit_only: str | None = None):
+def load_adapter(
+    model, adapter: str, allow_fingerprint_mismatch: bool = False, edit_only: str | None = None, name: str = "default"
+):
     """The base model with an adapter, see `adapters.read.load_adapter`."""
     from ..adapters.read import load_adapter
 
-    return load_adapter(model, adapter, allow_fingerprint_mismatch, edit_only=edit_only)
+    return load_adapter(model, adapter, allow_fingerprint_mismatch, edit_only=edit_only, name=name)
 
 
 def load_data(options: DataOptions):
