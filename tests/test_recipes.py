@@ -30,7 +30,7 @@ SMALL = {
     **dict.fromkeys(("held_out_limit", "test_limit", "questions_limit", "truthful_limit", "fair_limit"), 8),
     **{"retain_limit": 8, "held_out_skip": 24, "test_skip": 32, "layers": "3-4", "first_layers": "0-1", "layer": 3},
     **{"max_new_tokens": 2, "max_steps": 4, "train_batch": 16, "batch_size": 256, "prompt_format": "plain"},
-    **{"numbers": [8, 16], "seeds": [0, 1], "top_k": 2, "top_ks": [1, 2], "strengths": [1, 2], "input_scale": 3.0},
+    **{"numbers": [8, 16], "seeds": [0], "top_k": 2, "top_ks": [1, 2], "strengths": [1, 2], "input_scale": 3.0},
 }
 
 
@@ -52,12 +52,11 @@ def few_texts(tmp_path_factory):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_recipes_run_on_the_demonstration_model(recipe, run, tmp_path):
     arguments = [part for setting in settings(recipe, SMALL) for part in ("--set", setting)]
-    status, out, err = run("run", recipe, *arguments, "--out", tmp_path / "out")
+    status, _, err = run("run", recipe, *arguments, "--out", tmp_path / "out")
     assert status == 0, err
     written = json.loads((tmp_path / "out" / "table.json").read_text())
-    files = sorted(
-        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").glob("results/**/*.json")
-    )
+    results = (tmp_path / "out" / "results").rglob("*.json")
+    files = sorted(str(path.relative_to(tmp_path / "out")) for path in results)
     assert written["recipe"] == recipe.stem and sorted(row["results"] for row in written["rows"]) == files
     assert any(not row["adapters"] for row in written["rows"]) and any(row["adapters"] for row in written["rows"])
     assert all(row["measures"]["mc1"] >= 0 for row in written["rows"])
@@ -76,5 +75,5 @@ def test_recipes_are_checked_at_full_scale(recipe, tmp_path):
     assert first.startswith(f"# peft-edit run examples/recipes/{recipe.name} --set texts=")
     asked = [name for name, value in yaml.safe_load(recipe.read_text())["variables"].items() if isinstance(value, dict)]
     assert [part.split("=")[0] for part in first.split("--set ")[1:]] == sorted(asked, key=lambda name: name != "texts")
-    with pytest.raises(ValueError, match=r"needs the variable (texts|retain), a text file, .*: pass --set"):
+    with pytest.raises(ValueError, match=r"needs the variable (texts|retain), a text file.*: pass --set"):
         read_recipe(recipe, [], list(FUNCTIONS))

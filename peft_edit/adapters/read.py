@@ -93,7 +93,7 @@ def load_adapter(
     weights = read_weights(folder, adapter)
     embeddings = carried_embeddings(model, weights)
     own = getattr(config, "modules_to_save", None) or ()  # PEFT's own matter, and part of the adapter
-    besides = sorted(name for name in embeddings if name.split(".")[-2] not in own)
+    besides = sorted(tensor for tensor in embeddings if tensor.split(".")[-2] not in own)
     if besides and edit_only is not None:
         raise ValueError(f"{adapter} also carries embeddings ({', '.join(besides)}), {EMBEDDINGS}{edit_only}")
     _check_rows(adapter, weights, embeddings)
@@ -104,10 +104,8 @@ def load_adapter(
     if embeddings and not allow_fingerprint_mismatch and of_adapter != of_model:
         # It may be of the model with the embeddings that came with it.
         _check_fingerprint(adapter, of_adapter, fingerprint(adapted))
-    saved, expected = (
-        set(weights),
-        set(get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)),
-    )
+    tensors = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+    saved, expected = set(weights), set(tensors)
     expected |= saved & set(embeddings)
     for what, names in (("extra", saved - expected), ("missing", expected - saved)):
         if names:
