@@ -119,14 +119,15 @@ def combine_sea(
     first, *others = adapter or [""]
     if not others:
         raise ArgumentError(Argument("adapter"), f" must be given twice or more, got {len(adapter or ())}")
+    # What the joint edit records them as; names of adapters have no dots.
+    edits = [f"{number}_{Path(name).name.replace('.', '_')}" for number, name in enumerate(adapter, 1)]
     base, _ = common.load_model(model)
-    adapted = common.load_adapter(base, first, allow_fingerprint_mismatch, edit_only="combined", name="edit_1")
-    for number, name in enumerate(others, 2):
+    adapted = common.load_adapter(base, first, allow_fingerprint_mismatch, edit_only="combined", name=edits[0])
+    for edit, name in zip(edits[1:], others, strict=True):
         # Checked by itself: PEFT adds an adapter to others with less care.
         structure = common.load_structure(model)
         common.load_adapter(structure, name, allow_fingerprint_mismatch, edit_only="combined")
-        adapted.load_adapter(local_adapter(name), adapter_name=f"edit_{number}")
-    edits = list(adapted.peft_config)
+        adapted.load_adapter(local_adapter(name), adapter_name=edit)
     joint = combine_sea(adapted, edits, "default", store)
     adapted.set_adapter(joint)
     for edit in edits:
