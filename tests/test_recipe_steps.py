@@ -108,11 +108,13 @@ def test_a_recipe_makes_a_table_of_its_results(finished):
     assert any(line.startswith(f"| results/token | test.jsonl | 6 | {mc1:.1f} |") for line in lines)
 
 
-def test_nothing_is_done_twice(done, recipe, run):
+def test_nothing_is_done_twice(done, recipe, run, tmp_path):
     names = ("table.md", "table.json", ".lock")
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file() and path.name not in names}
-    status, out, _ = run("run", recipe(), "--out", done)
+    status, out, _ = run("run", recipe(), "--out", done, "--json", tmp_path / "results.json")
     assert status == 0 and ran(out) == ([], STEPS)
+    results, table = (json.loads(file.read_text()) for file in (tmp_path / "results.json", done / "table.json"))
+    assert results.pop("command") == "run" and results.pop("options")["out"] == str(done) and results == table
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     # also in another place, and under another name
     moved = done.rename(done.with_name("moved"))
@@ -310,6 +312,9 @@ def test_bad_arguments_are_refused(recipe, run, tmp_path):
     assert "there is no file" in refused(run, "run", tmp_path / "none.yaml", *out)
     (tmp_path / "list.yaml").write_text("- collect\n")
     assert "must be a mapping from name, description" in refused(run, "run", tmp_path / "list.yaml", *out)
+    (tmp_path / "twice.yaml").write_text("name: a\nsteps:\n- collect: {limit: 3, out: store, limit: 4}\n")
+    line = refused(run, "run", tmp_path / "twice.yaml", *out)
+    assert "twice.yaml is no YAML: limit is given twice" in line and "line 3, column 35" in line
     (tmp_path / "file").write_text("")
     assert "is a file: choose a folder" in refused(run, "run", recipe(), "--out", tmp_path / "file")
     assert not (tmp_path / "out").exists()

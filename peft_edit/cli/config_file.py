@@ -24,6 +24,20 @@ WRITTEN = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice, of which YAML would take the last."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
+
+
 def read_config(file: Path, options: Sequence[Option]) -> dict[str, Any]:
     """The options that a file gives, by name, as the command line would: text, flags, and lists of repeated options.
 
@@ -76,7 +90,7 @@ def read_mapping(file: Path, what: str) -> Mapping[Any, Any]:
         what: it maps from and to, for messages.
     """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ValueError(f"there is no file {file} with {what.split()[0]}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

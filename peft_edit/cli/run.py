@@ -7,17 +7,20 @@ from typing import Annotated
 from ..arguments import ArgumentError
 from ..files import check_writable, locked
 from ..processes import processes
+from . import common
 from .config_file import spelling_in_files
 from .evaluate import evaluate
-from .options import command_name
-from .recipes.plan import RECORDS, TABLE, Planned, plan
-from .recipes.reading import Recipe, read_recipe
+from .options import Run, command_name
+from .recipes.plan import TABLE, Planned, plan
+from .recipes.reading import read_recipe
 from .recipes.records import Records
 from .recipes.table import write_table
 
 
 def run(
     recipe: Annotated[Path, {"help": "Recipe: YAML file with the steps of an experiment.", "positional": True}],
+    output: common.Output,
+    run: Run,
     settings: Annotated[
         list[str] | None,
         {"help": "Value of one of its variables, name=value. May be repeated.", "option": "--set", "repeated": True},
@@ -48,7 +51,9 @@ def run(
         return
     with locked(folder, f"another run is writing {folder}: wait for it, or choose another folder"):
         _run_steps(steps, folder, dry_run)
-        _finish(read, folder, results)
+        shown, values = write_table(read, folder, results)
+    output.write(run.record(values))
+    print(f"{shown}\nTable: {folder / TABLE}" if results else f"Folder: {folder}")
 
 
 def _functions() -> list[Callable]:
@@ -99,12 +104,3 @@ def _run_step(planned: Planned, folder: Path) -> None:
         raise ValueError(f"{where}: {error.message(spelling_in_files(planned.options))}") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def _finish(recipe: Recipe, folder: Path, results: Sequence[str]) -> None:
-    """Write and print the table of all results."""
-    if results:
-        print(write_table(recipe, folder, results))
-        print(f"Table: {folder / TABLE}")
-    else:
-        print(f"Done: {folder / RECORDS}")

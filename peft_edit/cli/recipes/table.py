@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,16 @@ from .reading import Recipe
 SHARES = ("mc1", "mc2")
 
 
-def write_table(recipe: Recipe, folder: Path, names: Sequence[str]) -> str:
-    """Write the results of evaluations as a table, in Markdown and JSON, and give it as text.
+def write_table(recipe: Recipe, folder: Path, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Write the results of evaluations as a table, in Markdown and JSON.
 
     Args:
         recipe: of the results.
         folder: of the run, where the tables go.
         names: of the files of results in it.
+
+    Returns:
+        The table as text, and as JSON values.
 
     Raises:
         ValueError: results cannot stand side by side.
@@ -38,8 +41,9 @@ def write_table(recipe: Recipe, folder: Path, names: Sequence[str]) -> str:
         for name, found in zip(names, results, strict=True)
     ]
     files.write_text(folder / TABLE, _markdown(recipe, header, rows))
-    files.write_json(folder / TABLE_JSON, _json(recipe, names, results))
-    return table(header, rows)
+    values = _json(recipe, names, results)
+    files.write_json(folder / TABLE_JSON, values)
+    return table(header, rows), values
 
 
 def _title(measure: str) -> str:
@@ -65,7 +69,7 @@ def _markdown(recipe: Recipe, header: Sequence[str], rows: Sequence[Sequence[str
     return "\n\n".join(filter(None, (f"# {recipe.name}", recipe.description.strip(), listed, variables))) + "\n"
 
 
-def _json(recipe: Recipe, names: Sequence[str], results: Sequence[Results]) -> Mapping[str, Any]:
+def _json(recipe: Recipe, names: Sequence[str], results: Sequence[Results]) -> dict[str, Any]:
     rows = [
         {
             "results": name,
