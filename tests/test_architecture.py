@@ -39,7 +39,7 @@ ALLOWED = {
     "demo": {"activations", "adapters", "data", "evaluation", "files", "tuners"},
     "cli": {
         *("activations", "activations/store", "adapters", "arguments", "data", "demo", "evaluation", "files"),
-        *("merging", "models", "processes", "training", "tuners"),
+        *("json_files", "merging", "models", "processes", "training", "tuners"),
     },
     # A method builds on all this, on no other method, and only its commands and its evidence on what runs it.
     **{

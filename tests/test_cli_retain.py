@@ -84,3 +84,17 @@ def test_texts_that_cannot_be_collected(run, tmp_path, monkeypatch, arguments, m
 def test_an_energy_needs_texts(run, tmp_path):
     line = refused(run, "fit-sea", MODEL, tmp_path / "store", tmp_path / "sea", "--retain-energy", "0.5")
     assert "--retain-energy needs --retain: pass a store of texts too" in line
+
+
+def test_rows_are_mixed_before_some_are_taken(run, tmp_path):
+    """The same seed gives disjoint parts of one order, which is none of the file's."""
+    parts = {}
+    for name, options in {"first": ["--limit", 6], "rest": ["--skip", 6], "plain": ["--limit", 6]}.items():
+        mixed = [] if name == "plain" else ["--shuffle", 3]
+        questions = [MODEL, ASSETS / "validation.jsonl"]
+        status, *_ = run("evaluate", *questions, *mixed, *options, "--batch-size", 256, "--json", tmp_path / name)
+        assert status == 0
+        parts[name] = [row["id"] for row in json.loads((tmp_path / name).read_text())["questions"]]
+    assert len(parts["first"]) == 6 and len(parts["rest"]) == 54 and not set(parts["first"]) & set(parts["rest"])
+    assert set(parts["first"]) != set(parts["plain"])
+    assert "--shuffle must be an integer of at least 0" in refused(run, "evaluate", *questions, "--shuffle", -1)

@@ -1,15 +1,32 @@
 """One SEA adapter of several: projections joined, saved, merged and exported as any other."""
 
+import json
+
 import pytest
+import test_cli
 import torch
+from conftest import ASSETS
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_cli import MODEL, refused
 from test_collect import TOKENIZER, contrast
 from tiny import logits, vivid_model
+from transformers import AutoModelForCausalLM
 
-from peft_edit import ActivationStore, HPRConfig, SEAConfig, collect_activations, combine_sea, fit_sea, sea_to_lora
+from peft_edit import (
+    ActivationStore,
+    HPRConfig,
+    SEAConfig,
+    collect_activations,
+    combine_sea,
+    evaluate_multiple_choice,
+    fit_sea,
+    load_contrast_set,
+    sea_to_lora,
+)
 from peft_edit.tuners.sea import SEALayer
 
 
+run = test_cli.run
 D, LAYERS = 32, 3
 SITES = [f"model.layers.{i}.mlp.down_proj" for i in range(LAYERS)]
 
@@ -310,3 +327,31 @@ def test_a_store_of_another_model_is_refused(tmp_path):
     other = ActivationStore.from_tensors(tmp_path / "store", positive=tensors, negative=tensors, neutral=tensors)
     with pytest.raises(ValueError, match="hidden size 33"):
         combine_sea(mixed(), ["a", "b"], store=other)
+
+
+def demo():
+    return AutoModelForCausalLM.from_pretrained(MODEL).eval()
+
+
+def test_the_command_writes_the_joint_edit(run, tmp_path, demo_tokenizer):
+    questions = load_contrast_set(ASSETS / "test.jsonl").select(range(8))
+    folders = [tmp_path / "one.first", tmp_path / "other"]
+    for skip, folder in zip((0, 12), folders, strict=True):
+        rows = [ASSETS / "demonstrations.jsonl", tmp_path / f"store-{skip}", "--skip", skip, "--limit", 12]
+        assert run("collect", MODEL, *rows)[0] == 0
+        assert run("fit-sea", MODEL, tmp_path / f"store-{skip}", folder, "--rescale", "none")[0] == 0
+    adapters = [part for folder in folders for part in ("--adapter", folder)]
+    status, out, err = run("combine-sea", MODEL, tmp_path / "joint", *adapters, "--json", tmp_path / "joint.json")
+    assert status == 0 and "Adapter of 2 edits" in out, err
+    model = PeftModel.from_pretrained(demo(), folders[0], adapter_name="one")
+    model.load_adapter(folders[1], adapter_name="other")
+    model.set_adapter(combine_sea(model, ["one", "other"]))
+    loaded = PeftModel.from_pretrained(demo(), tmp_path / "joint")
+    assert "combined" in loaded.peft_config["default"].fitted_on
+    scores = [evaluate_multiple_choice(m, demo_tokenizer, questions).to_dict() for m in (model, loaded)]
+    assert scores[0] == scores[1]
+    assert list(loaded.peft_config) == ["default"] and len(loaded.peft_config["default"].rank_pattern) == 5
+    assert json.loads((tmp_path / "joint.json").read_text())["adapters"] == [str(folder) for folder in folders]
+    one = ("combine-sea", MODEL, tmp_path / "one-edit", *adapters[:2])
+    assert "--adapter must be given twice or more, got 1" in refused(run, *one)
+    assert not (tmp_path / "one-edit").exists()

@@ -315,7 +315,10 @@ def test_commands_make_an_adapter_and_go_on_after_an_interruption(tmp_path, run,
     whole = (*train[:3], tmp_path / "whole", *train[4:])
     status, printed = run(*whole)
     assert status == 0 and "error, as a share of the difference" in printed.out, printed.err
-    steps = json.loads((tmp_path / "whole" / "train_diff.json").read_text())["steps"]
+    record = json.loads((tmp_path / "whole" / "train_diff.json").read_text())
+    steps = record["steps"]
+    assert set(record["change"]) == {"2", "3"} and record["change_of"] == "the tokens of positive answers"
+    assert f"2      {record['change']['2']:.3f}" in printed.out
     with monkeypatch.context() as patch:
         patch.setattr(peft_edit.training.pairs.TokenPairs, "__getitems__", stop)
         monkeypatch.setattr(sys, "argv", ["peft-edit", *map(str, train)])

@@ -133,6 +133,7 @@ def test_planted_heads_are_found(tmp_path):
     model = get_peft_model(vivid_model(), ITIConfig(num_heads=3))
     fit = fit_iti(model, store)
     assert {(site.layer, head) for site in fit.layers for head in site.heads} == PLANTED
+    assert all((site.change > 0) == bool(site.heads) for site in fit.layers)
     for site, layer in zip(fit.layers, layers_of(model), strict=True):
         assert all(len(site.accuracy) == HEADS for site in fit.layers)
         vector = layer.iti_vector["default"].weight.view(HEADS, D)

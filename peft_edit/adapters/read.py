@@ -71,7 +71,12 @@ def load_adapter_config(adapter: str) -> PeftConfig:
 
 
 def load_adapter(
-    model: PreTrainedModel, adapter: str, allow_fingerprint_mismatch: bool = False, *, edit_only: str | None = None
+    model: PreTrainedModel,
+    adapter: str,
+    allow_fingerprint_mismatch: bool = False,
+    *,
+    edit_only: str | None = None,
+    name: str = "default",
 ) -> PeftModel:
     """The base model with an adapter; stricter than PEFT: an adapter of another model and extra tensors are refused.
 
@@ -81,24 +86,26 @@ def load_adapter(
         allow_fingerprint_mismatch: accept an adapter of a model with other weights.
         edit_only: what is to be done with it that leaves out whatever the adapter carries besides its edit, "merged";
             then an adapter that carries embeddings is refused.
+        name: of the adapter in the model.
     """
     folder = local_adapter(adapter)
     config = read_config(Path(folder), adapter)
     weights = read_weights(folder, adapter)
     embeddings = carried_embeddings(model, weights)
     own = getattr(config, "modules_to_save", None) or ()  # PEFT's own matter, and part of the adapter
-    besides = sorted(name for name in embeddings if name.split(".")[-2] not in own)
+    besides = sorted(tensor for tensor in embeddings if tensor.split(".")[-2] not in own)
     if besides and edit_only is not None:
         raise ValueError(f"{adapter} also carries embeddings ({', '.join(besides)}), {EMBEDDINGS}{edit_only}")
     _check_rows(adapter, weights, embeddings)
     of_adapter, of_model = getattr(config, "base_model_fingerprint", None), fingerprint(model)
     if not embeddings and not allow_fingerprint_mismatch:
         _check_fingerprint(adapter, of_adapter, of_model)
-    adapted = _with_adapter(model, folder, adapter)
+    adapted = _with_adapter(model, folder, adapter, name)
     if embeddings and not allow_fingerprint_mismatch and of_adapter != of_model:
         # It may be of the model with the embeddings that came with it.
         _check_fingerprint(adapter, of_adapter, fingerprint(adapted))
-    saved, expected = set(weights), set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    tensors = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+    saved, expected = set(weights), set(tensors)
     expected |= saved & set(embeddings)
     for what, names in (("extra", saved - expected), ("missing", expected - saved)):
         if names:
@@ -128,13 +135,13 @@ def read_weights(folder: str, adapter: str) -> dict[str, Tensor]:
     return weights
 
 
-def _with_adapter(model: PreTrainedModel, folder: str, adapter: str) -> PeftModel:
+def _with_adapter(model: PreTrainedModel, folder: str, adapter: str, name: str) -> PeftModel:
     """What PEFT makes of a model and an adapter; raises ValueError, in one line, where the two do not fit."""
     try:
         with warnings.catch_warnings():
             # which the caller checks, or was told to allow
             warnings.filterwarnings("ignore", "this .* adapter was learnt on another model")
-            return PeftModel.from_pretrained(model, folder)
+            return PeftModel.from_pretrained(model, folder, adapter_name=name)
     except RuntimeError as error:  # torch's collected errors of load_state_dict, a headline before them
         first, *more = str(error).splitlines()[1:] or [str(error)]
         count = f" ({len(more)} more like this)" if more else ""

@@ -22,15 +22,16 @@ def method_commands() -> list[Callable]:
 
 def commands() -> list[Callable]:
     """The functions of all commands, in the order of use."""
-    from . import activations, convert, demo, evaluate, export, hub, merge
+    from . import activations, convert, demo, evaluate, export, hub, merge, run
 
     first = [demo.demo, activations.collect, activations.inspect]
     moving_on = [convert.convert, export.export_lora, merge.merge, hub.card, hub.push]
-    return [*first, *method_commands(), evaluate.evaluate, *moving_on]
+    return [*first, *method_commands(), evaluate.evaluate, *moving_on, run.run]
 
 
 def application() -> typer.Typer:
     """The command line with all commands."""
+    from . import harness
     from .options import command, command_name, options_of
 
     app = typer.Typer(
@@ -46,6 +47,7 @@ def application() -> typer.Typer:
         # Wide enough for most options to have one line.
         settings = {"max_content_width": 140}
         app.command(command_name(function), context_settings=settings)(command(function, elsewhere=options))
+    app.command(command_name(harness.lm_eval), cls=harness.Untouched)(harness.lm_eval)
     return app
 
 

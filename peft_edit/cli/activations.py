@@ -12,13 +12,17 @@ from .options import Fields, Run
 from .values import format_layers
 
 
+# Texts take the place of the contrast set.
+DATA = Fields(changes={"data": {"default": None}})
+
+
 def collect(
     model: common.LoadedModelOptions,
-    data: common.DataOptions,
+    data: Annotated[common.DataOptions, DATA],
     options: Annotated[CollectArguments, Fields(changes={"layers": {"arguments": ("layers_to_transform",)}})],
     output: common.Output,
     run: Run,
-    out: Annotated[Path | None, {"help": "Folder of the store.", "positional": True}] = None,
+    out: Annotated[Path | None, {"help": "Folder of the store.", "positional": True, "output": True}] = None,
     texts: Annotated[
         Path | None,
         {"help": "Collect every token of the texts of this file, one a line or in a column 'text'; without {data}."},
@@ -37,8 +41,10 @@ def collect(
     from ..activations.collect import collect_activations
     from ..processes import processes
 
+    if texts is None and data.data is None:
+        raise ArgumentError(Argument("data"), " is missing: pass a contrast set, or ", Argument("texts"))
     if texts is None and options.of_texts and out is not None:
-        data, texts, out = replace(data, data=str(out)), Path(data.data), None
+        texts, data = Path(data.data), replace(data, data=None)
     if texts is None:
         if out is None:
             raise ArgumentError(Argument("out"), " is missing: pass the folder of the store after the contrast set")
@@ -64,13 +70,14 @@ def collect(
 
 
 def _of_texts(texts: Path, data: common.DataOptions, out: Path | None, options: CollectArguments):
-    """The texts, the folder of their store and the options: there is one positional argument less."""
+    """The texts, the folder of their store and the options: there is one positional argument less, so that on the
+    command line the folder comes where the contrast set is otherwise."""
     from ..data.texts import load_texts
 
     for name in ("data_files", "subset", "split", "data_revision"):
         if (value := getattr(data, name)) is not None:
             raise ArgumentError(Argument(name, value), " has no meaning with ", Argument("texts"), ": leave it out")
-    if out is not None:
+    if None not in (out, data.data):
         raise ArgumentError(
             Argument("texts"), f" takes the place of the contrast set {data.data!r}: pass the folder of the store alone"
         )
@@ -78,8 +85,10 @@ def _of_texts(texts: Path, data: common.DataOptions, out: Path | None, options: 
         raise ArgumentError(
             Argument("tokens", options.tokens), " has no meaning with ", Argument("texts"), ": leave it out"
         )
+    if (folder := out or data.data) is None:
+        raise ArgumentError(Argument("out"), " is missing: pass the folder of the store")
     rows = load_texts(texts)
-    return common.some_rows(rows, data, str(texts)), Path(data.data), replace(options, tokens="all")
+    return common.some_rows(rows, data, str(texts)), Path(folder), replace(options, tokens="all")
 
 
 def inspect(

@@ -29,7 +29,8 @@ LAYERS = {
 SITE = {"default": None, "help": "Of a store with several: mlp or block. Default: its first."}
 MODULES = {"help": "Comma-separated names of other modules, as given to collect."}
 
-Out = Folder = Annotated[Path, {"help": "Folder of the adapter.", "positional": True}]
+Folder = Annotated[Path, {"help": "Folder of the adapter.", "positional": True}]
+Out = Annotated[Path, {"help": "Folder of the adapter.", "positional": True, "output": True}]
 Adapter = Annotated[str | None, ADAPTER]
 PositionalAdapter = Annotated[str, {"help": "Adapter: id on the Hub or local folder.", "positional": True}]
 Retain = Annotated[
@@ -78,9 +79,9 @@ class LoadedModelOptions(ModelOptions):
 
 @dataclass(kw_only=True)
 class DataOptions:
-    """A contrast set."""
+    """A contrast set; `data` is None where a command takes something else in its place."""
 
-    data: str = field(
+    data: str | None = field(
         metadata={
             "help": "Contrast set: known name, id on the Hub, or .jsonl/.csv/.parquet file.",
             "positional": True,
@@ -98,6 +99,10 @@ class DataOptions:
     limit: int | None = field(
         default=None, metadata={"help": "Use so many rows only.", "minimum": 1, "allowed": "of at least 1"}
     )
+    shuffle: int | None = field(
+        default=None,
+        metadata={"help": "Mix the rows, with this seed, first.", "minimum": 0, "allowed": "of at least 0"},
+    )
     skip: int = field(
         default=0, metadata={"help": "Leave out so many first rows.", "minimum": 0, "allowed": "of at least 0"}
     )
@@ -110,7 +115,9 @@ class DataOptions:
 class Output:
     """Where results go besides standard output."""
 
-    json: Path | None = field(default=None, metadata={"help": "Write the results to this file too.", "last": True})
+    json: Path | None = field(
+        default=None, metadata={"help": "Write the results to this file too.", "last": True, "output": True}
+    )
 
     def __post_init__(self):
         if self.json is not None:
@@ -169,11 +176,13 @@ def load_structure(options: ModelOptions):
     return load_structure(options.base)
 
 
-def load_adapter(model, adapter: str, allow_fingerprint_mismatch: bool = False, edit_only: str | None = None):
+def load_adapter(
+    model, adapter: str, allow_fingerprint_mismatch: bool = False, edit_only: str | None = None, name: str = "default"
+):
     """The base model with an adapter, see `adapters.read.load_adapter`."""
     from ..adapters.read import load_adapter
 
-    return load_adapter(model, adapter, allow_fingerprint_mismatch, edit_only=edit_only)
+    return load_adapter(model, adapter, allow_fingerprint_mismatch, edit_only=edit_only, name=name)
 
 
 def load_data(options: DataOptions):
@@ -192,11 +201,13 @@ def load_data(options: DataOptions):
 
 
 def some_rows(data, options: DataOptions, source: str):
-    """`limit` of the rows after the first `skip`."""
+    """`limit` of the rows after the first `skip`, in their order or mixed."""
     if options.skip >= len(data):
         raise ArgumentError(
             Argument("skip", options.skip), f" leaves none of the {len(data)} rows of {source}: lower it"
         )
+    if options.shuffle is not None:
+        data = data.shuffle(seed=options.shuffle)
     stop = len(data) if options.limit is None else min(options.skip + options.limit, len(data))
     return data.select(range(options.skip, stop)) if (options.skip, stop) != (0, len(data)) else data
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Real
 from pathlib import Path
@@ -23,6 +24,20 @@ WRITTEN = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice, of which YAML would take the last."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
+
+
 def read_config(file: Path, options: Sequence[Option]) -> dict[str, Any]:
     """The options that a file gives, by name, as the command line would: text, flags, and lists of repeated options.
 
@@ -33,37 +48,55 @@ def read_config(file: Path, options: Sequence[Option]) -> dict[str, Any]:
     Raises:
         ValueError: it is no such file, or it has a key that is no option or a value that the option cannot have.
     """
+    return texts_of(read_mapping(file, "options to values, such as 'layers: 0-3'"), options, str(file))
+
+
+def texts_of(content: Mapping[Any, Any], options: Sequence[Option], where: str) -> dict[str, Any]:
+    """The options that YAML gives, as `read_config` gives them.
+
+    Args:
+        content: name of each option to its value.
+        options: those of the command.
+        where: it stands, for messages.
+
+    Raises:
+        ValueError: a key is no option, or an option cannot have its value.
+    """
     given: dict[str, Any] = {}
     by_name = {option.name: option for option in options}
-    for key, value in _read(file).items():
+    for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in by_name:
-            raise ValueError(f"{file}: {key!r} is no option of this command{_nearest(name, list(by_name))}")
+            raise ValueError(f"{where}: {key!r} is no option of this command{nearest(name, list(by_name))}")
         if name in given:
-            raise ValueError(f"{file}: {key} is given twice: leave one out")
+            raise ValueError(f"{where}: {key} is given twice: leave one out")
         option = by_name[name]
         try:
             text = _as_text(value, option)
             if text is not None:
                 option.check(parse(text, option.hint, name, option.metadata), name)
         except ArgumentError as error:
-            raise ValueError(f"{file}: {error.message(_spell)}") from error
+            raise ValueError(f"{where}: {error.message(spelling_in_files(options))}") from error
         if text is not None:
             given[name] = text
     return given
 
 
-def _read(file: Path) -> Mapping[Any, Any]:
+def read_mapping(file: Path, what: str) -> Mapping[Any, Any]:
+    """What a YAML file holds, a mapping; raises ValueError for another one.
+
+    Args:
+        file: the file.
+        what: it maps from and to, for messages.
+    """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
-        raise ValueError(f"there is no file {file} with options") from None
+        raise ValueError(f"there is no file {file} with {what.split()[0]}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no YAML: {one_line(error)}") from error
     if not isinstance(content, Mapping):
-        raise ValueError(
-            f"{file} must be a mapping from options to values, such as 'layers: 0-3', got {type(content).__name__}"
-        )
+        raise ValueError(f"{file} must be a mapping from {what}, got {type(content).__name__}")
     return content
 
 
@@ -94,10 +127,21 @@ def _as_text(value: Any, option: Option) -> Any:
     return to_text(value)
 
 
-def _nearest(name: str, names: list[str]) -> str:
+def nearest(name: str, names: Sequence[str]) -> str:
+    """The end of a message about a name that is none of these."""
     close = get_close_matches(name, names, n=1)
     return f": did you mean {close[0]}?" if close else f", which has {', '.join(sorted(names))}"
 
 
-def _spell(argument: Argument) -> str:
-    return f"{argument.name}: {argument.value}" if argument.has_value else argument.name
+def spelling_in_files(options: Sequence[Option]) -> Callable[[Argument], str]:
+    """How files write an argument: as the option that functions call so, else by its own name."""
+
+    def spell(argument: Argument) -> str:
+        called = [option.name for option in options if option.answers_to(argument.name)]
+        name = (called or [argument.name])[0]
+        if not argument.has_value:
+            return name
+        plain = argument.value is None or isinstance(argument.value, bool)
+        return f"{name}: {json.dumps(argument.value) if plain else to_text(argument.value)}"
+
+    return spell

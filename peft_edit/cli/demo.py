@@ -10,7 +10,9 @@ from .options import Run
 def demo(
     output: common.Output,
     run: Run,
-    out: Annotated[Path, {"help": "Folder for the activations and the adapters."}] = Path("peft-edit-demo"),
+    out: Annotated[Path, {"help": "Folder for the activations and the adapters.", "output": True}] = Path(
+        "peft-edit-demo"
+    ),
 ) -> None:
     """See edits work in a minute, offline: adapters of a demonstration model are made, evaluated, saved and merged.
 

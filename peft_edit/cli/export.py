@@ -11,7 +11,7 @@ from .options import Run
 def export_lora(
     model: common.LoadedModelOptions,
     adapter: common.PositionalAdapter,
-    out: Annotated[Path, {"help": "Folder of the LoRA adapter.", "positional": True}],
+    out: Annotated[Path, {"help": "Folder of the LoRA adapter.", "positional": True, "output": True}],
     output: common.Output,
     run: Run,
     rank: Annotated[

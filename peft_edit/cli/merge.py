@@ -11,7 +11,7 @@ from .options import Fields, Run
 def merge(
     base: Annotated[common.ModelOptions, Fields(changes={"model": {"option": "base"}})],
     adapter: common.PositionalAdapter,
-    out: Annotated[Path, {"help": "Folder of the merged checkpoint.", "positional": True}],
+    out: Annotated[Path, {"help": "Folder of the merged checkpoint.", "positional": True, "output": True}],
     output: common.Output,
     run: Run,
     device: Annotated[str, {"help": "Where products are computed: auto, cpu, cuda, cuda:1, ..."}] = "auto",

@@ -37,6 +37,7 @@ class Fields:
         repeated: True for an option that may be repeated.
         secret: True for what no result records.
         last: True for an option that `--help` shows after those of the command's own.
+        output: True for a file or folder that the command writes. Recipes keep these, and know what a step reads.
         minimum, maximum, above, allowed, remedy: see `check_options`.
     """
 
@@ -67,6 +68,10 @@ class Option:
     @property
     def is_positional(self) -> bool:
         return not self.flag.startswith("-")
+
+    @property
+    def is_output(self) -> bool:
+        return bool(self.metadata.get("output"))
 
     @property
     def is_secret(self) -> bool:
@@ -183,6 +188,62 @@ def _spelt(option: Option, argument: Argument) -> str | None:
     return f"{option.flag} {shlex.quote(to_text(value))}"
 
 
+@dataclass(frozen=True)
+class Bound:
+    """A command with values for its options, which are checked.
+
+    Attributes:
+        function: of the command.
+        arguments: that it is called with.
+    """
+
+    function: Callable
+    arguments: Mapping[str, Any]
+
+    def run(self) -> None:
+        self.function(**self.arguments)
+
+
+def bind(
+    function: Callable, options: Sequence[Option], texts: Mapping[str, Any], spell: Callable[[Argument], str] = str
+) -> Bound:
+    """A command with its options.
+
+    Args:
+        function: see `command`.
+        options: all of the command.
+        texts: name of each option to its value as the command line has it, see `default_text`.
+        spell: how an argument is written there.
+
+    Raises:
+        ArgumentError: an option has a value that it cannot have, or that does not go with others.
+    """
+    values = _values(options, texts)
+    for o in options:
+        if values[o.name] != o.default:
+            o.check(values[o.name], o.field or o.parameter)
+    _check_apart(options, values)
+    run = Run(command_name(function), as_recorded(options, texts), spell)
+    return Bound(function, _arguments(function, options, values, run))
+
+
+def as_recorded(options: Sequence[Option], texts: Mapping[str, Any]) -> dict[str, Any]:
+    """A command's options as results record them, see `bind`."""
+    values = _values(options, texts)
+    return {o.name: to_json(values[o.name], o.hint, o.metadata) for o in options if not o.is_secret}
+
+
+def _values(options: Sequence[Option], texts: Mapping[str, Any]) -> dict[str, Any]:
+    return {o.name: parse(texts[o.name], o.hint, o.name, o.metadata) for o in options}
+
+
+def default_text(option: Option) -> Any:
+    """An option's default as the command line would give it; None where there is none, and MISSING where one must be
+    given."""
+    default = option.default
+    return default if default in (MISSING, None) or kind_of(option.hint) is bool else to_text(default)
+
+
 def command(function: Callable, elsewhere: Sequence[Option] = ()) -> Callable:
     """What typer makes the command of a function of: it parses the options, and calls the function with them.
 
@@ -201,13 +262,7 @@ def command(function: Callable, elsewhere: Sequence[Option] = ()) -> Callable:
 
     def run(context: typer.Context, config: str | None = None, **texts: Any) -> None:
         try:
-            values = {o.name: parse(texts[o.name], o.hint, o.name, o.metadata) for o in options}
-            for o in options:
-                if values[o.name] != o.default:
-                    o.check(values[o.name], o.field or o.parameter)
-            _check_apart(options, values)
-            recorded = {o.name: to_json(values[o.name], o.hint, o.metadata) for o in options if not o.is_secret}
-            function(**_arguments(function, options, values, Run(command_name(function), recorded, spell)))
+            bind(function, options, texts, spell).run()
         except ArgumentError as error:
             raise ValueError(error.message(spell)) from error
 
@@ -255,7 +310,7 @@ def _arguments(function: Callable, options: Sequence[Option], values: Mapping[st
 
 def _typer_parameter(option: Option) -> Parameter:
     """The parameter from which typer makes an option. Its value is text, a flag, or a list: `parse` reads it."""
-    kind, default = kind_of(option.hint, option.metadata), option.default
+    kind, default = kind_of(option.hint, option.metadata), default_text(option)
     declared: dict[str, Any] = {
         "help": help_of(option.hint, option.metadata),
         "show_default": default not in (MISSING, None),
@@ -264,7 +319,6 @@ def _typer_parameter(option: Option) -> Parameter:
         annotation: Any = bool
     else:
         annotation = list[str] | None if kind == "repeated" else str | None
-        default = to_text(default) if declared["show_default"] else default
     if option.is_positional:
         annotation, info = Path if kind is Path else str, typer.Argument(**declared)
         default = Parameter.empty if default is MISSING else default

@@ -26,13 +26,22 @@ def kind_of(hint: Any, metadata: Mapping[str, Any] | None = None) -> Any:
         return "repeated"
     if choices_of(hint):
         return "choice"
-    kinds = set(alternatives(hint)) - {NoneType}
-    members = {get_args(kind)[0] for kind in kinds if get_origin(kind) in COLLECTIONS}
+    kinds, members = set(alternatives(hint)) - {NoneType}, _members(hint)
     if dict in map(get_origin, kinds):
         return "json"
     if members:
         return "layers" if int in members else "texts"
     return next((kind for kind in (bool, float, int, Path) if kind in kinds), str)
+
+
+def _members(hint: Any) -> set[Any]:
+    """Types of the values of which a type holds several."""
+    return {get_args(kind)[0] for kind in alternatives(hint) if get_origin(kind) in COLLECTIONS}
+
+
+def _member(hint: Any) -> Any:
+    """The type of each value of a repeated option: Path or str."""
+    return Path if Path in _members(hint) else str
 
 
 def parse(text: Any, hint: Any, name: str, metadata: Mapping[str, Any] | None = None) -> Any:
@@ -48,7 +57,7 @@ def parse(text: Any, hint: Any, name: str, metadata: Mapping[str, Any] | None = 
     if text is None or kind is bool:
         return text
     if kind == "repeated":
-        return [Path(part) for part in text] or None
+        return [_member(hint)(part) for part in text] or None
     if kind == "choice":
         written = {NONE if choice is None else str(choice): choice for choice in choices_of(hint)}
         return written.get(text, text)
@@ -89,7 +98,7 @@ def shown_type(hint: Any, metadata: Mapping[str, Any]) -> str:
         int: "int",
         float: "float",
         Path: "path",
-        "repeated": "path",
+        "repeated": "path" if _member(hint) is Path else "str",
         "layers": "layers",
         "texts": "str,...",
         "json": "json",

@@ -90,4 +90,54 @@ def _print(fit) -> None:
     print("change: relative change of the retain set's tokens, without one of the neutral demonstrations")
 
 
-COMMANDS = [fit_sea]
+def combine_sea(
+    model: common.LoadedModelOptions,
+    out: common.Out,
+    output: common.Output,
+    run: Run,
+    adapter: Annotated[
+        list[str] | None,
+        {
+            "help": "SEA adapter: local folder, or id on the Hub. Give it twice or more.",
+            "repeated": True,
+            "arguments": ("adapters",),
+        },
+    ] = None,
+    store: Annotated[
+        Path | None, {"help": "Store of neutral activations, which rescale mean, merging and export need."}
+    ] = None,
+    allow_fingerprint_mismatch: common.AllowMismatch = False,
+) -> None:
+    """Make one SEA adapter of several that does what each does: a joint edit, of truthfulness and fairness.
+
+    Example: peft-edit combine-sea meta-llama/Llama-2-7b-hf sea-joint --adapter sea-truthful --adapter sea-fair
+    """
+    from ...adapters.read import local_adapter
+    from ...adapters.save import check_adapter_folder, save_adapter
+    from .combine import combine_sea
+
+    check_adapter_folder(out, "SEA")
+    first, *others = adapter or [""]
+    if not others:
+        raise ArgumentError(Argument("adapter"), f" must be given twice or more, got {len(adapter or ())}")
+    # What the joint edit records them as; names of adapters have no dots.
+    edits = [f"{number}_{Path(name).name.replace('.', '_')}" for number, name in enumerate(adapter, 1)]
+    base, _ = common.load_model(model)
+    adapted = common.load_adapter(base, first, allow_fingerprint_mismatch, edit_only="combined", name=edits[0])
+    for edit, name in zip(edits[1:], others, strict=True):
+        # Checked by itself: PEFT adds an adapter to others with less care.
+        structure = common.load_structure(model)
+        common.load_adapter(structure, name, allow_fingerprint_mismatch, edit_only="combined")
+        adapted.load_adapter(local_adapter(name), adapter_name=edit)
+    joint = combine_sea(adapted, edits, "default", store)
+    adapted.set_adapter(joint)
+    for edit in edits:
+        adapted.delete_adapter(edit)
+    ranks = adapted.peft_config[joint].rank_pattern
+    save_adapter(adapted, out)
+    output.write(run.record({"adapters": adapter, "ranks": ranks}))
+    print(common.table(["site", "rank +", "rank -"], [[site, *map(str, pair)] for site, pair in ranks.items()]))
+    print(f"Adapter of {len(edits)} edits, {common.size_of(out)}: {out}")
+
+
+COMMANDS = [fit_sea, combine_sea]

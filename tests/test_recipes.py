@@ -1,0 +1,79 @@
+"""Every recipe of examples/recipes runs on the demonstration model, with few rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import test_cli
+import yaml
+from conftest import ASSETS
+from test_cli import MODEL
+
+from peft_edit import cli
+from peft_edit.cli.options import command_name
+from peft_edit.cli.recipes.plan import plan
+from peft_edit.cli.recipes.reading import read_recipe
+
+
+run = test_cli.run
+RECIPES = sorted((Path(__file__).resolve().parents[1] / "examples" / "recipes").glob("*.yaml"))
+FUNCTIONS = {command_name(function): function for function in cli.commands()}
+DEMONSTRATIONS, TEST = str(ASSETS / "demonstrations.jsonl"), str(ASSETS / "test.jsonl")
+# Values with which a recipe, where it has the variable, does with the demonstration model what it does with its own.
+SMALL = {
+    "model": MODEL,
+    **dict.fromkeys(("data", "demonstrations", "truthful", "fair"), DEMONSTRATIONS),
+    **dict.fromkeys(("questions", "truthful_questions"), TEST),
+    **dict.fromkeys(("texts", "retain"), str(ASSETS / "unrelated.txt")),
+    **dict.fromkeys(("train_split", "held_out_split", "test_split", "questions_split")),
+    **dict.fromkeys(("demonstrations_limit", "train_limit"), 24),
+    **dict.fromkeys(("held_out_limit", "test_limit", "questions_limit", "truthful_limit", "fair_limit"), 8),
+    **{"retain_limit": 8, "held_out_skip": 24, "test_skip": 32, "layers": "3-4", "first_layers": "0-1", "layer": 3},
+    **{"max_new_tokens": 2, "max_steps": 4, "train_batch": 16, "batch_size": 256, "prompt_format": "plain"},
+    **{"numbers": [8, 16], "seeds": [0], "top_k": 2, "top_ks": [1, 2], "strengths": [1, 2], "input_scale": 3.0},
+}
+
+
+def settings(recipe, values):
+    """`--set` for each of the values whose variable a recipe has."""
+    variables = yaml.safe_load(recipe.read_text())["variables"]
+    return [f"{name}={json.dumps(value)}" for name, value in values.items() if name in variables]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_texts(tmp_path_factory):
+    """Perplexity of a few short texts."""
+    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+    lines = (ASSETS / "unrelated.txt").read_text().splitlines()
+    file.write_text("".join(line[:120] + "\n" for line in lines[:4]))
+    SMALL["texts"] = str(file)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_recipes_run_on_the_demonstration_model(recipe, run, tmp_path):
+    arguments = [part for setting in settings(recipe, SMALL) for part in ("--set", setting)]
+    status, _, err = run("run", recipe, *arguments, "--out", tmp_path / "out")
+    assert status == 0, err
+    written = json.loads((tmp_path / "out" / "table.json").read_text())
+    results = (tmp_path / "out" / "results").rglob("*.json")
+    files = sorted(str(path.relative_to(tmp_path / "out")) for path in results)
+    assert written["recipe"] == recipe.stem and sorted(row["results"] for row in written["rows"]) == files
+    assert any(not row["adapters"] for row in written["rows"]) and any(row["adapters"] for row in written["rows"])
+    assert all(row["measures"]["mc1"] >= 0 for row in written["rows"])
+    assert any("perplexity" in row["measures"] for row in written["rows"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_recipes_are_checked_at_full_scale(recipe, tmp_path):
+    """With their own values, and the files that they ask for."""
+    own = settings(recipe, {name: SMALL[name] for name in ("texts", "retain")})
+    read = read_recipe(recipe, own, list(FUNCTIONS))
+    assert read.name == recipe.stem and read.description.endswith(".")
+    steps = plan(read, FUNCTIONS, tmp_path / "out")
+    assert steps and not (tmp_path / "out").exists()
+    first = recipe.read_text().splitlines()[0]
+    assert first.startswith(f"# peft-edit run examples/recipes/{recipe.name} --set texts=")
+    asked = [name for name, value in yaml.safe_load(recipe.read_text())["variables"].items() if isinstance(value, dict)]
+    assert [part.split("=")[0] for part in first.split("--set ")[1:]] == sorted(asked, key=lambda name: name != "texts")
+    with pytest.raises(ValueError, match=r"needs the variable (texts|retain), a text file.*: pass --set"):
+        read_recipe(recipe, [], list(FUNCTIONS))
