@@ -100,12 +100,12 @@ def test_a_recipe_makes_a_table_of_its_results(finished):
     assert [row["results"] for row in table["rows"]] == [f"results/{n}.json" for n in ("base", "token", "none")]
     for row in table["rows"]:
         result = json.loads((finished / row["results"]).read_text())
-        assert row["measures"] == {name: result[name] for name in ("mc1", "mc2")} and row["questions"] == 6
+        assert row["measures"] == result["measures"] and row["questions"] == 6
     assert table["variables"] == RECIPE["variables"] and table["recipe"] == "myths"
     lines = (finished / "table.md").read_text().splitlines()
     assert lines[0] == "# myths" and "Two fits." in lines
-    mc1 = 100 * table["rows"][1]["measures"]["mc1"]
-    assert any(line.startswith(f"| results/token | test.jsonl | 6 | {mc1:.1f} |") for line in lines)
+    mc1 = 100 * table["rows"][1]["measures"]["mc1"]["value"]
+    assert any(line.startswith(f"| results/token | test.jsonl | 6 | {mc1:.1f} (") for line in lines)
 
 
 def test_nothing_is_done_twice(done, recipe, run, tmp_path):
@@ -257,8 +257,8 @@ CASES = {
         "step 1 (fit-sea): store is store, which step 5 (collect) writes: put that step first",
     ),
     "no file": (
-        lambda r: r["steps"][1]["evaluate"].update(perplexity="nothing.txt"),
-        "step 2 (evaluate): perplexity is nothing.txt, which is not there",
+        lambda r: r["steps"][1]["evaluate"].update(texts="nothing.txt"),
+        "step 2 (evaluate): texts is nothing.txt, which is not there",
     ),
     "near": (
         lambda r: r["steps"][2]["steps"][0]["fit-sea"].update(store="stor"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from huggingface_hub import EvalResult
 
 from ..data.names import data_id, data_name
-from ..evaluation.metrics import LABELS, SHIFT, SIDE_EFFECTS
+from ..evaluation.metrics import LABELS, SHIFT
 from ..evaluation.results import Results
+from ..evaluation.showing import SIDE_EFFECTS, measure_cell, percent, side_effect_cells
 from .markdown import code
 
 
@@ -59,8 +59,8 @@ def _of_measures(results: Sequence[Results]) -> list[tuple[str, list[str], list[
     beside = [(name, value["base"]) for r in results for name, value in r.measures.items() if name not in base]
     base |= {name: value for name, value in beside if value is not None}
     edited = [result for result in results if result.adapters]
-    rows = [("base model", {name: f"{100 * value:.1f}" for name, value in base.items() if value is not None})]
-    rows += [(_row_name(r), {name: _cell(m, base.get(name)) for name, m in r.measures.items()}) for r in edited]
+    rows = [("base model", {name: percent(value) for name, value in base.items() if value is not None})]
+    rows += [(_row_name(r), {name: measure_cell(m, base.get(name)) for name, m in r.measures.items()}) for r in edited]
     has_intervals = any(m["difference_low"] is not None for r in edited for m in r.measures.values())
     caption = _caption(results[0]) + (" In brackets the change, with its 95 % interval." if has_intervals else "")
     labels = {name: f"{LABELS.get(name, code(name))} %" for result in results for name in result.measures}
@@ -84,22 +84,16 @@ def _of_side_effects(results: Sequence[Results]) -> list[tuple[str, list[str], l
         rows = [] if base is None else [("base model", {"perplexity": f"{base:.3f}"})]
         for result, effects in of_texts:
             if result.adapters:
-                rows.append((_row_name(result), _side_effect_cells(effects, base)))
+                ratio = (
+                    {}
+                    if None in (base, effects.get("perplexity"))
+                    else {"perplexity_ratio": effects["perplexity"] / base}
+                )
+                rows.append((_row_name(result), side_effect_cells({**effects, **ratio})))
         name = f", {code(texts['file'])}" if texts.get("file") else ""
         caption = f"On other text{name}: {texts['count']} texts."
         tables.append(_table(caption, {name: label for name, (label, *_) in SIDE_EFFECTS.items()}, rows))
     return [table for table in tables if table is not None]
-
-
-def _side_effect_cells(effects: Mapping[str, Any], base: float | None) -> dict[str, str]:
-    known = dict(effects)
-    if base is not None and "perplexity" in known:
-        known["perplexity_ratio"] = known["perplexity"] / base
-    return {
-        name: f"{factor * known[name]:.{decimals}f}"
-        for name, (_, factor, decimals) in SIDE_EFFECTS.items()
-        if known.get(name) is not None
-    }
 
 
 def _table(
@@ -131,15 +125,3 @@ def _row_name(result: Results) -> str:
     if not result.adapters:
         return "base model"
     return "this adapter" if result.strength == 1 else f"this adapter, strength {result.strength:g}"
-
-
-def _cell(measure: Mapping[str, float | None], base: float | None) -> str:
-    """A value in percent, with the change from the base model's and its interval, where they are known."""
-    if measure["value"] is None:
-        return ""
-    text = f"{100 * measure['value']:.1f}"
-    if base is None:
-        return text
-    low, high = measure["difference_low"], measure["difference_high"]
-    bounds = "" if None in (low, high) else f"; {100 * low:+.1f} to {100 * high:+.1f}"
-    return f"{text} ({100 * (measure['value'] - base):+.1f}{bounds})"

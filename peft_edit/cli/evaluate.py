@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import Argument, ArgumentError
-from ..evaluation.metrics import LABELS, SHIFT, SIDE_EFFECTS
+from ..evaluation.metrics import LABELS, SHIFT
 from ..evaluation.options import EvaluationOptions
+from ..evaluation.showing import SIDE_EFFECTS, percent, side_effect_cells
 from . import common
 from .options import Run
 
@@ -135,12 +136,12 @@ def _measures(results: dict[str, Any]) -> str:
     header = ["measure", "%", "95 % interval", *(["base", "change", "95 % interval", "p"] if compared else [])]
     rows = []
     for name, measure in measures.items():
-        row = [LABELS[name], _percent(measure["value"]), _interval(measure["low"], measure["high"])]
+        row = [LABELS[name], percent(measure["value"], decimals=2), _interval(measure["low"], measure["high"])]
         if compared:
             p_value = measure["p_value"]
             row += [
-                _percent(measure["base"]),
-                _percent(measure["difference"], "+"),
+                percent(measure["base"], decimals=2),
+                percent(measure["difference"], "+", 2),
                 _interval(measure["difference_low"], measure["difference_high"], "+"),
                 "" if p_value is None else f"{p_value:.2g}",
             ]
@@ -159,33 +160,19 @@ def _categories(results: dict[str, Any]) -> str:
         cells = []
         for name in names:
             value, base = found["measures"][name]["value"], found["measures"][name]["base"]
-            change = "" if None in (value, base) else f" ({_percent(value - base, '+')})"
-            cells.append(f"{_percent(value)}{change}")
+            change = "" if None in (value, base) else f" ({percent(value - base, '+', 2)})"
+            cells.append(f"{percent(value, decimals=2)}{change}")
         rows.append([category, str(found["questions"]), *cells])
     return common.table(["category", "questions", *(LABELS[name] for name in names)], rows)
 
 
 def _side_effects(results: dict[str, Any]) -> str:
     """What happens to other texts."""
-    of_texts = results["side_effects"]
-    names = [name for name in SIDE_EFFECTS if any(effects.get(name) is not None for effects in of_texts)]
-    rows = [
-        [
-            effects["texts"]["file"],
-            *(
-                "" if effects.get(name) is None else f"{factor * effects[name]:.{decimals}f}"
-                for name, (_, factor, decimals) in SIDE_EFFECTS.items()
-                if name in names
-            ),
-        ]
-        for effects in of_texts
-    ]
+    found = [(effects["texts"]["file"], side_effect_cells(effects)) for effects in results["side_effects"]]
+    names = [name for name in SIDE_EFFECTS if any(name in cells for _, cells in found)]
+    rows = [[file, *(cells.get(name, "") for name in names)] for file, cells in found]
     return common.table(["texts", *(SIDE_EFFECTS[name][0] for name in names)], rows) if rows else ""
 
 
-def _percent(value: float | None, sign: str = "") -> str:
-    return "" if value is None else f"{100 * value:{sign}.2f}"
-
-
 def _interval(low: float | None, high: float | None, sign: str = "") -> str:
-    return "" if None in (low, high) else f"{_percent(low, sign)} to {_percent(high, sign)}"
+    return "" if None in (low, high) else f"{percent(low, sign, 2)} to {percent(high, sign, 2)}"

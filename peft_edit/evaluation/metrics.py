@@ -5,7 +5,6 @@ A metric takes a contrast set and the scores of its questions, and gives named `
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -144,16 +143,6 @@ LABELS = {
 }
 # Of these, the shift from the base model's answers.
 SHIFT = ("false_to_true", "true_to_false", "remains_true", "remains_false", "corrected_rate", "corrupted_rate")
-# What is told of side effects: its name in tables, the factor there and the decimals.
-SIDE_EFFECTS = {
-    "perplexity": ("perplexity", 1, 3),
-    "perplexity_ratio": ("ratio", 1, 3),
-    "kl_mean": ("KL, mean, nats", 1, 3),
-    "kl_p95": ("KL, 95th percentile, nats", 1, 3),
-    "touched": ("tokens touched %", 100, 1),
-    "norm_change": ("change of norm %", 100, 1),
-    "angle": ("angle, degrees", 180 / math.pi, 1),
-}
 # The least value of a measure, where that is not 0; the greatest is 1.
 LEAST = {"bbq_bias_disambiguated": -1.0, "bbq_bias_ambiguous": -1.0}
 

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from ... import files
-from ...evaluation.results import Results, check_comparable, read_results
+from ...evaluation.comparing import check_comparable
+from ...evaluation.metrics import LABELS, SHIFT
+from ...evaluation.results import Results, read_results
+from ...evaluation.showing import SIDE_EFFECTS, measure_cell, side_effect_cells
 from ..common import table
 from .plan import TABLE, TABLE_JSON
 from .reading import Recipe
 
 
-# Measures that are shares, shown in per cent.
-SHARES = ("mc1", "mc2")
+# What the table says of the effects on other texts; the files of results say more.
+DAMAGE = ("perplexity", "perplexity_ratio", "kl_p95")
 
 
 def write_table(recipe: Recipe, folder: Path, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
@@ -34,11 +37,11 @@ def write_table(recipe: Recipe, folder: Path, names: Sequence[str]) -> tuple[str
     """
     results = [read_results(folder / name) for name in names]
     check_comparable(results)
-    measures = list(dict.fromkeys(name for found in results for name in found.measures))
-    header = ["results", "data", "questions", *map(_title, measures)]
+    columns = _columns(results)
+    header = ["results", "data", "questions", *columns]
     rows = [
-        [name.removesuffix(".json"), _data(found), str(len(found.ids)), *_cells(found, measures)]
-        for name, found in zip(names, results, strict=True)
+        [name.removesuffix(".json"), _data(found), str(len(found.ids)), *(cells[place] for cells in columns.values())]
+        for place, (name, found) in enumerate(zip(names, results, strict=True))
     ]
     files.write_text(folder / TABLE, _markdown(recipe, header, rows))
     values = _json(recipe, names, results)
@@ -46,13 +49,26 @@ def write_table(recipe: Recipe, folder: Path, names: Sequence[str]) -> tuple[str
     return table(header, rows), values
 
 
-def _title(measure: str) -> str:
-    return f"{measure.upper()} %" if measure in SHARES else measure.replace("_", " ")
+def _columns(results: Sequence[Results]) -> dict[str, list[str]]:
+    """Title of each column to its cells: the measures, then what each set of texts says of damage."""
+    names = dict.fromkeys(name for found in results for name in found.measures if name not in SHIFT)
+    columns = {
+        f"{LABELS.get(name, name)} %": [measure_cell(r.measures[name]) if name in r.measures else "" for r in results]
+        for name in names
+    }
+    files = dict.fromkeys(effects["texts"].get("file") for found in results for effects in found.side_effects)
+    for file in files:
+        shown = [_of_texts(found, file) for found in results]
+        for name in DAMAGE:
+            if any(name in cells for cells in shown):
+                title = f"{SIDE_EFFECTS[name][0]}, {file}" if file else SIDE_EFFECTS[name][0]
+                columns[title] = [cells.get(name, "") for cells in shown]
+    return columns
 
 
-def _cells(results: Results, measures: Sequence[str]) -> list[str]:
-    shown = {n: f"{100 * v:.1f}" if n in SHARES else f"{v:.4g}" for n, v in results.measures.items()}
-    return [shown.get(name, "") for name in measures]
+def _of_texts(results: Results, file: str | None) -> dict[str, str]:
+    found = (effects for effects in results.side_effects if effects["texts"].get("file") == file)
+    return side_effect_cells(next(found, {}))
 
 
 def _data(results: Results) -> str:
@@ -78,6 +94,7 @@ def _json(recipe: Recipe, names: Sequence[str], results: Sequence[Results]) -> d
             "adapters": [dict(adapter) for adapter in found.adapters],
             "strength": found.strength,
             "measures": dict(found.measures),
+            "side_effects": list(found.side_effects),
         }
         for name, found in zip(names, results, strict=True)
     ]
