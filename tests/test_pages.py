@@ -64,8 +64,8 @@ def test_named_commands_and_options_exist(name):
     text = re.sub(r" +# .*", "", ALL[name])
     for command, rest in re.findall(r"(?:peft-edit|-m peft_edit\.cli) ([a-z][a-z-]*)([^`\n]*)", text):
         assert command in COMMANDS
-        assert set(re.findall(r"--[a-z-]+", rest)) <= COMMANDS[command], (command, rest)
-    options = set(re.findall(r"`(--[a-z-]+)[^`]*`", FENCED.sub("", text)))
+        assert set(re.findall(r"--[a-z0-9-]+", rest)) <= COMMANDS[command], (command, rest)
+    options = set(re.findall(r"`(--[a-z0-9-]+)[^`]*`", FENCED.sub("", text)))
     assert options <= OTHERS_OPTIONS.union(*COMMANDS.values())
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftConfig
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from ..adapters.match import find_config, replace_config
 from ..arguments import Argument, ArgumentError, check_options, nearest, takes
 from ..data.texts import load_texts
 from ..evaluation.side_effects import NotFiniteError, SideEffects, check_active
+from ..models.fingerprint import active_adapters
 from ..models.sites import decoder_blocks, layer_index, unwrap
 from ..tuners.config import EditConfig
 from ..tuners.layer import edit_layers
@@ -134,8 +136,13 @@ def calibrate(
             damage is above the budget even at a thousandth of it.
     """
     chosen = CalibrationOptions(**options)
-    adapter_name, config = find_config(model, adapter_name, EditConfig)
+    adapter_name, config = find_config(model, adapter_name, PeftConfig)
     check_active(model)
+    if (active := active_adapters(model)) != [adapter_name]:
+        raise ArgumentError(
+            *(Argument("adapter_name", adapter_name), f" must be the only active adapter, active are {active}: "),
+            "the damage that is measured is that of all",
+        )
     dial = _dial(config, chosen.dial)
     full = getattr(config, dial)
     maximum = chosen.maximum
@@ -203,10 +210,13 @@ def bisect(
     return low, best
 
 
-def _dial(config: EditConfig, name: str | None) -> str:
-    dials = [dial for dial in config.dials if hasattr(config, dial)]
+def _dial(config: PeftConfig, name: str | None) -> str:
+    dials = [dial for dial in config.dials if hasattr(config, dial)] if isinstance(config, EditConfig) else []
     if not dials:
-        raise ValueError(f"{config.method} adapters have no strength that could be calibrated")
+        raise ValueError(
+            f"adapters of {config.peft_type.value} have no strength that could be calibrated: pass one that edits "
+            "activations"
+        )
     if name is not None and name not in dials:
         raise ArgumentError(Argument("dial"), f" {name!r} is none of {config.method}{nearest(name, dials)}")
     name = name or dials[0]
