@@ -125,8 +125,8 @@ def append_line(path: Path, text: str) -> None:
 
 def whole_lines(path: Path) -> list[str]:
     """The lines of a file that `append_line` wrote, without one that was cut off; none of one that is not there."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return text[: text.rfind("\n") + 1].split("\n")[:-1]
+    held = path.read_bytes() if path.exists() else b""
+    return held[: held.rfind(b"\n") + 1].decode().split("\n")[:-1]
 
 
 def hidden(path: Path) -> Path:

@@ -43,7 +43,7 @@ def sweep(
 
     It goes on after an interruption. Settings and how they are chosen: examples/choosing.md.
 
-    Example: peft-edit sweep MODEL validation.jsonl sea-chosen --store store --texts unrelated.txt --config grid.yaml
+    Example: peft-edit sweep MODEL valid.jsonl sea --store store --texts other.txt --grid '{"energy": [0.99, 0.998]}'
     """
     from ..choosing import sweep as sweep_settings
 
