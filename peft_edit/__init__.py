@@ -5,6 +5,7 @@ from .activations.store import ActivationStore
 from .adapters.card import write_card_of_saved
 from .adapters.hub import push_to_hub
 from .adapters.save import replaced_adapters
+from .choosing import calibrate, sweep
 from .data import load_contrast_set
 from .evaluation import evaluate, evaluate_multiple_choice, perplexity, side_effects
 from .merging import merge_checkpoint
@@ -32,6 +33,7 @@ save_into(EditConfig, replaced_adapters)
 __all__ = [
     "ActivationStore",
     "__version__",
+    "calibrate",
     "collect_activations",
     "edit_strength",
     "evaluate",
@@ -42,5 +44,6 @@ __all__ = [
     "perplexity",
     "push_to_hub",
     "side_effects",
+    "sweep",
     *(name for method in methods().values() for name in method.public),
 ]

@@ -8,7 +8,7 @@ import inspect
 import json
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, wraps
@@ -123,15 +123,20 @@ def takes(options: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
         def checked(*args: Any, **keywords: Any) -> T:
             for name in keywords:
                 if name not in names:
-                    nearest = difflib.get_close_matches(name, names, n=1)
-                    remedy = f": did you mean {nearest[0]!r}?" if nearest else f": it has {', '.join(names)}"
-                    raise TypeError(f"{function.__name__}() has no argument {name!r}{remedy}")
+                    raise TypeError(f"{function.__name__}() has no argument {name!r}{nearest(name, names)}")
             return function(*args, **keywords)
 
         checked.__signature__ = inspect.signature(function).replace(parameters=[*own, *fields])
         return checked
 
     return decorate
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about a name that is not known: ": did you mean 'gate'?", or all that are."""
+    known = list(known)
+    found = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {found[0]!r}?" if found else f": it has {', '.join(known)}"
 
 
 @cache

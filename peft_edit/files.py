@@ -112,6 +112,23 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def append_line(path: Path, text: str) -> None:
+    """Add a line to a text file, on the disk when this returns. One that was cut off by an interruption goes first."""
+    with naming_full_disk(path), path.open("a+b") as file:
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+        file.write(f"{text}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that `append_line` wrote, without one that was cut off; none of one that is not there."""
+    held = path.read_bytes() if path.exists() else b""
+    return held[: held.rfind(b"\n") + 1].decode().split("\n")[:-1]
+
+
 def hidden(path: Path) -> Path:
     """Name of a file while its only writer writes it."""
     return path.with_name(f".{path.name}.tmp")

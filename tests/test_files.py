@@ -282,3 +282,13 @@ def test_other_errors_of_the_disk_stay_as_they_are(tmp_path):
     with pytest.raises(PermissionError) as error, files.naming_full_disk(tmp_path):
         raise PermissionError(errno.EACCES, "Permission denied", "elsewhere")
     assert error.value.filename == "elsewhere"
+
+
+def test_lines_are_whole_or_not_there(tmp_path):
+    file = tmp_path / "lines"
+    assert files.whole_lines(file) == []
+    files.append_line(file, "one")
+    file.write_bytes(file.read_bytes() + "two, cut öff".encode()[:-3])
+    assert files.whole_lines(file) == ["one"]
+    files.append_line(file, "zwö")
+    assert file.read_text("utf-8") == "one\nzwö\n" and files.whole_lines(file) == ["one", "zwö"]

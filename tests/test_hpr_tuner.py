@@ -88,6 +88,7 @@ EVERY_FIELD = {
     "probe_accuracy": {"1": 0.1 + 0.7, "2": 1.0},
     "base_model_fingerprint": "0123456789abcdef",
     "fitted_on": {"data": "truthful_qa", "questions": 367, "token_pairs": 5000},
+    "calibration": {"dial": "gate", "value": 0.25, "kl_p95": 0.4, "budget": 0.5, "texts": "01ab", "tokens": 70},
     "init_weights": False,
     "modules_to_save": ["lm_head"],
 }

@@ -131,6 +131,7 @@ SHARED = {
     "layers_to_transform": range(1, 3),
     "base_model_fingerprint": "0123456789abcdef",
     "fitted_on": {"data": "truthful_qa", "questions": 367},
+    "calibration": {"kl_p95": 0.4, "budget": 0.5, "texts": "01ab", "tokens": 70},
     "init_weights": False,
     "modules_to_save": ["lm_head"],
 }

@@ -66,8 +66,8 @@ def test_named_commands_and_options_exist(name):
     for command, rest in re.findall(r"(?:peft-edit|-m peft_edit\.cli) ([a-z][a-z-]*)([^`\n]*)", text):
         assert command in COMMANDS
         if command not in PASSED_ON:
-            assert set(re.findall(r"--[a-z-]+", rest)) <= COMMANDS[command], (command, rest)
-    options = set(re.findall(r"`(--[a-z_-]+)[^`]*`", FENCED.sub("", text)))
+            assert set(re.findall(r"--[a-z0-9-]+", rest)) <= COMMANDS[command], (command, rest)
+    options = set(re.findall(r"`(--[a-z0-9_-]+)[^`]*`", FENCED.sub("", text)))
     options = {option for option in options if "_" not in option}  # those of lm-evaluation-harness
     assert options <= OTHERS_OPTIONS.union(*COMMANDS.values())
 

@@ -82,9 +82,9 @@ def test_python_snippets_print_what_a_page_shows(made, name, monkeypatch):
         assert_shown(printed, shown)
 
 
-def test_command_line_snippet_runs(tmp_path, monkeypatch, capsys):
-    """Bash reads the commands; they run in this process, for the imports of a new one take longer than most of them."""
-    (snippet,) = (code for kind, code in BLOCKS if kind == "bash" and "peft-edit collect" in code)
+def run_commands(snippet, folder, monkeypatch, capsys) -> str:
+    """Bash reads the commands; they run in this process, for the imports of a new one take longer than most of them.
+    Returns what they print."""
     (script,) = entry_points(group="console_scripts", name="peft-edit")
     main = script.load()
     exec(re.search(r'python -c "(.*)"', snippet)[1])
@@ -92,18 +92,33 @@ def test_command_line_snippet_runs(tmp_path, monkeypatch, capsys):
     peft-edit() {{ printf '%q ' "$@"; echo; }}
     """
     lines = subprocess.check_output(["bash", "-euo", "pipefail", "-c", printing + snippet], text=True)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
     for line in lines.splitlines():
         monkeypatch.setattr(sys, "argv", ["peft-edit", *shlex.split(line)])
         with pytest.raises(SystemExit) as stopped:
             main()
         assert not stopped.value.code, line
-    printed = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_command_line_snippet_runs(tmp_path, monkeypatch, capsys):
+    (snippet,) = (code for kind, code in BLOCKS if kind == "bash" and "peft-edit collect" in code)
+    printed = run_commands(snippet, tmp_path, monkeypatch, capsys)
     sea, hpr = map(float, re.findall(r"^MC1 +([\d.]+) ", printed, flags=re.MULTILINE))
     assert f"{sea:.2f}" == "66.67" and hpr > 55
     accuracies = re.findall(r"^\d  +(0\.\d+) ", printed, flags=re.MULTILINE)
     assert len(accuracies) >= 5 and min(map(float, accuracies)) > 0.8
     assert (tmp_path / "results.json").exists()
+
+
+def test_the_page_about_choosing_shows_what_its_commands_print(tmp_path, monkeypatch, capsys):
+    (_, snippet), (_, shown), *_ = blocks_of(PAGES["choosing.md"])
+    printed = run_commands(snippet, tmp_path, monkeypatch, capsys)
+    table = [line.rstrip() for line in printed.splitlines()]
+    start = next(place for place, line in enumerate(table) if line.startswith("layers"))
+    shown = shown.splitlines()
+    assert table[start : start + len(shown)] == shown
+    assert (tmp_path / "sea-mild" / "adapter_config.json").exists()
 
 
 @pytest.fixture(scope="module")

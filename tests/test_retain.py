@@ -17,7 +17,7 @@ from peft_edit import ActivationStore, HPRTrainer, SEAConfig, fit_sea
 from peft_edit.tuners.hpr import maths as hpr
 from peft_edit.tuners.hpr.stacked import StackedHPR
 from peft_edit.tuners.hpr.train import TokenPairs
-from peft_edit.tuners.sea.subspaces import leading
+from peft_edit.tuners.sea.subspaces import second_moment
 
 
 def text_rows(basis, count, seed=0, noise=0.0):
@@ -47,7 +47,7 @@ def retained_blocks(path, rows, **settings):
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99, 1.0])
 def test_leading_directions_are_those_of_the_second_moment(count, energy):
     rows = text_rows(orthonormal(6, 1), count, noise=1e-3) + 0.5
-    basis = leading(rows.split(7), count, energy)
+    basis = second_moment(rows.split(7), count).leading(energy)
     values, vectors = torch.linalg.eigh(rows.T @ rows)
     shares = values.flip(0).cumsum(dim=0) / values.sum()
     k = min(count, D) if energy == 1 else int((shares < energy).sum()) + 1
@@ -58,7 +58,7 @@ def test_leading_directions_are_those_of_the_second_moment(count, energy):
 
 
 def test_directions_of_rows_that_span_less_than_all():
-    basis = leading(text_rows(orthonormal(3, 0), 400).split(100), 400, 1.0)
+    basis = second_moment(text_rows(orthonormal(3, 0), 400).split(100), 400).leading(1.0)
     assert len(basis) == 3
     cosines = torch.linalg.svdvals(basis @ orthonormal(3, 0).T)
     assert cosines.min() > 1 - 1e-10

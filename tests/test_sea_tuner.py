@@ -78,6 +78,7 @@ EVERY_FIELD = {
     "fit_statistics": {"model.layers.1": {"rms": 0.1 + 0.2, "strength": 1.0}},
     "base_model_fingerprint": "0123456789abcdef",
     "fitted_on": {"data": "truthful_qa", "questions": 367, "demonstrations": 400},
+    "calibration": {"dial": "strength", "value": 0.5, "kl_p95": 0.4, "budget": 0.5, "texts": "01ab", "tokens": 70},
     "init_weights": False,
     "modules_to_save": ["lm_head"],
 }

@@ -327,3 +327,17 @@ def test_gram(n):
     gram = spectra._gram(x)
     torch.testing.assert_close(gram, x @ x.T, rtol=0, atol=1e-13)
     assert torch.equal(gram, gram.T)
+
+
+@pytest.mark.parametrize("n, d", [*SHAPES, (560, 600)])  # of the last the leading part alone is computed
+@pytest.mark.parametrize("data", ["decaying fast", "decaying slowly"])
+def test_a_part_of_a_decomposition_is_that_of_a_smaller_energy(data, n, d):
+    x, y = DATA[data](n, d)
+    whole = LeftFactor(x).decompose(y, 0.9999)
+    for ratio in (0.3, 0.5, 0.9, 0.998, 0.9999, 1.0):
+        part = whole.cut(ratio)
+        expected = LeftFactor(x).decompose(y, min(ratio, 0.9999))
+        assert len(part.basis) == len(expected.basis) == len(part.singular_values)
+        assert part.energy == pytest.approx(expected.energy, rel=1e-9)
+        difference = part.basis.T @ part.basis - expected.basis.T @ expected.basis
+        assert float(difference.norm()) < 1e-7

@@ -68,7 +68,7 @@ BESIDE = {
 # What a fit does next time, and what it writes.
 OF_A_FIT = {
     *("positive_energy", "negative_energy", "centered", "retain_energy", "scale_to_rms", "num_heads"),
-    *("base_model_fingerprint", "fitted_on"),
+    *("base_model_fingerprint", "fitted_on", "calibration"),
 }
 WRITTEN = {"rank_pattern", "fit_statistics", "probe_accuracy", "modules_to_save"}
 

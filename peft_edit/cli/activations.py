@@ -7,9 +7,9 @@ from typing import Annotated
 
 from ..activations.arguments import CollectArguments
 from ..arguments import Argument, ArgumentError
+from ..models.sites import format_layers
 from . import common
 from .options import Fields, Run
-from .values import format_layers
 
 
 # Texts take the place of the contrast set.

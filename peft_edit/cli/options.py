@@ -321,11 +321,11 @@ def _typer_parameter(option: Option) -> Parameter:
         annotation = list[str] | None if kind == "repeated" else str | None
     if option.is_positional:
         annotation, info = Path if kind is Path else str, typer.Argument(**declared)
-        default = Parameter.empty if default is MISSING else default
     else:
         if kind is not bool:
             declared["metavar"] = f"<{shown_type(option.hint, option.metadata)}>"
         info = typer.Option(f"{option.flag}/{option.off}" if option.off else option.flag, **declared)
+    default = Parameter.empty if default is MISSING else default
     return Parameter(option.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info])
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
-from ..arguments import Argument, ArgumentError, alternatives, choices_of
+from ..arguments import alternatives, choices_of
+from ..models.sites import format_layers, parse_layers
 
 
 # Types of several values.
@@ -114,25 +115,3 @@ def help_of(hint: Any, metadata: Mapping[str, Any]) -> str:
         return told
     *first, last = [*names, NONE] if None in choices_of(hint) else names
     return f"{told.removesuffix('.')}: {', '.join(first)} or {last}."
-
-
-def parse_layers(text: str, name: str = "layers") -> list[int]:
-    """ "0-3,7" -> [0, 1, 2, 3, 7]."""
-    layers: set[int] = set()
-    for part in text.split(","):
-        bounds = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if bounds is None or int(bounds[2] or bounds[1]) < int(bounds[1]):
-            raise ArgumentError(Argument(name), f" must be numbers and rising ranges such as 0-3,7, got {text!r}")
-        layers.update(range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1))
-    return sorted(layers)
-
-
-def format_layers(layers: list[int]) -> str:
-    """[0, 1, 2, 3, 7] -> "0-3,7"."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

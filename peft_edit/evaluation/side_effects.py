@@ -30,6 +30,10 @@ CHUNK_ELEMENTS = 2**22
 HIGH = 0.95
 
 
+class NotFiniteError(ValueError):
+    """Logits that are NaN or infinite."""
+
+
 @dataclass(frozen=True)
 class SideEffects:
     """Of an edited model against the same model with its adapters disabled, over the predicted tokens of some texts.
@@ -97,7 +101,7 @@ class SideEffectsMeter:
             targets: (t,) int64, the tokens that follow.
 
         Raises:
-            ValueError: a logit is NaN or infinite.
+            NotFiniteError: a logit is NaN or infinite.
         """
         rows = max(1, CHUNK_ELEMENTS // base.shape[1])
         for p, q, target in zip(base.split(rows), edited.split(rows), targets.split(rows), strict=True):
@@ -110,7 +114,7 @@ class SideEffectsMeter:
             self._kl.append(kl.clamp_min(0).cpu())
         self._tokens += len(targets)
         if not (math.isfinite(self._nll) and math.isfinite(self._base_nll) and bool(self._kl[-1].isfinite().all())):
-            raise ValueError(
+            raise NotFiniteError(
                 "the logits of the texts are NaN or infinite: load the model in a wider dtype (bfloat16 or float32), "
                 "or lower the strength of the edit"
             )

@@ -49,6 +49,28 @@ def normalise_layers(layers: LayerIndices, name: str = "layers") -> list[int] | 
     return sorted({operator.index(i) for i in indices})
 
 
+def parse_layers(text: str, name: str = "layers") -> list[int]:
+    """ "0-3,7" -> [0, 1, 2, 3, 7]."""
+    layers: set[int] = set()
+    for part in text.split(","):
+        bounds = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if bounds is None or int(bounds[2] or bounds[1]) < int(bounds[1]):
+            raise ArgumentError(Argument(name), f" must be numbers and rising ranges such as 0-3,7, got {text!r}")
+        layers.update(range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1))
+    return sorted(layers)
+
+
+def format_layers(layers: list[int]) -> str:
+    """[0, 1, 2, 3, 7] -> "0-3,7"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
 def check_names(field: str, names: object) -> None:
     """Raise ValueError unless names are None, a regular expression or strings, as PEFT matches module names."""
     if isinstance(names, str):

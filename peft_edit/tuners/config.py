@@ -48,6 +48,17 @@ class Part(Provenance):
     adapter: str
 
 
+class Calibrated(TypedDict, total=False):
+    """At which value of a field an edit met a budget of divergence from the base model."""
+
+    dial: str
+    value: float
+    kl_p95: float
+    budget: float
+    texts: str
+    tokens: int
+
+
 class FittedOn(Provenance, total=False):
     """The same, and of an edit that joins several adapters that of each."""
 
@@ -73,6 +84,10 @@ class EditConfig(PeftConfig):
             Written by the fit or the training: the name of the data (`data`) where it is known, and the numbers of
             `questions` and of `demonstrations` or `token_pairs`; the same of the texts to `retain`. Of an edit that
             joins several (`combined`), a list of the same of each `adapter`.
+        calibration (`dict[str, Any]`):
+            Written by `calibrate`: the `dial` that it set, to which `value`, and the 95th percentile of the divergence
+            from the base model there, in nats, with its `budget`, and a hash of the `texts` and their number of
+            `tokens`. Another value of the dial empties it.
         init_weights (`bool`):
             Leave this `True`: the identity, until it is fitted or trained. `False` makes a random edit, for tests.
         modules_to_save (`list[str] | None`):
@@ -82,6 +97,7 @@ class EditConfig(PeftConfig):
         method: name of the method, in upper case; each configuration class has one.
         site: "mlp", "block" or "attention": what is edited where there are no `target_modules`.
         fixed: names of the fields that the modules of an adapter follow from, so that they cannot change later.
+        dials: names of the fields by which an edit is made stronger, the usual one first: 0 is the base model.
         sites_in_use: names of the modules that adapters with this very object edit.
     """
 
@@ -91,6 +107,7 @@ class EditConfig(PeftConfig):
     fixed: ClassVar[tuple[str, ...]] = (
         *("site", "target_modules", "exclude_modules", "layers_to_transform", "init_weights"),
     )
+    dials: ClassVar[tuple[str, ...]] = ("strength",)
     # Writes the model card beside an adapter that is saved, see `registration.write_cards_with`.
     card_writer: ClassVar[Callable[[Path, EditConfig], object] | None] = None
 
@@ -110,6 +127,9 @@ class EditConfig(PeftConfig):
         default_factory=dict,
         metadata={"help": "Data and number of demonstrations. Written by the fit or the training."},
     )
+    calibration: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Budget of damage that the strength meets. Written by calibrate."}
+    )
     init_weights: bool = field(
         default=True, metadata={"help": "Leave this True. False makes a random edit, for tests."}
     )
@@ -126,6 +146,7 @@ class EditConfig(PeftConfig):
             check_names(name, getattr(self, name))
         self.layers_to_transform = normalise_layers(self.layers_to_transform, "layers_to_transform")
         self.check_written("fitted_on", FittedOn)
+        self.check_written("calibration", Calibrated)
         if not isinstance(self.base_model_name_or_path, (str, os.PathLike, type(None))):
             raise ArgumentError(
                 Argument("base_model_name_or_path"), f" must be text, or None, got {self.base_model_name_or_path!r}"
@@ -135,6 +156,9 @@ class EditConfig(PeftConfig):
             raise ArgumentError(Argument("modules_to_save"), f" must be a list of names, or None, got {names!r}")
         check_options(self, tuple(field.name for field in fields(self) if field.name in self._own_fields()))
         self.check_fields()
+        dial = self.calibration.get("dial")
+        if dial is not None and getattr(self, dial, None) != self.calibration.get("value"):
+            self.calibration = {}  # of another value
         # The modules that an adapter with this configuration edits, once it is in a model.
         self.sites_in_use: set[str] = set()
 
@@ -149,6 +173,8 @@ class EditConfig(PeftConfig):
             value = getattr(replace(self, **{name: value}), name)
             if value != getattr(self, name):
                 self.check_change(name, value)
+                if name == self.calibration.get("dial"):
+                    self.calibration = {}
         super().__setattr__(name, value)
 
     @classmethod

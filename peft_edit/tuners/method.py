@@ -45,6 +45,7 @@ class Method:
         convert: (source_dir, out_dir, base_model=, ...) makes an adapter of such a folder; the result has `notes`,
             `table()`, `remarks()` and `to_dict()`.
         published_files: names of those files, for messages.
+        settings: module whose `SETTINGS` makes the edits of a sweep, see `peft_edit.choosing.axes`.
         evidence: module whose `show(scene)` is the method's part of the demonstration.
     """
 
@@ -67,6 +68,7 @@ class Method:
     published: Callable[[Path], bool] | None = None
     convert: Callable[..., Any] | None = None
     published_files: str = ""
+    settings: str | None = None
     evidence: str | None = None
 
     @property

@@ -43,6 +43,7 @@ class HPRConfig(EditConfig):
 
     method: ClassVar[str] = "HPR"
     fixed: ClassVar[tuple[str, ...]] = (*EditConfig.fixed, "num_angle_layers", "angle_hidden_size")
+    dials: ClassVar[tuple[str, ...]] = ("alpha", "gate")
 
     num_angle_layers: int = field(
         default=4,

@@ -34,6 +34,7 @@ METHOD = Method(
     tokens=("answer",),
     learnt_by="train-hpr",
     commands="peft_edit.tuners.hpr.commands",
+    settings="peft_edit.tuners.hpr.settings",
     card_settings=card_settings,
     card_layers=card_layers,
     no_merge=NO_MERGE,

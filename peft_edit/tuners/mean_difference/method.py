@@ -30,6 +30,7 @@ METHOD = Method(
     tokens=(*ROW_TOKENS, "answer"),
     learnt_by="fit-mean-difference",
     commands="peft_edit.tuners.mean_difference.commands",
+    settings="peft_edit.tuners.mean_difference.settings",
     card_settings=card_settings,
     card_layers=card_layers,
     no_lora="it adds a vector, which is a bias and no low-rank update of a weight; merge it where it merges",

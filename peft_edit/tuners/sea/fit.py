@@ -27,7 +27,7 @@ from ...processes import processes
 from .config import SEAConfig
 from .layer import SEALayer
 from .maths import FEATURE_MAPS, check_finite, edit, fit, project, rescale_statistics
-from .subspaces import leading
+from .subspaces import second_moment
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,9 @@ def _fit_site(
     scale = 1.0 if config.input_scale is None else config.input_scale * rms
     retained = None
     if retain is not None:
-        phi = _feature_map(config, scale)
-        chunks = (phi(chunk) for chunk in _text_rows(retain, index, fit_device))
-        retained = leading(chunks, len(retain), config.retain_energy)
+        phi = mapped(config, scale)
+        chunks = (phi(chunk) for chunk in text_rows(retain, index, fit_device))
+        retained = second_moment(chunks, len(retain)).leading(config.retain_energy)
     fitted = fit(
         neutral,
         positive,
@@ -190,7 +190,7 @@ def _fit_site(
         retained=retained,
     )
     bases = fitted.positive.basis, fitted.negative.basis
-    left_alone = None if retain is None else _text_rows(retain, index, fit_device)
+    left_alone = None if retain is None else text_rows(retain, index, fit_device)
     statistics = site_statistics(neutral, *bases, config, scale, left_alone)
     site_fit = SiteFit(
         layer=index,
@@ -209,7 +209,7 @@ def _fit_site(
     return site_fit, tuple(spectrum.basis.float().cpu() for spectrum in (fitted.positive, fitted.negative))
 
 
-def _text_rows(store: ActivationStore, index: int, device: torch.device) -> Iterator[Tensor]:
+def text_rows(store: ActivationStore, index: int, device: torch.device) -> Iterator[Tensor]:
     """Activations of the tokens of a store's texts at a layer, (r, d) each, float64."""
     for rows in store.text_tokens().split(CHUNK_ROWS):
         chunk = store.gather(rows, [index])[0].to(device, torch.float64)
@@ -217,7 +217,7 @@ def _text_rows(store: ActivationStore, index: int, device: torch.device) -> Iter
         yield chunk
 
 
-def _feature_map(config: SEAConfig, scale: float) -> Callable[[Tensor], Tensor]:
+def mapped(config: SEAConfig, scale: float) -> Callable[[Tensor], Tensor]:
     """What the fit does with activations before it decomposes them."""
     if config.feature_map is None:
         return lambda x: x

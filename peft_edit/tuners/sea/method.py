@@ -51,6 +51,7 @@ METHOD = Method(
     tokens=ROW_TOKENS,
     learnt_by="fit-sea",
     commands="peft_edit.tuners.sea.commands",
+    settings="peft_edit.tuners.sea.settings",
     card_settings=card_settings,
     card_layers=card_layers,
     check_lora=check_lora,

@@ -50,6 +50,16 @@ class Spectrum:
     singular_values: torch.Tensor
     energy: float
 
+    def cut(self, ratio: float) -> Spectrum:
+        """Its fewest leading vectors that carry a smaller share of the energy of all: what `LeftFactor.decompose` gives
+        with that ratio. With a ratio of 1, and one above what it carries, itself."""
+        shares = self.singular_values.square().cumsum(dim=0)
+        shares = shares * (self.energy / shares[-1])
+        k = int((shares < ratio).sum()) + 1
+        if ratio == 1 or k >= len(shares):
+            return self
+        return Spectrum(self.basis[:k], self.singular_values[:k], float(shares[k - 1]))
+
 
 class LeftFactor:
     """The factor X of Omega = X^T Y / n, shared by the decompositions with several Y.

@@ -6,6 +6,7 @@ A basis is (k, d) with orthonormal rows; k is its rank, d the hidden size. Decom
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,18 +35,31 @@ def change(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
     return (q @ vectors[:, kept]).T, values[kept]
 
 
-def leading(chunks: Iterable[Tensor], count: int, energy: float) -> Tensor:
-    """Basis of the leading eigenvectors of the second moment R^T R / t, as few as carry a share of its trace.
+@dataclass(frozen=True)
+class Moment:
+    """Eigenvalues, (k,), in decreasing order, and eigenvectors, (k, d), of a second moment R^T R times the number t of
+    its rows, both float64."""
 
-    Of the (d, d) moment and the (t, d) factor the smaller one is in memory, besides a chunk.
+    values: Tensor
+    vectors: Tensor
+    count: int
+
+    def leading(self, energy: float) -> Tensor:
+        """Basis of the leading eigenvectors, (k, d), as few as carry a share of the trace, in (0, 1]."""
+        values, vectors = self.values, self.vectors
+        cumulated = values.cumsum(dim=0)
+        resolved = values > values[0] * max(self.count, vectors.shape[1]) * torch.finfo(values.dtype).eps
+        k = min(int((cumulated < energy * cumulated[-1]).sum()) + 1, int(resolved.sum()))
+        return vectors[:k].contiguous()
+
+
+def second_moment(chunks: Iterable[Tensor], count: int) -> Moment:
+    """The eigenvectors of R^T R. Of the (d, d) moment and the (t, d) factor the smaller one is in memory, besides a
+    chunk.
 
     Args:
         chunks: the rows of R, (r, d) each, float64.
         count: t, the number of all rows.
-        energy: in (0, 1].
-
-    Returns:
-        (k, d), float64.
     """
     factor: list[Tensor] = []
     moment: Tensor | None = None
@@ -56,14 +70,9 @@ def leading(chunks: Iterable[Tensor], count: int, energy: float) -> Tensor:
             moment = chunk.T @ chunk if moment is None else moment.addmm_(chunk.T, chunk)
     if moment is None:
         _, singular, vectors = torch.linalg.svd(torch.cat(factor), full_matrices=False)
-        values = singular.square()
-    else:
-        values, vectors = torch.linalg.eigh(moment)
-        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1).T
-    cumulated = values.cumsum(dim=0)
-    resolved = values > values[0] * max(count, len(vectors[0])) * torch.finfo(values.dtype).eps
-    k = min(int((cumulated < energy * cumulated[-1]).sum()) + 1, int(resolved.sum()))
-    return vectors[:k].contiguous()
+        return Moment(singular.square(), vectors, count)
+    values, vectors = torch.linalg.eigh(moment)
+    return Moment(values.flip(0).clamp_min(0), vectors.flip(1).T, count)
 
 
 def join(bases: Sequence[Tensor]) -> Tensor:
