@@ -144,8 +144,8 @@ class Settings(ABC):
 
 @contextmanager
 def with_adapter(model: nn.Module, config: PeftConfig) -> Iterator[PeftModel]:
-    """A base model in evaluation mode with a new adapter, which is gone after the `with` block."""
-    adapted = get_peft_model(model, config).eval()
+    """A base model with a new adapter, which is gone after the `with` block."""
+    adapted = get_peft_model(model, config)
     try:
         yield adapted
     finally:

@@ -15,7 +15,7 @@ from peft import PeftModel, TaskType
 from peft.utils import CONFIG_NAME
 from torch import Tensor
 from transformers import set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ...activations.store import open_pairs
 from ...adapters.match import check_store, find_adapter
@@ -26,6 +26,7 @@ from ...choosing.axes import Setting, Settings, Sources, declared, with_adapter,
 from .arguments import HPRTrainingArguments
 from .config import HPRConfig
 from .layer import HPRLayer
+from .progress import Progress
 from .select import probe_accuracy
 from .train import HPRTrainer
 
@@ -186,8 +187,15 @@ class HPRSettings(Settings):
                 retain_dataset=self.sources.retain if training.retain_weight else None,
                 allow_fingerprint_mismatch=self.sources.allow_fingerprint_mismatch,
             )
+            # Logs would go to standard output, among the results.
             trainer.remove_callback(PrinterCallback)
-            trainer.train()
+            trainer.remove_callback(ProgressCallback)
+            progress = Progress()
+            trainer.add_callback(progress)
+            try:
+                trainer.train()
+            finally:
+                progress.close()
             yield adapted
 
     def _arguments(self, training: Training) -> HPRTrainingArguments:
