@@ -176,7 +176,7 @@ def settings_of(maker: Settings, grid: Mapping[str, Any] | Sequence[Mapping[str,
         ValueError: an axis that the method does not have, or a value that it cannot have.
     """
     found: dict[Setting, None] = {}
-    for part in [grid] if isinstance(grid, Mapping) else list(grid):
+    for part in grid if isinstance(grid, (list, tuple)) else [grid]:
         if not isinstance(part, Mapping):
             raise ArgumentError(Argument("grid"), f" must be a dict of axes, or a list of these, got {part!r}")
         axes = {name: _values(maker, name, values) for name, values in _checked(maker, part).items()}

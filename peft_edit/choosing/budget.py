@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import torch
+
 from ..arguments import Argument, ArgumentError, nearest
 from ..evaluation.side_effects import HIGH, SideEffectsMeter
 
@@ -84,7 +86,7 @@ class Tried(Protocol):
 
     damage: float
     benefit: float | None
-    error: float | None
+    of_questions: Sequence[float] | None
 
 
 T = TypeVar("T", bound=Tried)
@@ -92,14 +94,25 @@ T = TypeVar("T", bound=Tried)
 
 def choose(tried: Sequence[T]) -> T | None:
     """Of the settings within the budget that whose benefit is the greatest, and of all within one standard error of
-    it, over the questions, that with the least damage; of equal ones the first. None where none is within."""
+    it that with the least damage; of equal ones the first. None where none is within the budget.
+
+    All settings answer the same questions, so that the standard error is that of the difference of two settings, over
+    the questions: much smaller than that of either alone.
+    """
     within = [found for found in tried if found.damage <= 1 and found.benefit is not None]
     if not within:
         return None
     best = max(within, key=lambda found: found.benefit)
-    return min(
-        (found for found in within if found.benefit >= best.benefit - best.error), key=lambda found: found.damage
-    )
+    return min((found for found in within if _as_good(found, best)), key=lambda found: found.damage)
+
+
+def _as_good(found: Tried, best: Tried) -> bool:
+    """Whether a setting's benefit is within one standard error of the difference from the best one's."""
+    pairs = zip(best.of_questions, found.of_questions, strict=True)
+    differences = torch.tensor([greatest - other for greatest, other in pairs], dtype=torch.float64)
+    if len(differences) < 2:  # whose deviation nobody knows
+        return bool(differences.mean() <= 0)
+    return bool(differences.mean() <= differences.std() / math.sqrt(len(differences)))
 
 
 def front(tried: Sequence[T]) -> list[T]:

@@ -149,7 +149,8 @@ def sweep(
     """Measure benefit and damage of many settings of a method, and choose one.
 
     Of the settings within the budget it takes that with the greatest benefit on the validation questions, and of all
-    within one standard error of it, over these questions, that with the least damage: the smallest share of its budget.
+    within one standard error of the difference, over these questions, that with the least damage: the smallest share of
+    its budget.
 
     What settings have in common is done once: a decomposition or a training serves all settings that follow from it,
     and the base model's blocks below the first one that a setting edits are run once for all.

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -29,23 +28,22 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over the validation questions, in [0, 1], and their standard errors."""
+    """Scores on the validation questions.
+
+    Attributes:
+        mc1, mc2: means, in [0, 1].
+        questions: name of each of these to the scores of the questions.
+    """
 
     mc1: float
     mc2: float
-    mc1_error: float
-    mc2_error: float
+    questions: Mapping[str, Sequence[float]]
 
     @classmethod
     def of(cls, result: MultipleChoiceResult) -> Scores:
         """Of an evaluation."""
-        errors = [_error([float(getattr(q, name)) for q in result.questions]) for name in ("mc1", "mc2")]
-        return cls(result.mc1, result.mc2, *errors)
-
-
-def _error(scores: Sequence[float]) -> float:
-    """Standard error of the mean; 0 of a single one, whose deviation nobody knows."""
-    return float(torch.tensor(scores, dtype=torch.float64).std() / math.sqrt(len(scores))) if len(scores) > 1 else 0.0
+        questions = {name: [float(getattr(q, name)) for q in result.questions] for name in ("mc1", "mc2")}
+        return cls(result.mc1, result.mc2, questions)
 
 
 @dataclass(frozen=True)
@@ -98,9 +96,9 @@ class Found:
         return None if self.scores is None else getattr(self.scores, self.criterion)
 
     @property
-    def error(self) -> float | None:
-        """Its standard error over the questions."""
-        return None if self.scores is None else getattr(self.scores, f"{self.criterion}_error")
+    def of_questions(self) -> Sequence[float] | None:
+        """The benefit of each question, of which that is the mean."""
+        return None if self.scores is None else self.scores.questions[self.criterion]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without infinite ones."""

@@ -31,7 +31,8 @@ def sweep(
     output: common.Output,
     run: Run,
     grid: Annotated[
-        dict[str, Any] | None, {"help": "Axis to its values, as JSON, or in the file of --config. Must be given."}
+        dict[str, Any] | list[dict[str, Any]] | None,
+        {"help": "Axis to its values, or a list of such grids, as JSON, or in the file of --config. Must be given."},
     ] = None,
     store: Store = None,
     retain: common.Retain = None,

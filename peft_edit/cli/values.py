@@ -74,7 +74,7 @@ def parse(text: Any, hint: Any, name: str, metadata: Mapping[str, Any] | None = 
 
 def to_text(value: Any) -> str:
     """How the command line writes a value that is not None."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(part, dict) for part in value)):
         return json.dumps(value)
     if isinstance(value, Iterable) and not isinstance(value, str):
         values = list(value)
@@ -88,6 +88,8 @@ def to_json(value: Any, hint: Any, metadata: Mapping[str, Any] | None = None) ->
     if value is None or isinstance(value, (bool, int, float, dict)):
         return value
     kind = kind_of(hint, metadata)
+    if kind == "json":
+        return value
     if kind in ("texts", "repeated") and not isinstance(value, str):
         return [str(part) for part in value]
     return to_text(value)
