@@ -24,7 +24,8 @@ def test_a_grid_may_stand_in_a_file_and_the_adapter_can_be_calibrated(fitted, ru
     config = tmp_path / "sweep.yaml"
     config.write_text(
         f"store: {fitted / 'store'}\ntexts: {texts}\nlimit: 8\nbatch-size: 64\nbudget: {{kl_p95: 0.5}}\n"
-        "grid:\n- layers: [last 1, 0-1]\n  energy: 0.9\n  centered: true\n- {layers: [last 1, 0-1], energy: 0.99, centered: true}\n"
+        "grid:\n- layers: [last 1, 0-1]\n  energy: 0.9\n  centered: true\n"
+        "- {layers: [last 1, 0-1], energy: 0.99, centered: true}\n"
     )
     sweep = ["sweep", MODEL, VALIDATION, tmp_path / "out", "--config", config]
     status, out, _ = run(*sweep, "--json", tmp_path / "sweep.json")
