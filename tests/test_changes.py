@@ -13,7 +13,10 @@ from peft_edit.adapters.changes import LARGE, warn_of_change
 
 
 def test_the_largest_change_is_in_the_warning():
-    with pytest.warns(UserWarning, match=r"^the edit changes such rows by up to 30 %, at layer 7, .* lower strength$"):
+    with pytest.warns(
+        UserWarning,
+        match=r"^the edit changes such rows by up to 30 %, at layer 7: measure .* strength make it milder$",
+    ):
         warn_of_change({3: 0.2, 7: 0.3, 8: 0.01}, "such rows")
     with pytest.warns(UserWarning, match=r"by up to nan %, at layer 3"):
         warn_of_change({3: math.nan, 7: 0.3}, "such rows")

@@ -11,9 +11,13 @@ from torch import Tensor
 from ..arguments import Argument, Note
 
 
-# Relative change above which greedy answers of a real model of 135 million parameters began to repeat themselves, and
-# its perplexity on other text rose by a tenth or more, with some twenty layers edited.
+# Relative change above which edits of some twenty layers of a model of 135 million parameters raised its perplexity
+# on other text by a tenth or more.
 LARGE = 0.1
+
+
+class ChangeWarning(UserWarning):
+    """A fit moves activations far that it is not meant for."""
 
 
 def relative_change(chunks: Iterable[Tensor], edit: Callable[[Tensor], Tensor]) -> float:
@@ -46,10 +50,10 @@ def warn_of_change(changes: Mapping[int, float], rows: str, stacklevel: int = 3)
         return
     warnings.warn(
         Note(
-            f"the edit changes {rows} by up to {100 * changes[layer]:.0f} %, at layer {layer}, which harms other text "
-            f"as a rule above {100 * LARGE:.0f} %: measure it (peft-edit evaluate with texts), and give the fit a "
-            "retain set, fewer layers or a lower ",
-            Argument("strength"),
+            f"the edit changes {rows} by up to {100 * changes[layer]:.0f} %, at layer {layer}: measure what it does to "
+            "other text (peft-edit evaluate with texts); a retain set, fewer layers or a lower ",
+            *(Argument("strength"), " make it milder"),
         ),
+        ChangeWarning,
         stacklevel=stacklevel,
     )

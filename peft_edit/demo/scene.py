@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..adapters.changes import ChangeWarning
 from ..adapters.save import check_adapter_folder
 from ..files import write_json
 from ..tuners.method import methods
 
 
 ASSETS = Path(__file__).parent / "assets"
-UNRELATED = "unrelated.txt"
+UNRELATED, RETAIN = "unrelated.txt", "retain.txt"
 
 
 @dataclass
@@ -53,7 +56,9 @@ def run(out: Path) -> dict[str, Any]:
     ) as progress:
         scene = Scene(out, progress)
         scene.evaluate("base", scene.base_model())
-        evidence = {name: module.show(scene) for name, module in shown.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ChangeWarning)  # the table shows what edits do to other text
+            evidence = {name: module.show(scene) for name, module in shown.items()}
     scene.write_results("base", "base")
     for name, found in evidence.items():
         scene.write_results(name.lower(), found.row)
@@ -103,15 +108,11 @@ class Scene:
         data = self.demonstrations if data is None else data
         return collect_activations(self.base_model(), self.tokenizer, data, self.folder / name, resume=False, **options)
 
-    def mc(self, model, data):
-        from ..evaluation import evaluate_multiple_choice
-
-        return evaluate_multiple_choice(model, self.tokenizer, data, batch_size=256)
-
-    def perplexity(self, model) -> float:
-        from ..evaluation import perplexity
-
-        return perplexity(model, self.tokenizer, self.unrelated, batch_size=64)
+    @cached_property
+    def retain(self):
+        """A store of texts to leave alone, of the kind of the unrelated ones, at both sites."""
+        texts = (ASSETS / RETAIN).read_text(encoding="utf-8").splitlines()
+        return self.collect("retain-activations", texts, tokens="all")
 
     def evaluate(self, name: str, model) -> None:
         """Add a row to the table."""

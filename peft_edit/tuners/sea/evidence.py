@@ -1,4 +1,5 @@
-"""SEA on the demonstration model: the fit, a negative control, the way back from disk and into the weights."""
+"""SEA on the demonstration model: the fit, a negative control, the way back from disk and into the weights, and other
+text that is left alone."""
 
 from __future__ import annotations
 
@@ -10,15 +11,15 @@ from .config import SEAConfig
 from .fit import fit_sea
 
 
-MODELS = 5  # rows of the table
+MODELS = 6  # rows of the table
 
 
 def show(scene: Scene) -> Evidence:
     store = scene.collect("activations")
 
-    def fitted(**options):
+    def fitted(retain=None, **options):
         model = get_peft_model(scene.base_model(), SEAConfig(task_type=TaskType.CAUSAL_LM, centered=True, **options))
-        fit_sea(model, store)
+        fit_sea(model, store, retain=retain)
         return model
 
     edited = fitted()
@@ -31,6 +32,7 @@ def show(scene: Scene) -> Evidence:
     scene.evaluate("SEA, rescale none", linear)
     merged = fitted(rescale="none").merge_and_unload(safe_merge=True)
     scene.evaluate("SEA, rescale none, merged", merged)
+    scene.evaluate("SEA, rescale none, retain set", fitted(scene.retain, rescale="none"))
     differences = scene.difference(reloaded, edited), scene.difference(merged, linear)
     return Evidence(
         row="SEA",
