@@ -144,7 +144,9 @@ def test_an_adapter_of_all_layers_is_trained(stores, pipeline):
     assert results == read(folder / "all" / "train_hpr.json")
     assert results["steps"] == 5 * 113 and results["learning_rate"] == 2e-3
     assert len([entry for entry in results["history"] if "loss" in entry]) == 565 // 100
-    expected = {i: [f"{results[f'eval_probe_accuracy_layer_{i}']:.4f}"] for i in range(5)}
+    expected = {
+        i: [f"{results[f'eval_probe_accuracy_layer_{i}']:.4f}", f"{results['change'][str(i)]:.3f}"] for i in range(5)
+    }
     assert rows(printed["train-hpr"][0]) == expected
     assert f"{results['eval_angle_error']:.4f} radians" in printed["train-hpr"][0]
 

@@ -922,7 +922,7 @@ def test_the_metadata_of_a_collected_store(tmp_path, llama):
 
 
 UNKNOWN = {
-    "site": "attention",
+    "site": "heads",
     "tokens": "first",
     "neutral": "best",
     "answers": "best",

@@ -33,7 +33,6 @@ from peft_edit.adapters.card import is_generated
 from peft_edit.adapters.read import read_config
 from peft_edit.adapters.unfinished import UNFINISHED
 from peft_edit.models.fingerprint import adapter_record
-from peft_edit.tuners.hpr import resuming
 
 
 TOKENS = {"hf_write": ("user", "write"), "hf_read": ("user", "read"), "hf_other": ("other", "write")}
@@ -505,7 +504,7 @@ def test_what_is_no_adapter_stays_here(hub, client, folders, tmp_path):
     for name in ("checkpoint-10", ".cache", "runs/today"):
         shutil.copytree(folders / "HPR", tmp_path / "trained" / name)
     (tmp_path / "trained" / "train_hpr.json").write_text("{}")
-    for name in (resuming.UNFINISHED, f"another_method{UNFINISHED}"):
+    for name in (f"train_hpr{UNFINISHED}", f"another_method{UNFINISHED}"):
         (tmp_path / "trained" / name).write_text("{}")
     assert client(push_folder, tmp_path / "trained", "user/trained", **WRITE) == "done"
     known = {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "train_hpr.json"}

@@ -218,9 +218,9 @@ def test_memory_holds_an_edited_tensor_or_that_of_one_expert(family, tmp_path, m
     edits, sizes = [], []
     merged = merging._merged
 
-    def measured(path, edit, device):
+    def measured(folder, file, edit, device):
         with Sizes() as seen:
-            result = merged(path, edit, device)
+            result = merged(folder, file, edit, device)
         edits.append(edit)
         sizes.append(seen.largest)
         return result
@@ -566,7 +566,7 @@ def test_adapters_of_other_models(pair, tmp_path):
     [
         (
             lambda: HPRConfig(),
-            r"is an adapter of another method \(HPR\): only SEA or .* merges .*; it rotates",
+            r"is an adapter of another method \(HPR\): only SEA, .* or .* merges .*; it rotates",
         ),
         (lambda: SEAConfig(init_weights=False, feature_map="tanh"), "its feature map 'tanh' is not linear"),
         (lambda: SEAConfig(init_weights=False, site="block"), "which is no linear layer"),

@@ -106,7 +106,7 @@ def train_adapter(
     run: Run,
     output: common.Output,
     trainer_class: type[EditTrainer],
-    show: Callable[[EditTrainer, dict[str, Any]], object],
+    shown: Callable[[EditTrainer, dict[str, Any]], tuple[dict[str, list[str]], list[str]]],
 ) -> bool:
     """Train an adapter, save it with a record of the training beside it, and print what it came to.
 
@@ -115,7 +115,8 @@ def train_adapter(
         run: the command.
         output: where results go.
         trainer_class: of the method.
-        show: prints what is special to the method, of the trainer and the results.
+        shown: what to print of the trainer and the results: columns of a table of the layers, by their titles, and
+            lines below it.
 
     Returns:
         Whether this is the process that printed it.
@@ -170,9 +171,10 @@ def train_adapter(
     save_adapter(adapted, out, {record: json.dumps(results, indent=2) + "\n"}, interrupted.name)
     interrupted.end()
     output.write(results)
-    show(trainer, results)
-    print(common.table(["layer", "change"], [[str(layer), f"{change:.3f}"] for layer, change in changes.items()]))
-    print(f"change: relative change of {rows}")
+    columns, lines = shown(trainer, results)
+    columns = {"layer": list(map(str, changes)), **columns, "change": [f"{change:.3f}" for change in changes.values()]}
+    print(common.table(list(columns), list(map(list, zip(*columns.values(), strict=True)))))
+    print("\n".join([f"change: relative change of {rows}", *lines]))
     with common.told_warnings(run):
         warn_of_change(changes, rows)
     print(

@@ -37,15 +37,15 @@ def train_diff(
     stores = {"store": store, "eval_store": eval_store, "retain": retain}
     how = {"patience": patience, "resume": resume, "allow_fingerprint_mismatch": allow_fingerprint_mismatch}
     trained = shared.Training(model=model, out=out, adapter=adapter, options=training, **stores, **how)
-    shared.train_adapter(trained, run, output, DiffTrainer, _show)
+    shared.train_adapter(trained, run, output, DiffTrainer, _shown)
 
 
-def _show(trainer: DiffTrainer, results: dict[str, Any]) -> None:
-    """Print what a training came to."""
-    if "eval_relative_error" in results:
-        names = [f"eval_relative_error_layer_{index}" for index in trainer.layers]
-        rows = [[str(i), f"{results[name]:.4f}"] for i, name in zip(trainer.layers, names, strict=True)]
-        print(common.table(["layer", "error, as a share of the difference"], rows))
+def _shown(trainer: DiffTrainer, results: dict[str, Any]) -> tuple[dict[str, list[str]], list[str]]:
+    """What to print of a training."""
+    if "eval_relative_error" not in results:
+        return {}, []
+    names = [f"eval_relative_error_layer_{index}" for index in trainer.layers]
+    return {"error, as a share of the difference": [f"{results[name]:.4f}" for name in names]}, []
 
 
 COMMANDS = [train_diff]

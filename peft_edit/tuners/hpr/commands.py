@@ -43,19 +43,20 @@ def train_hpr(
     stores = {"store": store, "eval_store": eval_store, "retain": retain}
     how = {"patience": patience, "resume": resume, "allow_fingerprint_mismatch": allow_fingerprint_mismatch}
     trained = shared.Training(model=model, out=out, adapter=adapter, options=training, **stores, **how)
-    if shared.train_adapter(trained, run, output, HPRTrainer, _show):
+    if shared.train_adapter(trained, run, output, HPRTrainer, _shown):
         print("Every layer edits until you select some: peft-edit select")
 
 
-def _show(trainer: HPRTrainer, results: dict[str, Any]) -> None:
-    """Print what a training came to."""
+def _shown(trainer: HPRTrainer, results: dict[str, Any]) -> tuple[dict[str, list[str]], list[str]]:
+    """What to print of a training."""
+    columns, lines = {}, []
     if "eval_angle_error" in results:
         names = [f"eval_probe_accuracy_layer_{index}" for index in trainer.layers]
-        rows = [[str(i), f"{results[name]:.4f}"] for i, name in zip(trainer.layers, names, strict=True)]
-        print(common.table(["layer", "probe accuracy"], rows))
-        print(f"Angle error of negative tokens: {results['eval_angle_error']:.4f} radians")
+        columns["probe accuracy"] = [f"{results[name]:.4f}" for name in names]
+        lines.append(f"Angle error of negative tokens: {results['eval_angle_error']:.4f} radians")
     if touched := [entry["retain_touched"] for entry in results["history"] if "retain_touched" in entry]:
-        print(f"Share of the retained tokens that are rotated: {touched[-1]:.4f}")
+        lines.append(f"Share of the retained tokens that are rotated: {touched[-1]:.4f}")
+    return columns, lines
 
 
 def select(

@@ -23,10 +23,10 @@ from ...adapters.read import load_adapter
 from ...adapters.save import save_adapter
 from ...arguments import Argument, ArgumentError
 from ...choosing.axes import Setting, Settings, Sources, declared, with_adapter, without_adapter
+from ...training.progress import Progress
 from .arguments import HPRTrainingArguments
 from .config import HPRConfig
 from .layer import HPRLayer
-from .progress import Progress
 from .select import probe_accuracy
 from .train import HPRTrainer
 
@@ -190,7 +190,7 @@ class HPRSettings(Settings):
             # Logs would go to standard output, among the results.
             trainer.remove_callback(PrinterCallback)
             trainer.remove_callback(ProgressCallback)
-            progress = Progress()
+            progress = Progress(trainer.score)
             trainer.add_callback(progress)
             try:
                 trainer.train()

@@ -36,6 +36,7 @@ class ITIConfig(EditConfig):
 
     method: ClassVar[str] = "ITI"
     site: ClassVar[str] = "attention"
+    dials: ClassVar[tuple[str, ...]] = ("alpha",)
 
     num_heads: int = field(
         default=48,
