@@ -24,11 +24,11 @@ SMALL = {
     "model": MODEL,
     **dict.fromkeys(("data", "demonstrations", "truthful", "fair"), DEMONSTRATIONS),
     **dict.fromkeys(("questions", "truthful_questions"), TEST),
-    **dict.fromkeys(("texts", "retain"), str(ASSETS / "unrelated.txt")),
+    **dict.fromkeys(("texts", "tuning_texts", "retain"), str(ASSETS / "unrelated.txt")),
     **dict.fromkeys(("train_split", "held_out_split", "test_split", "questions_split")),
     **dict.fromkeys(("demonstrations_limit", "train_limit"), 24),
     **dict.fromkeys(("held_out_limit", "test_limit", "questions_limit", "truthful_limit", "fair_limit"), 8),
-    **{"retain_limit": 8, "held_out_skip": 24, "test_skip": 32, "layers": "3-4", "first_layers": "0-1", "layer": 3},
+    **{"retain_limit": 8, "held_out_skip": 24, "test_skip": 32, "layers": "3-4", "first_layers": "0-1", "layer": 3, "sea_layers": "3-4", "num_heads": 2},
     **{"max_new_tokens": 2, "max_steps": 4, "train_batch": 16, "batch_size": 256, "prompt_format": "plain"},
     **{"numbers": [8, 16], "seeds": [0], "top_k": 2, "top_ks": [1, 2], "strengths": [1, 2], "input_scale": 3.0},
 }
@@ -66,7 +66,7 @@ def test_recipes_run_on_the_demonstration_model(recipe, run, tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_recipes_are_checked_at_full_scale(recipe, tmp_path):
     """With their own values, and the files that they ask for."""
-    own = settings(recipe, {name: SMALL[name] for name in ("texts", "retain")})
+    own = settings(recipe, {name: SMALL[name] for name in ("texts", "tuning_texts", "retain")})
     read = read_recipe(recipe, own, list(FUNCTIONS))
     assert read.name == recipe.stem and read.description.endswith(".")
     steps = plan(read, FUNCTIONS, tmp_path / "out")
