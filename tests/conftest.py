@@ -1,6 +1,7 @@
 """Every test runs without a network, in one thread a process."""
 
 import os
+import sys
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,3 +40,17 @@ def demo_model():
 @pytest.fixture
 def llama():
     return tiny_model("llama")
+
+
+@pytest.fixture
+def run_command(capsys, monkeypatch):
+    """Runs `peft-edit` with arguments: its exit status, and what it printed."""
+    from peft_edit.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["peft-edit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code or 0, capsys.readouterr()
+
+    return run

@@ -284,24 +284,11 @@ def test_the_card_says_what_it_is(tmp_path):
 # Commands
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Runs a command: its exit status, and what it printed."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["peft-edit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code or 0, capsys.readouterr()
-
-    return run
-
-
-def test_commands_make_an_adapter_and_go_on_after_an_interruption(tmp_path, run, monkeypatch):
+def test_commands_make_an_adapter_and_go_on_after_an_interruption(tmp_path, run_command, monkeypatch):
     model, data = ASSETS / "model", ASSETS / "demonstrations.jsonl"
     collect = ("collect", model, data, "--site", "block", "--tokens", "answer", "--layers", "2-3")
     for name, rows in (("store", ("--limit", 24)), ("held-out", ("--skip", 24, "--limit", 8))):
-        status, printed = run(*collect[:3], tmp_path / name, *collect[3:], *rows)
+        status, printed = run_command(*collect[:3], tmp_path / name, *collect[3:], *rows)
         assert status == 0, printed.err
     out = tmp_path / "adapter"
     train = ("train-diff", model, tmp_path / "store", out, "--eval-store", tmp_path / "held-out", "--epochs", 2)
@@ -314,7 +301,7 @@ def test_commands_make_an_adapter_and_go_on_after_an_interruption(tmp_path, run,
         return original(self, indices)
 
     whole = (*train[:3], tmp_path / "whole", *train[4:])
-    status, printed = run(*whole)
+    status, printed = run_command(*whole)
     assert status == 0 and "error, as a share of the difference" in printed.out, printed.err
     record = json.loads((tmp_path / "whole" / "train_diff.json").read_text())
     steps = record["steps"]
@@ -326,9 +313,9 @@ def test_commands_make_an_adapter_and_go_on_after_an_interruption(tmp_path, run,
         with pytest.raises((SystemExit, KeyboardInterrupt)):
             main()
     assert (out / "train_diff.unfinished.json").exists() and Interrupted(out, "train-diff").checkpoints
-    status, printed = run("train-hpr", *train[1:])
+    status, printed = run_command("train-hpr", *train[1:])
     assert status == 2 and "holds something else than an adapter" in printed.err
-    status, printed = run(*train)
+    status, printed = run_command(*train)
     assert status == 0, printed.err
     found, expected = (json.loads((folder / "train_diff.json").read_text()) for folder in (out, tmp_path / "whole"))
     assert found["steps"] == steps and found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
@@ -338,9 +325,9 @@ def test_commands_make_an_adapter_and_go_on_after_an_interruption(tmp_path, run,
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "train_diff.json")
     ]
     test = ASSETS / "test.jsonl"
-    status, printed = run("evaluate", model, test, "--adapter", out, "--limit", 5, "--batch-size", 64)
+    status, printed = run_command("evaluate", model, test, "--adapter", out, "--limit", 5, "--batch-size", 64)
     assert status == 0 and "MC1 " in printed.out, printed.err
     for refused in (("merge", model, out, tmp_path / "no"), ("export-lora", model, out, tmp_path / "no")):
-        status, printed = run(*refused)
+        status, printed = run_command(*refused)
         assert status == 2 and "it adds a vector of its own to each token" in printed.err
         assert printed.err.count("\n") == 1 and not (tmp_path / "no").exists()

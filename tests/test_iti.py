@@ -1,7 +1,6 @@
 """ITI: what is special to it. What every method must do is in test_methods.py."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from tiny import logits, tiny_model, vivid_model
 
 from peft_edit import ActivationStore, ITIConfig, collect_activations, edit_strength, fit_iti, merge_checkpoint
 from peft_edit.adapters.card import model_card
-from peft_edit.cli import main
 from peft_edit.demo import ASSETS
 from peft_edit.tuners.iti import ITILayer
 from peft_edit.tuners.iti.fit import most_accurate
@@ -383,27 +381,14 @@ def test_the_card_shows_heads_and_accuracies(tmp_path):
     assert "**It has not been fitted: it edits nothing.**" in str(model_card(ITIConfig()))
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Runs a command: its exit status, and what it printed."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["peft-edit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code or 0, capsys.readouterr()
-
-    return run
-
-
-def test_commands_make_an_adapter(tmp_path, run):
+def test_commands_make_an_adapter(tmp_path, run_command):
     model, data = ASSETS / "model", ASSETS / "demonstrations.jsonl"
     collect = ("collect", model, data, tmp_path / "store", "--site", "attention", "--neutral", "none", "--limit", 30)
-    status, printed = run(*collect)
+    status, printed = run_command(*collect)
     assert status == 0, printed.err
     out = tmp_path / "adapter"
     options = ("--num-heads", 4, "--alpha", 5, "--layers", "1-3", "--held-out", 0.3, "--json", tmp_path / "fit.json")
-    status, printed = run("fit-iti", model, tmp_path / "store", out, *options)
+    status, printed = run_command("fit-iti", model, tmp_path / "store", out, *options)
     assert status == 0 and "best probe accuracy" in printed.out, printed.err
     config, fit = (json.loads(path.read_text()) for path in (out / "adapter_config.json", tmp_path / "fit.json"))
     assert (config["peft_type"], config["num_heads"], config["alpha"]) == ("ITI", 4, 5)
@@ -411,11 +396,11 @@ def test_commands_make_an_adapter(tmp_path, run):
     assert sum(len(layer["heads"]) for layer in fit["layers"]) == 4
     assert json.loads((out / "iti_fit.json").read_text())["layers"] == fit["layers"]
     test = ASSETS / "test.jsonl"
-    status, printed = run("evaluate", model, test, "--adapter", out, "--limit", 5, "--batch-size", 64)
+    status, printed = run_command("evaluate", model, test, "--adapter", out, "--limit", 5, "--batch-size", 64)
     assert status == 0 and "MC1 " in printed.out, printed.err
-    status, printed = run("export-lora", model, out, tmp_path / "lora")
+    status, printed = run_command("export-lora", model, out, tmp_path / "lora")
     assert status == 2 and "it adds a vector, which is a bias" in printed.err and printed.err.count("\n") == 1
-    status, printed = run("merge", model, out, tmp_path / "merged")
+    status, printed = run_command("merge", model, out, tmp_path / "merged")
     assert status == 2 and "has no bias to hold it" in printed.err and not (tmp_path / "merged").exists()
-    status, printed = run("fit-iti", model, tmp_path / "store", tmp_path / "none", "--num-heads", 1000)
+    status, printed = run_command("fit-iti", model, tmp_path / "store", tmp_path / "none", "--num-heads", 1000)
     assert status == 2 and "--num-heads 1000 and the adapter's" in printed.err and not (tmp_path / "none").exists()

@@ -1,7 +1,6 @@
 """Mean-difference steering: what is special to it. What every method must do is in test_methods.py."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from tiny import logits, tiny_model, token_ids, vivid_model
 import peft_edit.processes
 from peft_edit import ActivationStore, MeanDifferenceConfig, edit_strength, fit_mean_difference, merge_checkpoint
 from peft_edit.adapters.card import model_card
-from peft_edit.cli import main
 from peft_edit.demo import ASSETS
 from peft_edit.processes import Processes
 from peft_edit.tuners.mean_difference import MeanDifferenceLayer
@@ -233,46 +231,33 @@ def test_the_card_says_where_it_merges(tmp_path):
     assert "**It has not been fitted: it edits nothing.**" in str(model_card(MeanDifferenceConfig()))
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Runs a command: its exit status, and what it printed."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["peft-edit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code or 0, capsys.readouterr()
-
-    return run
-
-
-def test_one_of_several_processes_saves_the_adapter(tmp_path, run, monkeypatch):
+def test_one_of_several_processes_saves_the_adapter(tmp_path, run_command, monkeypatch):
     vivid_model().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     store_of(tmp_path / "store")
     fit = ("fit-mean-difference", tmp_path / "model", tmp_path / "store", tmp_path / "adapter")
     for index, saves in ((1, False), (0, True)):
         monkeypatch.setattr(peft_edit.processes, "processes", lambda index=index: Processes(index))
-        status, printed = run(*fit)
+        status, printed = run_command(*fit)
         assert status == 0 and (tmp_path / "adapter").exists() == bool(printed.out) == saves, printed.err
 
 
 @pytest.mark.parametrize("command", ["fit-sea", "fit-mean-difference"])
-def test_fits_take_the_first_site_of_a_store(tmp_path, run, command):
+def test_fits_take_the_first_site_of_a_store(tmp_path, run_command, command):
     model, data = ASSETS / "model", ASSETS / "demonstrations.jsonl"
-    status, printed = run("collect", model, data, tmp_path / "store", "--site", "block,mlp", "--limit", 10)
+    status, printed = run_command("collect", model, data, tmp_path / "store", "--site", "block,mlp", "--limit", 10)
     assert status == 0, printed.err
-    status, printed = run(command, model, tmp_path / "store", tmp_path / "adapter")
+    status, printed = run_command(command, model, tmp_path / "store", tmp_path / "adapter")
     assert status == 0 and json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["site"] == "block"
-    assert "Default: its first." in " ".join(run(command, "--help")[1].out.split())
+    assert "Default: its first." in " ".join(run_command(command, "--help")[1].out.split())
 
 
-def test_commands_make_an_adapter(tmp_path, run):
+def test_commands_make_an_adapter(tmp_path, run_command):
     model, data = ASSETS / "model", ASSETS / "demonstrations.jsonl"
-    status, printed = run("collect", model, data, tmp_path / "store", "--site", "block", "--limit", 40)
+    status, printed = run_command("collect", model, data, tmp_path / "store", "--site", "block", "--limit", 40)
     assert status == 0, printed.err
     out = tmp_path / "adapter"
-    status, printed = run(
+    status, printed = run_command(
         *("fit-mean-difference", model, tmp_path / "store", out, "--layers", "1-2", "--scale-to-rms"),
         *("--strength", -0.5, "--json", tmp_path / "fit.json"),
     )
@@ -281,11 +266,11 @@ def test_commands_make_an_adapter(tmp_path, run):
     assert saved["peft_type"] == "MEAN_DIFFERENCE" and saved["strength"] == -0.5 and saved["scale_to_rms"]
     assert [layer["layer"] for layer in json.loads((tmp_path / "fit.json").read_text())["layers"]] == [1, 2]
     test = ASSETS / "test.jsonl"
-    status, printed = run("evaluate", model, test, "--adapter", out, "--limit", 5, "--batch-size", 64)
+    status, printed = run_command("evaluate", model, test, "--adapter", out, "--limit", 5, "--batch-size", 64)
     assert status == 0 and "MC1 " in printed.out, printed.err
-    status, printed = run("export-lora", model, out, tmp_path / "lora")
+    status, printed = run_command("export-lora", model, out, tmp_path / "lora")
     assert status == 2 and "it adds a vector, which is a bias" in printed.err and printed.err.count("\n") == 1
-    status, printed = run("merge", model, out, tmp_path / "merged")
+    status, printed = run_command("merge", model, out, tmp_path / "merged")
     assert status == 2 and "no linear layer with a bias" in printed.err and not (tmp_path / "merged").exists()
 
 

@@ -28,7 +28,16 @@ SMALL = {
     **dict.fromkeys(("train_split", "held_out_split", "test_split", "questions_split")),
     **dict.fromkeys(("demonstrations_limit", "train_limit"), 24),
     **dict.fromkeys(("held_out_limit", "test_limit", "questions_limit", "truthful_limit", "fair_limit"), 8),
-    **{"retain_limit": 8, "held_out_skip": 24, "test_skip": 32, "layers": "3-4", "first_layers": "0-1", "layer": 3, "sea_layers": "3-4", "num_heads": 2},
+    **{
+        "retain_limit": 8,
+        "held_out_skip": 24,
+        "test_skip": 32,
+        "layers": "3-4",
+        "first_layers": "0-1",
+        "layer": 3,
+        "sea_layers": "3-4",
+        "num_heads": 2,
+    },
     **{"max_new_tokens": 2, "max_steps": 4, "train_batch": 16, "batch_size": 256, "prompt_format": "plain"},
     **{"numbers": [8, 16], "seeds": [0], "top_k": 2, "top_ks": [1, 2], "strengths": [1, 2], "input_scale": 3.0},
 }
