@@ -150,7 +150,9 @@ def test_lora_is_measured_too():
         (None, {"texts": "w3 w4"}, r"texts must be a list of texts, or several by name, got one text"),
     ],
 )
-def test_what_cannot_be_measured(metrics, options, expected):
+def test_what_cannot_be_measured(metrics, options, expected, monkeypatch):
+    """And it is said before anything is measured."""
+    monkeypatch.setattr("peft_edit.evaluation.measuring.evaluate_multiple_choice", lambda *_, **__: pytest.fail("ran"))
     with pytest.raises(ValueError, match=rf"^{expected}") as caught:
         evaluate(edited_model("SEA at the MLP"), TOKENIZER, contrast(), metrics, **options)
     assert "\n" not in str(caught.value)

@@ -7,7 +7,17 @@ from test_contrast_known import FIXTURES, LOCAL
 
 from peft_edit import load_contrast_set
 from peft_edit.data import CONTRAST_FEATURES
-from peft_edit.evaluation.metrics import LABELS, METRICS, SHIFT, bbq, crows_pairs, multiple_choice, shift, suited
+from peft_edit.evaluation.metrics import (
+    LABELS,
+    METRICS,
+    SHIFT,
+    bbq,
+    check_columns,
+    crows_pairs,
+    multiple_choice,
+    shift,
+    suited,
+)
 from peft_edit.evaluation.multiple_choice import QuestionScore
 
 
@@ -82,7 +92,7 @@ def test_bbq_needs_its_columns():
     with pytest.raises(
         ValueError, match=r"^metrics: bbq needs the column unknown, which row 4 has not: leave .*'bbq'$"
     ):
-        bbq(data, scores(data, ["a"]))
+        check_columns(data, ["bbq"])
 
 
 def test_crows_pairs_by_hand():
@@ -95,7 +105,8 @@ def test_crows_pairs_by_hand():
     with pytest.raises(
         ValueError, match=r"^metrics: crows_pairs needs one positive and one negative sentence, row 0 has 1 and 2"
     ):
-        crows_pairs(BBQ, scores(BBQ, ["?"] * 7))
+        check_columns(BBQ, ["mc", "crows_pairs"])
+    check_columns(data, ["crows_pairs"])
 
 
 def test_the_shift_by_hand():

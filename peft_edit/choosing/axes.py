@@ -114,8 +114,9 @@ class Settings(ABC):
         return len(decoder_blocks(self.model))
 
     def ranking(self, name: str) -> dict[int, float]:
-        """A block's score, the greatest of the best, by one of `rankings`."""
-        raise NotImplementedError(name)
+        """A block's score, the greatest of the best, by one of `rankings`. Only those are asked for, so that a method
+        without any need not have this."""
+        raise NotImplementedError(f"{type(self).__name__} ranks no blocks by {name}")
 
     @abstractmethod
     def check(self, setting: Setting) -> None:

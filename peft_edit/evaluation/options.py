@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from ..arguments import Argument, ArgumentError, check_options
 from ..data.prompts import PromptOptions
-from .metrics import METRICS, suited
+from .metrics import METRICS, check_columns, suited
 from .statistics import RESAMPLES, SEED
 
 
@@ -73,7 +73,7 @@ def wanted_metrics(options: EvaluationOptions, data: Dataset, has_adapters: bool
         has_texts: whether there are texts for side effects.
 
     Raises:
-        ValueError: a metric is unknown, or lacks the texts, the adapter or the base model that it needs.
+        ValueError: a metric is unknown, or lacks the columns, the texts, the adapter or the base model that it needs.
     """
     if options.metrics is None:
         found = [*suited(data), "shift", *(OF_TEXTS if has_texts else ())]
@@ -97,4 +97,5 @@ def wanted_metrics(options: EvaluationOptions, data: Dataset, has_adapters: bool
                 *(Argument("metrics"), f": {name} needs the base model: leave out "),
                 Argument("base", False),
             )
+    check_columns(data, options.metrics)
     return [name for name in ALL_METRICS if name in options.metrics]
