@@ -30,14 +30,14 @@ SITE = {"default": None, "help": "Of a store with several: mlp or block. Default
 MODULES = {"help": "Comma-separated names of other modules, as given to collect."}
 
 Folder = Annotated[Path, {"help": "Folder of the adapter.", "positional": True}]
-Out = Annotated[Path, {"help": "Folder of the adapter.", "positional": True, "output": True}]
+OUT = {"help": "Folder of the adapter.", "positional": True, "output": True}
+RETAIN = {"help": "Store of texts to leave alone, that collect --texts wrote.", "arguments": ("retain_dataset",)}
+MISMATCH = {"help": "Go on although the files say they are of another model.", "last": True}
+Out = Annotated[Path, OUT]
 Adapter = Annotated[str | None, ADAPTER]
 PositionalAdapter = Annotated[str, {"help": "Adapter: id on the Hub or local folder.", "positional": True}]
-Retain = Annotated[
-    Path | None,
-    {"help": "Store of texts to leave alone, that collect --texts wrote.", "arguments": ("retain_dataset",)},
-]
-AllowMismatch = Annotated[bool, {"help": "Go on although the files say they are of another model.", "last": True}]
+Retain = Annotated[Path | None, RETAIN]
+AllowMismatch = Annotated[bool, MISMATCH]
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -31,10 +31,8 @@ Scheduler = Literal[
 AT_LEAST_0 = {"minimum": 0, "allowed": "of 0 or more and finite"}
 AT_LEAST_1 = {"minimum": 1, "allowed": "of at least 1"}
 
-Store = Annotated[Path, {"help": "Store that collect --site block --tokens answer wrote.", "positional": True}]
-EvalStore = Annotated[Path | None, {"help": "Store of held-out questions."}]
-Patience = Annotated[int | None, {"help": "Stop after so many epochs that are no better.", **AT_LEAST_1}]
-Resume = Annotated[bool, {"help": "Go on with a training that was interrupted, or begin again."}]
+STORE = {"help": "Store that collect --site block --tokens answer wrote.", "positional": True}
+Store = Annotated[Path, STORE]
 
 
 def adapter_fields(config: type[EditConfig], *names: str) -> Fields:
@@ -76,33 +74,26 @@ def training_fields(arguments: type[EditTrainingArguments], best_by: Any) -> Fie
     )
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Training:
-    """A training that a command runs.
+    """What every training takes and makes."""
 
-    Attributes:
-        model: the base model.
-        store, eval_store, retain: folders of stores.
-        out: folder of the adapter.
-        adapter: fields of its configuration.
-        options: of the training.
-        patience, resume, allow_fingerprint_mismatch: of the command.
-    """
-
-    model: common.ModelOptions
-    store: Path
-    out: Path
-    adapter: dict[str, Any]
-    options: dict[str, Any]
-    eval_store: Path | None
-    retain: Path | None
-    patience: int | None
-    resume: bool
-    allow_fingerprint_mismatch: bool
+    store: Path = field(metadata=STORE)
+    out: Path = field(metadata=common.OUT)
+    eval_store: Path | None = field(default=None, metadata={"help": "Store of held-out questions."})
+    retain: Path | None = field(default=None, metadata=common.RETAIN)
+    patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many epochs that are no better.", **AT_LEAST_1}
+    )
+    resume: bool = field(default=True, metadata={"help": "Go on with a training that was interrupted, or begin again."})
+    allow_fingerprint_mismatch: bool = field(default=False, metadata=common.MISMATCH)
 
 
 def train_adapter(
     training: Training,
+    model: common.ModelOptions,
+    adapter: dict[str, Any],
+    options: dict[str, Any],
     run: Run,
     output: common.Output,
     trainer_class: type[EditTrainer],
@@ -111,7 +102,10 @@ def train_adapter(
     """Train an adapter, save it with a record of the training beside it, and print what it came to.
 
     Args:
-        training: what is trained.
+        training: what it takes and makes.
+        model: the base model.
+        adapter: fields of the adapter's configuration.
+        options: of the training.
         run: the command.
         output: where results go.
         trainer_class: of the method.
@@ -138,12 +132,12 @@ def train_adapter(
         raise ArgumentError(*needs, ": without an evaluation nothing can get better")
     opened = open_pairs(training.store)
     opened_eval = None if training.eval_store is None else open_pairs(training.eval_store)
-    arguments = _arguments(trainer_class.arguments_class, training.options, out, opened_eval is not None)
+    arguments = _arguments(trainer_class.arguments_class, options, out, opened_eval is not None)
     set_seed(arguments.seed)
-    layers = training.adapter["layers_to_transform"]
+    layers = adapter["layers_to_transform"]
     taken = {"layers_to_transform": opened.layers if layers is None else layers}
-    config = config_class(task_type=TaskType.CAUSAL_LM, **{**training.adapter, **taken})
-    adapted = get_peft_model(common.load_structure(training.model), config)
+    config = config_class(task_type=TaskType.CAUSAL_LM, **{**adapter, **taken})
+    adapted = get_peft_model(common.load_structure(model), config)
     trainer = trainer_class(
         adapted,
         arguments,

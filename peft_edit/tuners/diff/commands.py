@@ -18,26 +18,17 @@ TRAINING_FIELDS = shared.training_fields(DiffTrainingArguments, Literal["loss", 
 
 def train_diff(
     model: common.ModelOptions,
-    store: shared.Store,
-    out: common.Out,
+    training: shared.Training,
     adapter: Annotated[dict[str, Any], ADAPTER_FIELDS],
-    training: Annotated[dict[str, Any], TRAINING_FIELDS],
+    options: Annotated[dict[str, Any], TRAINING_FIELDS],
     output: common.Output,
     run: Run,
-    eval_store: shared.EvalStore = None,
-    retain: common.Retain = None,
-    patience: shared.Patience = None,
-    resume: shared.Resume = True,
-    allow_fingerprint_mismatch: common.AllowMismatch = False,
 ) -> None:
     """Train the networks of a Diff adapter on a store. The weights of the base model are not loaded.
 
     Example: peft-edit train-diff meta-llama/Llama-2-7b-hf train-store diff --layers 12-16 --eval-store eval-store
     """
-    stores = {"store": store, "eval_store": eval_store, "retain": retain}
-    how = {"patience": patience, "resume": resume, "allow_fingerprint_mismatch": allow_fingerprint_mismatch}
-    trained = shared.Training(model=model, out=out, adapter=adapter, options=training, **stores, **how)
-    shared.train_adapter(trained, run, output, DiffTrainer, _shown)
+    shared.train_adapter(training, model, adapter, options, run, output, DiffTrainer, _shown)
 
 
 def _shown(trainer: DiffTrainer, results: dict[str, Any]) -> tuple[dict[str, list[str]], list[str]]:

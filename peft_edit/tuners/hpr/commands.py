@@ -24,26 +24,17 @@ EDIT_FIELDS = Fields(
 
 def train_hpr(
     model: common.ModelOptions,
-    store: shared.Store,
-    out: common.Out,
+    training: shared.Training,
     adapter: Annotated[dict[str, Any], ADAPTER_FIELDS],
-    training: Annotated[dict[str, Any], TRAINING_FIELDS],
+    options: Annotated[dict[str, Any], TRAINING_FIELDS],
     output: common.Output,
     run: Run,
-    eval_store: shared.EvalStore = None,
-    retain: common.Retain = None,
-    patience: shared.Patience = None,
-    resume: shared.Resume = True,
-    allow_fingerprint_mismatch: common.AllowMismatch = False,
 ) -> None:
     """Train the probes and angle networks of an HPR adapter on a store. The weights of the base model are not loaded.
 
     Example: peft-edit train-hpr meta-llama/Llama-2-7b-hf train-store hpr-all --eval-store eval-store
     """
-    stores = {"store": store, "eval_store": eval_store, "retain": retain}
-    how = {"patience": patience, "resume": resume, "allow_fingerprint_mismatch": allow_fingerprint_mismatch}
-    trained = shared.Training(model=model, out=out, adapter=adapter, options=training, **stores, **how)
-    if shared.train_adapter(trained, run, output, HPRTrainer, _shown):
+    if shared.train_adapter(training, model, adapter, options, run, output, HPRTrainer, _shown):
         print("Every layer edits until you select some: peft-edit select")
 
 
