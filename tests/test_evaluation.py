@@ -87,8 +87,16 @@ def test_prompts_and_answers_are_run_once(llama, batch_size):
     # the last token of a prompt runs with its answers, whose first token it predicts
     assert sorted(row for rows in prompts for row in rows) == sorted(q[0][:-1] for q in QUESTIONS if len(q[0]) > 1)
     assert sum(map(len, answers)) == sum(heads) == sum(len(q[1]) + len(q[2]) + 1 for q in QUESTIONS)
-    most = max(len(q[1]) + len(q[2]) + 1 for q in QUESTIONS)  # those of one question stay together
-    assert max(heads) <= max(batch_size, most)
+    assert max(heads) <= batch_size and max(map(len, prompts), default=0) <= batch_size
+
+
+def test_answers_of_one_length_are_run_together(llama):
+    """Of whichever question they are: no position is padding where each length fills its batches."""
+    questions = [([3, 4 + i], [[9], [10, 11, 12]], [[13], [14, 15, 16]], None) for i in range(4)]
+    shapes = []
+    llama.lm_head.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
+    evaluate_multiple_choice(llama, TOKENIZER, contrast(questions, range(4)), batch_size=4)
+    assert sorted(shapes) == [(4, 1), (4, 1), (4, 3), (4, 3)]
 
 
 def test_mc1_is_the_first_choice_against_all_others():

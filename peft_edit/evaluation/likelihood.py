@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional
 from tqdm.auto import tqdm
+from transformers.cache_utils import Cache
 
 from ..data.prompts import EncodedAnswer
 from ..models.kind import check_language_model, check_vocabulary
@@ -26,6 +29,9 @@ from ..models.run import (
 from ..models.sites import runnable, unwrap
 
 
+T = TypeVar("T")
+
+
 def answer_log_likelihoods(
     model: nn.Module,
     questions: list[list[EncodedAnswer]],
@@ -38,7 +44,7 @@ def answer_log_likelihoods(
     Args:
         model: a causal language model of Transformers, bare or in a `PeftModel`.
         questions: the answers of each, encoded after their prompts.
-        batch_size: most answers in a forward pass.
+        batch_size: most answers, and most prompts, in a forward pass.
         row_ids: of the questions, for errors; None for their places.
 
     Raises:
@@ -49,25 +55,17 @@ def answer_log_likelihoods(
     for row_id, answers in zip(range(len(questions)) if row_ids is None else row_ids, questions, strict=True):
         check_vocabulary(bare, (answer.input_ids for answer in answers), f"row {row_id}")
     check_length(bare, max(len(answer.input_ids) for answers in questions for answer in answers))
-    scores: list[list[float]] = [[] for _ in questions]
-    total = sum(map(_tokens, questions))
+    scores = [[math.nan] * len(answers) for answers in questions]
+    total = sum(len(answer.input_ids) for answers in questions for answer in answers)
     with inference(model), tqdm(total=total, desc="evaluating", leave=None, **TOKEN_BAR) as bar:
         # DataParallel splits tensors between devices, and no caches.
         share = can_share_prompts(bare) and not any(isinstance(m, nn.DataParallel) for m in model.modules())
         progress = TokenProgress(bare, bar)
         for group in _groups(questions, batch_size):
-            answers = [answer for i in group for answer in questions[i]]
-            owners = [place for place, i in enumerate(group) for _ in questions[i]]
             shared = _shared_length(questions[group[0]]) if share else 0
-            with progress.over(_tokens(answers)):
-                flat = iter(_score_group(model, bare, answers, owners, shared))
-            for i in group:
-                scores[i] = [next(flat) for _ in questions[i]]
+            for i, k, score in _score_group(model, bare, questions, group, shared, batch_size, progress):
+                scores[i][k] = score
     return scores
-
-
-def _tokens(answers: list[EncodedAnswer]) -> int:
-    return sum(len(answer.input_ids) for answer in answers)
 
 
 def _shared_length(answers: list[EncodedAnswer]) -> int:
@@ -78,36 +76,54 @@ def _shared_length(answers: list[EncodedAnswer]) -> int:
     return min(next((i for i in range(limit) if answer.input_ids[i] != first[i]), limit) for answer in answers)
 
 
-def _groups(questions: list[list[EncodedAnswer]], batch_size: int) -> Iterable[list[int]]:
+def _groups(questions: list[list[EncodedAnswer]], batch_size: int) -> Iterator[list[int]]:
     """Questions with shared parts of one length: their caches need no padding, which not every model ignores."""
     by_length: dict[int, list[int]] = {}
     for i, answers in enumerate(questions):
         by_length.setdefault(_shared_length(answers), []).append(i)
     for members in by_length.values():
-        group: list[int] = []
-        for i in members:
-            if group and sum(len(questions[j]) for j in group) + len(questions[i]) > batch_size:
-                yield group
-                group = []
-            group.append(i)
-        yield group
+        yield from _batched(members, batch_size)
+
+
+def _batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _score_group(
-    model: nn.Module, bare: nn.Module, answers: list[EncodedAnswer], owners: list[int], shared: int
+    model: nn.Module,
+    bare: nn.Module,
+    questions: list[list[EncodedAnswer]],
+    group: Sequence[int],
+    shared: int,
+    batch_size: int,
+    progress: TokenProgress,
+) -> Iterator[tuple[int, int, float]]:
+    """Question, place among its answers, and log-likelihood of each answer of a group.
+
+    Answers of about one length are run together, whichever question they are of, so that little is padding.
+    """
+    cache = prompt_cache(bare, [questions[i][0].input_ids[:shared] for i in group]) if shared else None
+    rows = [(row, i, k) for row, i in enumerate(group) for k in range(len(questions[i]))]
+    rows.sort(key=lambda row: len(questions[row[1]][row[2]].input_ids), reverse=True)
+    for batch in _batched(rows, batch_size):
+        answers = [questions[i][k] for _, i, k in batch]
+        with progress.over(sum(len(answer.input_ids) for answer in answers)):
+            cached = None if cache is None else select_rows(cache, [row for row, _, _ in batch])
+            scores = _score(model, bare, answers, cached, shared)
+        for (_, i, k), score in zip(batch, scores, strict=True):
+            yield i, k, score
+
+
+def _score(
+    model: nn.Module, bare: nn.Module, answers: list[EncodedAnswer], cache: Cache | None, shared: int
 ) -> list[float]:
-    """Log-likelihood of each answer; `owners` are the places of their questions in the group."""
-    device = input_device(bare)
-    cached = {}
-    if shared > 0:
-        firsts = [owners.index(place) for place in range(owners[-1] + 1)]
-        cache = prompt_cache(bare, [answers[i].input_ids[:shared] for i in firsts])
-        cached = {cache_name(bare): select_rows(cache, owners), "use_cache": True}
-    ids, mask = pad([answer.input_ids for answer in answers], device)
+    """Log-likelihood of each answer, given a cache of the first `shared` tokens of its prompt."""
+    ids, mask = pad([answer.input_ids for answer in answers], input_device(bare))
     scored = torch.zeros_like(ids, dtype=torch.bool)
     for i, answer in enumerate(answers):
         scored[i, answer.prompt_length : len(answer.input_ids)] = True
-    logits = model(input_ids=ids[:, shared:-1], attention_mask=mask[:, :-1], **{"use_cache": False, **cached}).logits
+    cached = {"use_cache": False} if cache is None else {cache_name(bare): cache, "use_cache": True}
+    logits = model(input_ids=ids[:, shared:-1], attention_mask=mask[:, :-1], **cached).logits
     scored, targets = scored[:, shared + 1 :].to(logits.device), ids[:, shared + 1 :].to(logits.device)
     log_likelihoods = -functional.cross_entropy(logits[scored].float(), targets[scored], reduction="none")
     return [float(part.sum()) for part in log_likelihoods.split(scored.sum(dim=1).tolist())]

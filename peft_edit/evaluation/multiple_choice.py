@@ -75,7 +75,7 @@ def evaluate_multiple_choice(
         tokenizer: of that model.
         data: a contrast set, see `load_contrast_set`.
         prompt_format, template_arguments, template_time: see `PromptOptions`.
-        batch_size: most answers in a forward pass; the answers of one question stay together even if there are more.
+        batch_size: most answers, and most prompts, in a forward pass.
 
     Raises:
         ValueError: the model is no causal one or has no LM head, the data are empty, a sequence is longer than the
