@@ -25,7 +25,7 @@ SMALL = {
     **dict.fromkeys(("data", "demonstrations", "truthful", "fair"), DEMONSTRATIONS),
     **dict.fromkeys(("questions", "truthful_questions"), TEST),
     **dict.fromkeys(("texts", "tuning_texts", "retain"), str(ASSETS / "unrelated.txt")),
-    **dict.fromkeys(("train_split", "held_out_split", "test_split", "questions_split")),
+    **dict.fromkeys(("demonstrations_split", "train_split", "held_out_split", "test_split", "questions_split")),
     **dict.fromkeys(("demonstrations_limit", "train_limit"), 24),
     **dict.fromkeys(("held_out_limit", "test_limit", "questions_limit", "truthful_limit", "fair_limit"), 8),
     **{
@@ -36,10 +36,21 @@ SMALL = {
         "first_layers": "0-1",
         "layer": 3,
         "sea_layers": "3-4",
+        "choices_of_layers": ["3-4"],
         "num_heads": 2,
+        "perplexity_ratio": 100,
     },
     **{"max_new_tokens": 2, "max_steps": 4, "train_batch": 16, "batch_size": 256, "prompt_format": "plain"},
-    **{"numbers": [8, 16], "seeds": [0], "top_k": 2, "top_ks": [1, 2], "strengths": [1, 2], "input_scale": 3.0},
+    **{
+        "numbers": [8, 16],
+        "energies": [0.99],
+        "retain_energies": [0.9],
+        "seeds": [0],
+        "top_k": 2,
+        "top_ks": [1, 2],
+        "strengths": [1, 2],
+        "input_scale": 3.0,
+    },
 }
 
 

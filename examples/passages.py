@@ -1,0 +1,50 @@
+"""Text files for the recipes on the small model: a retain set, and texts for side effects of its kind and of another.
+
+    python examples/passages.py passages                             # from the Hub
+    python examples/passages.py passages --halueval qa_data.json --bbq data/Age.jsonl data/SES.jsonl
+
+HaluEval's questions come with passages of Wikipedia, which no edit here has read; BBQ's contexts are of another kind.
+OUT gets retain.txt (200 passages), tuning.txt (30 others), wikipedia.txt (40 others) and contexts.txt (60 of BBQ).
+"""
+
+import argparse
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+
+
+# Of HaluEval's passages.
+PASSAGES = {"retain.txt": slice(0, 200), "tuning.txt": slice(200, 230), "wikipedia.txt": slice(400, 440)}
+# Of BBQ's rows: neighbours share a context.
+CONTEXTS = slice(10, 1200, 20)
+
+
+def records(files: list[str] | None, hub: tuple[str, str], split: str) -> Dataset:
+    """Rows of local files of JSON lines, or of a data set on the Hub, in their order."""
+    if files:
+        return load_dataset("json", data_files=files, split="train")
+    return load_dataset(*hub, split=split)
+
+
+def write(path: Path, texts: list[str]) -> None:
+    lines = [" ".join(text.split()) for text in texts]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    print(f"{len(lines)} texts: {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of the text files")
+    parser.add_argument("--halueval", nargs="+", help="local copy of HaluEval's qa_data.json")
+    parser.add_argument("--bbq", nargs="+", help="local copies of BBQ's .jsonl files")
+    args = parser.parse_args()
+    halueval = records(args.halueval, ("pminervini/HaluEval", "qa"), "data")
+    bbq = records(args.bbq, ("oskarvanderwal/bbq", "All"), "test")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, part in PASSAGES.items():
+        write(args.out / name, halueval["knowledge"][part])
+    write(args.out / "contexts.txt", bbq["context"][CONTEXTS])
+
+
+if __name__ == "__main__":
+    main()
