@@ -7,9 +7,12 @@ import pytest
 import test_cli
 import yaml
 from conftest import ASSETS
+from peft import get_peft_model
 from test_cli import MODEL
+from transformers import AutoModelForCausalLM
 
-from peft_edit import cli
+from peft_edit import MeanDifferenceConfig, cli
+from peft_edit.adapters.save import save_adapter
 from peft_edit.cli.options import command_name
 from peft_edit.cli.recipes.plan import plan
 from peft_edit.cli.recipes.reading import read_recipe
@@ -61,12 +64,15 @@ def settings(recipe, values):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_texts(tmp_path_factory):
-    """Perplexity of a few short texts."""
-    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+def inputs(tmp_path_factory):
+    """A few short texts for perplexity, and an adapter for the recipe that compares adapters."""
+    folder = tmp_path_factory.mktemp("inputs")
     lines = (ASSETS / "unrelated.txt").read_text().splitlines()
-    file.write_text("".join(line[:120] + "\n" for line in lines[:4]))
-    SMALL["texts"] = str(file)
+    (folder / "texts.txt").write_text("".join(line[:120] + "\n" for line in lines[:4]))
+    SMALL["texts"] = str(folder / "texts.txt")
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    save_adapter(get_peft_model(model, MeanDifferenceConfig(layers_to_transform=[3])), folder / "adapter")
+    SMALL["adapters"] = [{"name": "constant", "folder": str(folder / "adapter")}]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
@@ -86,7 +92,7 @@ def test_recipes_run_on_the_demonstration_model(recipe, run, tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_recipes_are_checked_at_full_scale(recipe, tmp_path):
     """With their own values, and the files that they ask for."""
-    own = settings(recipe, {name: SMALL[name] for name in ("texts", "tuning_texts", "retain")})
+    own = settings(recipe, {name: SMALL[name] for name in ("adapters", "texts", "tuning_texts", "retain")})
     read = read_recipe(recipe, own, list(FUNCTIONS))
     assert read.name == recipe.stem and read.description.endswith(".")
     steps = plan(read, FUNCTIONS, tmp_path / "out")
@@ -94,6 +100,8 @@ def test_recipes_are_checked_at_full_scale(recipe, tmp_path):
     first = recipe.read_text().splitlines()[0]
     assert first.startswith(f"# peft-edit run examples/recipes/{recipe.name} --set texts=")
     asked = [name for name, value in yaml.safe_load(recipe.read_text())["variables"].items() if isinstance(value, dict)]
-    assert [part.split("=")[0] for part in first.split("--set ")[1:]] == sorted(asked, key=lambda name: name != "texts")
-    with pytest.raises(ValueError, match=r"needs the variable (texts|retain), a text file.*: pass --set"):
+    assert [part.lstrip("'").split("=")[0] for part in first.split("--set ")[1:]] == sorted(
+        asked, key=lambda name: name != "texts"
+    )
+    with pytest.raises(ValueError, match=r"needs the variable (texts|retain|adapters), a .*: pass --set"):
         read_recipe(recipe, [], list(FUNCTIONS))
