@@ -104,6 +104,8 @@ def evaluate(
     for lines in (_measures(results), _categories(results), _side_effects(results)):
         if lines:
             print(f"\n{lines}")
+    if options.adapter is not None and not results["side_effects"]:
+        print("\nDamage: not measured. Pass --texts FILE with text that the edit is not meant for.")
 
 
 def _with_examples(contrast, data: common.DataOptions, options: EvaluateOptions, tokenizer):
