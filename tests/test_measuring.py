@@ -147,7 +147,9 @@ def test_lora_is_measured_too():
         (["bbq"], {}, r"metrics: bbq needs the column unknown, which row \d+ has not"),
         (["crows_pairs"], {}, r"metrics: crows_pairs needs one positive and one negative sentence, row "),
         (None, {"resamples": 0}, r"resamples must be a number of at least 1|resamples must be "),
-        (None, {"texts": "w3 w4"}, r"texts must be a list of texts, or several by name, got one text"),
+        (None, {"texts": "w3 w4"}, r"there is no file w3 w4 with texts"),
+        (None, {"texts": {"a": ["w3 w4", ""]}}, r"row 1: a text must be text, got empty text"),
+        ("mc3", {}, r"metrics must be of mc, bbq, .*, got 'mc3'"),
     ],
 )
 def test_what_cannot_be_measured(metrics, options, expected, monkeypatch):

@@ -80,7 +80,7 @@ def test_files_of_texts(tmp_path, suffix):
 @pytest.mark.parametrize(
     "texts, message",
     [
-        ([], "there are no texts to collect"),
+        ([], "there are no texts"),
         (["a", 3], "row 1: a text must be text, got int"),
         (["a", " "], "row 1: a text must be text, got empty text"),
         (Dataset.from_dict({"body": ["a"]}), "texts need a column 'text', the data set has body"),

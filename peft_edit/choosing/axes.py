@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -229,12 +230,12 @@ def layer_choices(maker: Settings, value: Any) -> Iterator[tuple[int, ...]]:
     """
     count, available = maker.count, maker.layers
     text = value.strip() if isinstance(value, str) else ""
-    if text == "all":
+    if text == "all" or value is None:
         chosen = [tuple(available)]
     elif text == "each":
         chosen = [(index,) for index in available]
     elif n := _number(r"windows of (\d+)", text, count):
-        chosen = [tuple(available[i : i + n]) for i in range(0, len(available) - n + 1, n)]
+        chosen = _windows(available, n)
     elif n := _number(r"last (\d+)", text, count):
         chosen = [tuple(range(count - n, count))]
     elif n := _number(r"first (\d+)", text, count):
@@ -251,6 +252,22 @@ def layer_choices(maker: Settings, value: Any) -> Iterator[tuple[int, ...]]:
                 Argument("layers"), f" {missing} are not in the store or adapter, which has {format_layers(available)}"
             )
         yield layers
+
+
+def _windows(available: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    """Runs of n neighbours side by side, from the first block on; the last one of a run of blocks ends with it."""
+    chosen = []
+    for _, run in groupby(enumerate(available), key=lambda pair: pair[1] - pair[0]):
+        blocks = [index for _, index in run]
+        starts = list(range(0, len(blocks) - n + 1, n))
+        if starts and starts[-1] + n < len(blocks):
+            starts.append(len(blocks) - n)
+        chosen += [tuple(blocks[start : start + n]) for start in starts]
+    if not chosen:
+        raise ArgumentError(
+            Argument("layers"), f": of {format_layers(available)} no {n} are neighbours: take smaller windows"
+        )
+    return chosen
 
 
 def _number(pattern: str, text: str, count: int) -> int | None:

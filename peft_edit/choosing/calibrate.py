@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from ..adapters.match import find_config, replace_config
 from ..arguments import Argument, ArgumentError, check_options, nearest, takes
 from ..data.texts import load_texts
-from ..evaluation.side_effects import NotFiniteError, SideEffects, check_active
+from ..evaluation.side_effects import SideEffects, check_active
+from ..evaluation.texts import NotFiniteError
 from ..models.fingerprint import active_adapters
 from ..models.sites import decoder_blocks, layer_index, unwrap
 from ..tuners.config import EditConfig
@@ -41,7 +42,7 @@ class CalibrationOptions:
         kl_p95 (`float`):
             The budget: largest 95th percentile of KL(base || edited) over the tokens, in nats.
         dial (`str`, *optional*):
-            Field of the configuration that is set, by default the strength, of HPR `alpha`. Of HPR also "gate".
+            Field of the configuration that is set, by default the strength, of HPR and ITI `alpha`. Of HPR also "gate".
         maximum (`float`):
             Largest value that is tried, as a multiple of the configured one. 1 never makes an edit stronger.
         tolerance (`float`):
@@ -55,7 +56,9 @@ class CalibrationOptions:
     kl_p95: float = field(
         default=0.5, metadata={"help": "Budget, in nats.", "above": 0, "allowed": "above 0 and finite"}
     )
-    dial: str | None = field(default=None, metadata={"help": "Field that is set: strength, of HPR alpha or gate."})
+    dial: str | None = field(
+        default=None, metadata={"help": "Field that is set: strength, of HPR and ITI alpha, of HPR also gate."}
+    )
     maximum: float = field(
         default=1.0,
         metadata={"help": "Largest multiple of the configured value.", "above": 0, "allowed": "above 0 and finite"},
@@ -65,8 +68,8 @@ class CalibrationOptions:
         metadata={
             "help": "Relative distance to a value that is too large.",
             "minimum": 1e-6,
-            "allowed": "in [1e-6, 1]",
-            "maximum": 1,
+            "allowed": "in [1e-6, 0.5]",
+            "maximum": 0.5,
         },
     )
     batch_size: int = field(
@@ -169,8 +172,7 @@ def calibrate(
         factor, effects = bisect(within, maximum, chosen.tolerance)
         if effects is None:
             raise ArgumentError(
-                f"even with {dial}={LEAST * full:.3g} the 95th percentile of the divergence is {tried[-1][1]:.3g} "
-                "nats, more than ",
+                *_too_much(dial, *tried[-1]),
                 *(Argument("kl_p95", chosen.kl_p95), ": raise it, or learn the edit with a retain set"),
             )
     finally:
@@ -189,6 +191,13 @@ def calibrate(
     return Calibration(
         adapter_name, dial, full, value, effects, factor < maximum, tried, kept_logits=shared.keeps_logits
     )
+
+
+def _too_much(dial: str, value: float, kl_p95: float | None) -> list[str]:
+    """Beginning of the message that even the smallest value is too much; None where the model gave NaN there too."""
+    if kl_p95 is None:
+        raise NotFiniteError
+    return [f"even with {dial}={value:.3g} the 95th percentile of the divergence is {kl_p95:.3g} nats, more than "]
 
 
 def bisect(

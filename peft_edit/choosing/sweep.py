@@ -177,7 +177,10 @@ def sweep(
             that cannot be used, or a budget that no setting meets: the nearest one is named.
     """
     chosen_options = settled(tokenizer, SweepOptions(**options))
-    budget, method = Budget(chosen_options.budget or DEFAULT), method_named(chosen_options.method)
+    budget, method = (
+        Budget(DEFAULT if chosen_options.budget is None else chosen_options.budget),
+        method_named(chosen_options.method),
+    )
     check_bare(model)
     validation, texts = check_contrast_set(validation), list(load_texts(texts)["text"])
     out = None if out is None else Path(out)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.prompts import PromptOptions
 from ..evaluation.multiple_choice import MultipleChoiceResult
-from ..evaluation.side_effects import NotFiniteError
+from ..evaluation.texts import NotFiniteError
 from .axes import Setting, Settings
 from .budget import Budget
 from .journal import Journal

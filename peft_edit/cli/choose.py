@@ -47,6 +47,7 @@ def sweep(
     Example: peft-edit sweep MODEL valid.jsonl sea --store store --texts other.txt --grid '{"energy": [0.99, 0.998]}'
     """
     from ..choosing import sweep as sweep_settings
+    from ..evaluation.metrics import LABELS
 
     if grid is None:
         raise ArgumentError(Argument("grid"), ' is missing: pass axes and their values, \'{"layers": ["last 3"]}\'')
@@ -75,6 +76,8 @@ def sweep(
         "stopped early; * is the one that was chosen. Damage is the largest share of a limit that is used."
     )
     print(f"Evaluations of each setting for itself would run {result.saved:.2f} times as many tokens through blocks")
+    if result.chosen.benefit <= getattr(result.base.scores, result.criterion):
+        print(f"The setting that was chosen has no more {LABELS[result.criterion]} than the base model.")
     print(f"Adapter, {common.size_of(out)}: {out}")
 
 

@@ -130,6 +130,8 @@ def train_adapter(
     if training.patience is not None and training.eval_store is None:
         needs = (Argument("patience"), " needs ", Argument("eval_store"))
         raise ArgumentError(*needs, ": without an evaluation nothing can get better")
+    if training.retain is None and options["retain_weight"] != trainer_class.arguments_class.retain_weight:
+        raise ArgumentError(Argument("retain_weight"), " needs ", Argument("retain"), ": pass a store of texts too")
     opened = open_pairs(training.store)
     opened_eval = None if training.eval_store is None else open_pairs(training.eval_store)
     arguments = _arguments(trainer_class.arguments_class, options, out, opened_eval is not None)

@@ -36,7 +36,7 @@ def load_texts(texts: Dataset | Iterable[str] | str | os.PathLike) -> Dataset:
         got = "empty text" if isinstance(texts[wrong[0]], str) else kind(texts[wrong[0]])
         raise ValueError(f"row {wrong[0]}: a text must be text, got {got}: fill it in or leave the row out")
     if not texts:
-        raise ValueError("there are no texts to collect: pass at least one")
+        raise ValueError("there are no texts: pass at least one")
     for row, value in enumerate(texts):
         check_encodable(value, f"row {row}: the text")
     data = Dataset.from_dict({"id": list(range(len(texts))), "text": texts})

@@ -14,12 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from ..arguments import Argument, ArgumentError
 from ..data import check_contrast_set
 from ..data.prompts import settled
+from ..data.texts import load_texts
 from ..models.fingerprint import active_adapters
+from ..tuners.layer import edit_layers
 from ..tuners.strength import edit_strength
 from .comparing import check_comparable
 from .metrics import Scores
 from .multiple_choice import QuestionScore, evaluate_multiple_choice
-from .options import OF_TEXTS, EvaluationOptions, wanted_metrics
+from .options import OF_EDITS, OF_TEXTS, EvaluationOptions, wanted_metrics
 from .perplexity import perplexity
 from .results import read_results, record, texts_record
 from .side_effects import check_active, disabled_adapters, side_effects
@@ -52,7 +54,7 @@ def evaluate(
         metrics: "mc" (MC1, MC2), "bbq", "crows_pairs" of the questions; "shift" from the base model's answers; and of
             the texts "perplexity", "kl" (divergence from the base model), "touched" (tokens), "norms" (change of norm
             and direction). None for those that the data are made for, with what adapters and texts add.
-        texts: unrelated texts for side effects, or several sets of them by name.
+        texts: unrelated texts for side effects, see `load_texts`, or several sets of them by name.
         strength: factor on the strength of the edits, see `edit_strength`.
         names: adapter's name in the model to what people know it by, its folder or id on the Hub.
         examples: what is recorded of answered questions before each prompt, where `with_examples` put some there.
@@ -67,6 +69,7 @@ def evaluate(
         ValueError: a metric is unknown, lacks the columns, the texts, the adapter or the base model that it needs; an
             adapter is merged; see `evaluate_multiple_choice` and `side_effects`.
     """
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     options = EvaluationOptions(metrics=None if metrics is None else list(metrics), **options)
     data, adapters = check_contrast_set(data), active_adapters(model)
     with_base = options.base and bool(adapters)
@@ -74,6 +77,8 @@ def evaluate(
         check_active(model)
     sets = _text_sets(texts)
     wanted = wanted_metrics(options, data, bool(adapters), bool(sets))
+    if metrics is not None and adapters:
+        _check_edits(model, metrics)
     options = settled(tokenizer, options)
     recorded = {"prompts": options, "strength": strength, "names": names, "examples": examples}
     known = None
@@ -102,12 +107,20 @@ def evaluate(
     return record(model, tokenizer, data, measured, **recorded)
 
 
+def _check_edits(model: nn.Module, metrics: Sequence[str]) -> None:
+    """Raise ValueError where a measure of activations was asked for, and no active adapter edits any."""
+    if any(layer.active_here for layer in edit_layers(model)):
+        return
+    if of_edits := [name for name in metrics if name in OF_EDITS]:
+        raise ArgumentError(
+            Argument("metrics"),
+            f": {of_edits[0]} is of adapters that edit activations, and none that is active does: leave it out",
+        )
+
+
 def _text_sets(texts: Mapping[str, Sequence[str]] | Iterable[str] | None) -> dict[str | None, list[str]]:
-    if texts is None:
-        return {}
-    if isinstance(texts, str):
-        raise ArgumentError(Argument("texts"), " must be a list of texts, or several by name, got one text")
-    return {name: list(some) for name, some in texts.items()} if isinstance(texts, Mapping) else {None: list(texts)}
+    sets = {} if texts is None else texts if isinstance(texts, Mapping) else {None: texts}
+    return {name: list(load_texts(some)["text"]) for name, some in sets.items()}
 
 
 def _scores(
@@ -133,13 +146,13 @@ def _known_base(base_results: Mapping[str, Any] | str | os.PathLike, ours: Mappi
     Raises:
         ValueError: they are of an adapter, or of another model, other rows or other prompts.
     """
-    read = read_results(base_results)
+    read, own = read_results(base_results, "base_results"), read_results(ours, "this evaluation")
     if read.adapters:
         raise ArgumentError(
             Argument("base_results"), f": {read.where} is of an adapter: pass results of the base model alone"
         )
-    check_comparable([read, read_results(ours)])
-    if read.rows != read_results(ours).rows:
+    check_comparable([read, own])
+    if read.rows != own.rows:
         raise ArgumentError(
             Argument("base_results"), f": {read.where} is of other questions: evaluate the base model on the same"
         )

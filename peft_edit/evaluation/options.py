@@ -21,7 +21,8 @@ OF_TEXTS: Mapping[str, tuple[str, ...]] = {
     "norms": ("norm_change", "angle", "sites"),
 }
 # Metrics that compare an edited model with the base model.
-OF_TWO = ("shift", "kl", "touched", "norms")
+OF_EDITS = ("touched", "norms")
+OF_TWO = ("shift", "kl", *OF_EDITS)
 ALL_METRICS = (*METRICS, "shift", *OF_TEXTS)
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.run import TOKEN_BAR, TokenProgress, inference
 from ..models.sites import runnable, unwrap
-from .texts import text_batches
+from .texts import NotFiniteError, exponential, text_batches
 
 
 def perplexity(
@@ -22,7 +22,7 @@ def perplexity(
 
     Raises:
         ValueError: the model is no causal one or has no LM head, no text has two tokens, one is longer than the model
-            takes or has a token without an embedding, or an active edit depends on padding.
+            takes or has a token without an embedding, an active edit depends on padding, or logits are NaN or infinite.
     """
     batches = text_batches(model, tokenizer, texts, batch_size, "perplexity")
     model, bare = runnable(model), unwrap(model)
@@ -35,4 +35,6 @@ def perplexity(
                 logits, targets = batch.predict(model)
             total += float(functional.cross_entropy(logits.float(), targets, reduction="sum"))
             count += batch.predicted
-    return math.exp(total / count)
+    if not math.isfinite(total):
+        raise NotFiniteError
+    return exponential(total / count)

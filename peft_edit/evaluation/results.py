@@ -277,16 +277,17 @@ def versions() -> dict[str, str]:
     return {"peft_edit": __version__, **packages, "python": platform.python_version()}
 
 
-def read_results(results: Mapping[str, Any] | str | os.PathLike) -> Results:
+def read_results(results: Mapping[str, Any] | str | os.PathLike, what: str = "results") -> Results:
     """Results that `record` made.
 
     Args:
         results: as JSON values, or a file of them.
+        what: to call JSON values in messages; a file has its name.
 
     Raises:
         ValueError: it holds something else, or what an earlier release wrote.
     """
-    where = "results" if isinstance(results, Mapping) else str(results)
+    where = what if isinstance(results, Mapping) else str(results)
     if not isinstance(results, Mapping):
         results = read_json(Path(results), Any, "no JSON", "pass what peft-edit evaluate --json wrote")
     given = dict(results) if isinstance(results, Mapping) else {}

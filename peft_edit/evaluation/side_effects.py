@@ -21,17 +21,13 @@ from ..models.run import TOKEN_BAR, inference
 from ..models.sites import layer_index, runnable, without_wrappers
 from ..tuners.layer import EditLayer
 from ..tuners.observing import Change, change_of, observed_edits
-from .texts import TextBatch, text_batches
+from .texts import NotFiniteError, TextBatch, exponential, text_batches
 
 
 # Logits that are compared at once: their distributions in float32 are no second copy of all of them.
 CHUNK_ELEMENTS = 2**22
 # The percentile of the divergence that is reported.
 HIGH = 0.95
-
-
-class NotFiniteError(ValueError):
-    """Logits that are NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ class SideEffectsMeter:
     @property
     def perplexity_ratio(self) -> float:
         """Of the tokens so far."""
-        return _exp((self._nll - self._base_nll) / self._tokens)
+        return exponential((self._nll - self._base_nll) / self._tokens)
 
     def update(self, base: Tensor, edited: Tensor, targets: Tensor) -> None:
         """Add predicted tokens.
@@ -114,10 +110,7 @@ class SideEffectsMeter:
             self._kl.append(kl.clamp_min(0).cpu())
         self._tokens += len(targets)
         if not (math.isfinite(self._nll) and math.isfinite(self._base_nll) and bool(self._kl[-1].isfinite().all())):
-            raise NotFiniteError(
-                "the logits of the texts are NaN or infinite: load the model in a wider dtype (bfloat16 or float32), "
-                "or lower the strength of the edit"
-            )
+            raise NotFiniteError
 
     @contextmanager
     def observing(self, model: nn.Module, batch: TextBatch) -> Iterator[None]:
@@ -152,8 +145,8 @@ class SideEffectsMeter:
         total = sum(sites.values(), start=_SiteSums(None)) if sites else None
         return SideEffects(
             tokens=self._tokens,
-            perplexity=_exp(self._nll / self._tokens),
-            base_perplexity=_exp(self._base_nll / self._tokens),
+            perplexity=exponential(self._nll / self._tokens),
+            base_perplexity=exponential(self._base_nll / self._tokens),
             perplexity_ratio=self.perplexity_ratio,
             kl_mean=float(kl.double().mean()),
             kl_p95=percentile(kl, HIGH),
@@ -203,10 +196,6 @@ def percentile(values: Tensor, share: float) -> float:
     place = share * (len(ordered) - 1)
     low, high = (float(ordered[i]) for i in (math.floor(place), math.ceil(place)))
     return low + (place - math.floor(place)) * (high - low)
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 709 else math.inf
 
 
 def side_effects(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,6 +15,21 @@ from ..models.kind import check_language_model, check_vocabulary
 from ..models.run import check_length, input_device, pad
 from ..models.sites import unwrap
 from ..tuners.layer import check_independent_of_padding
+
+
+class NotFiniteError(ValueError):
+    """Logits that are NaN or infinite."""
+
+    def __init__(self):
+        super().__init__(
+            "the logits of the texts are NaN or infinite: load the model in a wider dtype (bfloat16 or float32), or "
+            "lower the strength of the edit"
+        )
+
+
+def exponential(value: float) -> float:
+    """e to a power, infinite where a float cannot hold it."""
+    return math.exp(value) if value < 709 else math.inf
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from ...adapters.read import load_adapter
 from ...adapters.save import save_adapter
 from ...arguments import Argument, ArgumentError
 from ...choosing.axes import Setting, Settings, Sources, declared, with_adapter, without_adapter
+from ...choosing.journal import digest_of
 from ...training.progress import Progress
 from .arguments import HPRTrainingArguments
 from .config import HPRConfig
@@ -163,10 +162,8 @@ class HPRSettings(Settings):
     def _trained(self, training: Training) -> Path:
         """Folder of the adapter of a training, which is trained where it is not there."""
         stores = [self.store, self.eval_store, self.sources.retain if training.retain_weight else None]
-        data = [None if store is None else store.metadata.get("data_fingerprint") for store in stores]
-        names = [None if store is None else store.metadata.get("fingerprint") for store in stores]
-        digest = hashlib.sha256(json.dumps([asdict(training), data, names, self.layers]).encode()).hexdigest()[:12]
-        folder = self._work / f"trained-{digest}"
+        told = [None if store is None else [store.site, store.metadata] for store in stores]
+        folder = self._work / f"trained-{digest_of([asdict(training), told, self.layers])}"
         if not (folder / CONFIG_NAME).exists():
             with self._train(training) as adapted:
                 save_adapter(adapted, folder)

@@ -22,7 +22,7 @@ from ...adapters.match import (
     find_adapter,
     replace_config,
 )
-from ...arguments import ArgumentError, parts_of
+from ...arguments import Argument, ArgumentError, parts_of
 from ...processes import processes
 from .config import SEAConfig
 from .layer import SEALayer
@@ -128,6 +128,8 @@ def fit_sea(
     if retain is not None:
         retain = check_retain(model, open_store(retain), config.site, layers, allow_fingerprint_mismatch)
 
+    if retain is not None:
+        check_retains(config)
     together = processes()
 
     def fit_share() -> list[tuple[SiteFit, tuple[Tensor, Tensor]]]:
@@ -159,6 +161,24 @@ def fit_sea(
     rows = "the neutral demonstrations" if retain is None else "the tokens of the retain set"
     warn_of_change({f.layer: f.change for f in fits}, rows)
     return SEAFit(adapter_name, len(store), fits)
+
+
+def check_retains(config: SEAConfig) -> None:
+    """Raise ValueError where an edit changes every token, those of a retain set too, whatever its directions are."""
+    kind = "leaves no token of a retain set as it is"
+    if config.projections == "positive":
+        raise ArgumentError(
+            *(Argument("projections", "positive"), f" keeps nothing but its directions and {kind}: take another, or "),
+            *("leave out ", Argument("retain")),
+        )
+    if config.rescale == "average":
+        raise ArgumentError(
+            *(
+                Argument("rescale", "average"),
+                f" takes half of each projection and {kind}: take another, or leave out ",
+            ),
+            Argument("retain"),
+        )
 
 
 def _fit_site(
