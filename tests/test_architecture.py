@@ -37,12 +37,24 @@ ALLOWED = {
     "merging": {"adapters", "files", "models", "tuners", "version"},
     "evaluation": {"data", "json_files", "models", "tuners", "version"},
     "choosing": {
-        *("activations/store", "adapters", "data", "evaluation", "files", "models", "tuners"),
+        *("activations/store", "adapters", "data", "evaluation", "files", "json_files", "models", "tuners"),
     },
+    "answering": {"data", "evaluation", "files", "json_files", "models", "tuners"},
+    "explaining": {"evaluation", "models", "tuners"},
     "demo": {"activations", "adapters", "data", "evaluation", "files", "tuners"},
     "cli": {
-        *("activations", "activations/store", "adapters", "arguments", "choosing", "data", "demo", "evaluation"),
-        *("files", "json_files", "merging", "models", "processes", "training", "tuners"),
+        *(
+            "activations",
+            "activations/store",
+            "adapters",
+            "answering",
+            "arguments",
+            "choosing",
+            "data",
+            "demo",
+            "evaluation",
+        ),
+        *("explaining", "files", "json_files", "merging", "models", "processes", "training", "tuners"),
     },
     # A method builds on all this, on no other method, and only its commands and its evidence on what runs it.
     **{
@@ -50,7 +62,7 @@ ALLOWED = {
         for method in METHODS
     },
 }
-MORE = {"commands": {"cli"}, "evidence": {"demo"}, "settings": {"choosing"}}
+MORE = {"commands": {"cli"}, "evidence": {"demo"}, "settings": {"choosing", "json_files"}}
 # What makes a tuner of PEFT knows nothing of folders and stores.
 TUNER = ("config", "layer", "model")
 # What only computes needs torch alone.

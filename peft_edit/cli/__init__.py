@@ -22,11 +22,12 @@ def method_commands() -> list[Callable]:
 
 def commands() -> list[Callable]:
     """The functions of all commands, in the order of use."""
-    from . import activations, choose, convert, demo, evaluate, export, hub, merge, run
+    from . import activations, choose, convert, demo, evaluate, explain, export, generate, hub, merge, run
 
     first = [demo.demo, activations.collect, activations.inspect]
     moving_on = [convert.convert, export.export_lora, merge.merge, hub.card, hub.push]
-    return [*first, *method_commands(), *choose.COMMANDS, evaluate.evaluate, *moving_on, run.run]
+    looking = [evaluate.evaluate, explain.explain, generate.generate]
+    return [*first, *method_commands(), *choose.COMMANDS, *looking, *moving_on, run.run]
 
 
 def application() -> typer.Typer:

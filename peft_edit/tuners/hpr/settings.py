@@ -21,7 +21,7 @@ from ...adapters.read import load_adapter
 from ...adapters.save import save_adapter
 from ...arguments import Argument, ArgumentError
 from ...choosing.axes import Setting, Settings, Sources, declared, with_adapter, without_adapter
-from ...choosing.journal import digest_of
+from ...json_files import digest_of
 from ...training.progress import Progress
 from .arguments import HPRTrainingArguments
 from .config import HPRConfig
