@@ -75,24 +75,41 @@ def greedy_answers(
 ) -> Iterator[list[list[int]]]:
     """The model's own greedy answers, without end of sequence: for each batch, which names places in `prompts`, those
     of its prompts. Progress is in tokens of prompts and of answers of full length."""
-    own = model.generation_config
-    stop = own.eos_token_id if own is not None else tokenizer.eos_token_id
-    stop = [stop] if isinstance(stop, int) else list(stop or [])
+    stop = stop_tokens(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop or None, pad_token_id=stop[0] if stop else 0
     )
     for batch in batches:
         input_ids, mask = pad([prompts[i] for i in batch], input_device(model), side="left")
-        # `generate` fills in from the model's own configuration, and its penalties and beams are not greedy.
-        model.generation_config = config
-        try:
-            tokens = sum(len(prompts[i]) + max_new_tokens for i in batch)
-            with nullcontext() if progress is None else progress.over(tokens):
-                output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
-        finally:
-            model.generation_config = own
+        tokens = sum(len(prompts[i]) + max_new_tokens for i in batch)
+        with generating_by(model, config), nullcontext() if progress is None else progress.over(tokens):
+            output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
         rows = output[:, input_ids.shape[1] :].tolist()
         yield [ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))] for ids in rows]
+
+
+def stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids at which a model's answer ends."""
+    own = model.generation_config
+    stop = own.eos_token_id if own is not None else tokenizer.eos_token_id
+    return [stop] if isinstance(stop, int) else list(stop or [])
+
+
+@contextmanager
+def generating_by(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Let a model have a generation configuration inside the `with` block: `generate` fills in what it is not given
+    from the model's own, whose penalties, beams and sampling are not meant.
+
+    Args:
+        model: without a `PeftModel` around it.
+        config: of all that is meant.
+    """
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def batches_within(lengths: Sequence[int], batch_size: int | None, max_tokens: int) -> Iterator[range]:

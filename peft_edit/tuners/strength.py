@@ -28,8 +28,7 @@ def edit_strength(model: nn.Module, strength: float = 1.0, *, layers: LayerIndic
         ValueError: strength below 0, not finite, layers where the model has no edit, or a model without edits or with
             merged ones. Merging inside the block is refused.
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= sys.float_info.max:
-        raise ArgumentError(Argument("strength"), f" must be a number of 0 or more and finite, got {strength!r}")
+    check_strength(strength)
     edits = edit_layers(model)
     if not edits:
         raise ValueError(f"{type(model).__name__} has no edit whose strength could be set: load an adapter that edits")
@@ -43,6 +42,12 @@ def edit_strength(model: nn.Module, strength: float = 1.0, *, layers: LayerIndic
     finally:
         for layer in {*edits, *edit_layers(model)}:  # those of adapters that were added inside, too
             layer.set_strength_scopes(tuple(other for other in layer.strength_scopes if other is not scope))
+
+
+def check_strength(strength: float) -> None:
+    """Raise ValueError for what is no factor on a strength."""
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= sys.float_info.max:
+        raise ArgumentError(Argument("strength"), f" must be a number of 0 or more and finite, got {strength!r}")
 
 
 def edited_blocks(edits: Iterable[EditLayer]) -> list[int]:
