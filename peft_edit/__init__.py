@@ -8,6 +8,7 @@ from .adapters.save import replaced_adapters
 from .choosing import calibrate, sweep
 from .data import load_contrast_set
 from .evaluation import evaluate, evaluate_multiple_choice, perplexity, side_effects
+from .explaining import explain_edit
 from .merging import merge_checkpoint
 from .models.fingerprint import fingerprint
 from .tuners.config import EditConfig
@@ -38,6 +39,7 @@ __all__ = [
     "edit_strength",
     "evaluate",
     "evaluate_multiple_choice",
+    "explain_edit",
     "fingerprint",
     "load_contrast_set",
     "merge_checkpoint",

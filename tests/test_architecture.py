@@ -39,11 +39,12 @@ ALLOWED = {
     "choosing": {
         *("activations/store", "adapters", "data", "evaluation", "files", "models", "tuners"),
     },
-    "chatting": {"adapters", "data", "files", "models", "tuners"},
+    "chatting": {"adapters", "data", "explaining", "files", "models", "tuners"},
+    "explaining": {"evaluation", "models", "tuners"},
     "demo": {"activations", "adapters", "data", "evaluation", "files", "tuners"},
     "cli": {
         *("activations", "activations/store", "adapters", "arguments", "chatting", "choosing", "data", "demo"),
-        *("evaluation", "files", "json_files", "merging", "models", "processes", "training", "tuners"),
+        *("evaluation", "explaining", "files", "json_files", "merging", "models", "processes", "training", "tuners"),
     },
     # A method builds on all this, on no other method, and only its commands and its evidence on what runs it.
     **{

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import Argument, ArgumentError
 from ..models.fingerprint import active_adapters
 from ..models.run import TOKEN_BAR, inference
 from ..models.sites import layer_index, runnable, without_wrappers
 from ..tuners.layer import EditLayer
-from ..tuners.observing import Change, change_of, observed_edits
+from ..tuners.observing import Change, change_of, observed_edits, token_rows
 from .texts import TextBatch, text_batches
 
 
@@ -28,6 +27,10 @@ from .texts import TextBatch, text_batches
 CHUNK_ELEMENTS = 2**22
 # The percentile of the divergence that is reported.
 HIGH = 0.95
+NOT_FINITE = (
+    "the logits of the texts are NaN or infinite: load the model in a wider dtype (bfloat16 or float32), or lower the "
+    "strength of the edit"
+)
 
 
 class NotFiniteError(ValueError):
@@ -106,18 +109,14 @@ class SideEffectsMeter:
         rows = max(1, CHUNK_ELEMENTS // base.shape[1])
         for p, q, target in zip(base.split(rows), edited.split(rows), targets.split(rows), strict=True):
             log_p, log_q = p.float().log_softmax(dim=-1), q.float().log_softmax(dim=-1)
-            kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+            kl = divergence(log_p, log_q)
             # Gathered before they leave the device, where float64 may be missing.
             self._nll -= float(log_q.gather(1, target[:, None]).cpu().double().sum())
             self._base_nll -= float(log_p.gather(1, target[:, None]).cpu().double().sum())
-            # Rounding takes the divergence of two equal distributions below 0.
-            self._kl.append(kl.clamp_min(0).cpu())
+            self._kl.append(kl.cpu())
         self._tokens += len(targets)
         if not (math.isfinite(self._nll) and math.isfinite(self._base_nll) and bool(self._kl[-1].isfinite().all())):
-            raise NotFiniteError(
-                "the logits of the texts are NaN or infinite: load the model in a wider dtype (bfloat16 or float32), "
-                "or lower the strength of the edit"
-            )
+            raise NotFiniteError(NOT_FINITE)
 
     @contextmanager
     def observing(self, model: nn.Module, batch: TextBatch) -> Iterator[None]:
@@ -130,13 +129,7 @@ class SideEffectsMeter:
 
     def _observe(self, layer: EditLayer, before: Tensor, after: Tensor) -> None:
         predicting = self._batch.predicting.flatten()
-        before, after = (x.reshape(-1, x.shape[-1]) for x in (before, after))
-        if len(before) != len(predicting):
-            raise ArgumentError(
-                f"the edit at {layer.site} sees {len(before)} activations of {len(predicting)} tokens, so that none "
-                "can be told to be a token: choose another ",
-                Argument("target_modules"),
-            )
+        before, after = (token_rows(layer, x, len(predicting)) for x in (before, after))
         predicting = predicting.to(before.device)
         change = change_of(before[predicting], after[predicting])
         key = layer.site, type(layer).__name__
@@ -194,6 +187,12 @@ class _SiteSums:
 
     def to_dict(self, tokens: int) -> dict[str, float]:
         return {"touched": self.touched / tokens, "norm_change": self.norm_change, "angle": self.angle}
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats of distributions along the last dimension, (..., V) -> (...), from their logarithms."""
+    # Rounding takes the divergence of two equal distributions below 0.
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp_min(0)
 
 
 def percentile(values: Tensor, share: float) -> float:

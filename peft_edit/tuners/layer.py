@@ -139,13 +139,22 @@ class EditLayer(BaseTunerLayer):
             self.observer(self, output, edited)
         return edited
 
+    def gate_probability(self, h: Tensor, adapter_name: str) -> Tensor | None:
+        """The probability by which an adapter decides of each activation, (..., d), whether it is edited, (...);
+        None where it edits all, or none."""
+        return None
+
+    @property
+    def active_here(self) -> list[str]:
+        """The active adapters that this layer holds, in the order in which they edit."""
+        return [name for name in self.active_adapters if self.has_adapter(name)]
+
     def _edit_active(self, h: Tensor) -> Tensor:
-        for name in self.active_adapters:
-            if self.has_adapter(name):
-                h = self._edit_scope(h, name)
+        for name in self.active_here:
+            h = self.edit_scope(h, name)
         return h
 
-    def _edit_scope(self, h: Tensor, adapter_name: str) -> Tensor:
+    def edit_scope(self, h: Tensor, adapter_name: str) -> Tensor:
         """Edit all tokens, or the last of each sequence, as the adapter's configuration says."""
         with as_written(h):
             if self.depends_on_padding(adapter_name) and h.dim() > 2:
@@ -164,7 +173,7 @@ class EditLayer(BaseTunerLayer):
             if self.has_adapter(name):  # "__base__" is no adapter
                 # Indices and not a mask, whose number of rows would be known on the device alone.
                 chosen = torch.tensor([i for i, n in enumerate(names) if n == name], device=output.device)
-                rows[chosen] = self._edit_scope(rows[chosen], name)
+                rows[chosen] = self.edit_scope(rows[chosen], name)
         return rows.reshape(output.shape)
 
     def output_tensors(self) -> dict[str, OutputTensor]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..arguments import Argument, ArgumentError
 from .angle import angle_between
 from .layer import EditLayer, edit_layers
 
@@ -37,6 +38,27 @@ def observed_edits(model: nn.Module, observer: Callable[[EditLayer, Tensor, Tens
     finally:
         for layer in layers:
             layer.observer = None
+
+
+def edits_in_turn(layer: EditLayer, before: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What each active adapter of a layer does to activations, (..., d): its name, those before and those after. An
+    observer of several adapters sees them as one edit."""
+    for name in layer.active_here:
+        after = layer.edit_scope(before, name)
+        yield name, before, after
+        before = after
+
+
+def token_rows(layer: EditLayer, activations: Tensor, tokens: int) -> Tensor:
+    """What an observer was given as (t, d), a row for each token; raises ArgumentError where they are not as many."""
+    rows = activations.reshape(-1, activations.shape[-1])
+    if len(rows) != tokens:
+        raise ArgumentError(
+            f"the edit at {layer.site} sees {len(rows)} activations of {tokens} tokens, so that none can be told to be "
+            "a token: choose another ",
+            Argument("target_modules"),
+        )
+    return rows
 
 
 @dataclass(frozen=True)

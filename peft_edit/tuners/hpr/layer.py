@@ -11,7 +11,7 @@ from ...models.dtypes import as_written
 from ..network import feed_forward
 from ..trained import TrainedLayer
 from .config import HPRConfig
-from .maths import edit, reflection_angle
+from .maths import edit, positive_probability, reflection_angle
 
 
 # Why an adapter is no linear update.
@@ -48,6 +48,12 @@ class HPRLayer(TrainedLayer):
         with as_written(a):
             return probe(a.to(probe.weight.dtype)).squeeze(-1)
 
+    def gate_probability(self, h: Tensor, adapter_name: str) -> Tensor | None:
+        if not self.configs[adapter_name].edits(self.index):
+            return None
+        with as_written(h):
+            return positive_probability(h, self._normal(adapter_name, h))
+
     def angles(self, a: Tensor, adapter_name: str) -> Tensor:
         """Predicted angles of activations (..., d), in radians in (0, pi), (...)."""
         network = self.hpr_angle[adapter_name]
@@ -62,6 +68,15 @@ class HPRLayer(TrainedLayer):
         return self._rotate(h, adapter_name, config, alpha)
 
     def _rotate(self, h: Tensor, adapter_name: str, config: HPRConfig, alpha: float) -> Tensor:
+        w = self._normal(adapter_name, h)
+
+        def angle(a: Tensor) -> Tensor:
+            return reflection_angle(a, w) if config.rotation == "reflection" else self.angles(a, adapter_name)
+
+        return edit(h, w, angle, gate=config.gate, alpha=alpha)
+
+    def _normal(self, adapter_name: str, h: Tensor) -> Tensor:
+        """The normal of the probe's hyperplane, (d,), also where it is offloaded."""
         probe = self.hpr_probe[adapter_name]
         if hasattr(probe, "_fsdp_wrapped_module"):
             # The angle network runs where there are negative tokens: processes would wait for each other for ever.
@@ -71,12 +86,7 @@ class HPRLayer(TrainedLayer):
             )
         offloaded = self.check_loaded(probe, adapter_name, h)
         with align_module_device(probe) if offloaded else nullcontext():
-            w = probe.weight[0]
-
-        def angle(a: Tensor) -> Tensor:
-            return reflection_angle(a, w) if config.rotation == "reflection" else self.angles(a, adapter_name)
-
-        return edit(h, w, angle, gate=config.gate, alpha=alpha)
+            return probe.weight[0]
 
     def check_mergeable(self, adapter_name: str) -> None:
         raise ValueError(f"adapter {adapter_name!r} cannot be merged: {NO_MERGE}; keep it as an adapter")

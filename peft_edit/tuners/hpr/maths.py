@@ -97,6 +97,13 @@ def reflection_angle(a: Tensor, w: Tensor) -> Tensor:
     return 2 * torch.atan2(cosine.squeeze(-1).abs(), torch.linalg.vector_norm(across, dim=-1))
 
 
+def positive_probability(a: Tensor, w: Tensor) -> Tensor:
+    """sigmoid(w . a), the probe's probability that activations are positive, (..., d) -> (...), as `is_negative`
+    compares it with the gate."""
+    wide = _wide(a.dtype)
+    return torch.sigmoid(_dot(a.to(wide), w.to(wide)))
+
+
 def is_negative(a: Tensor, w: Tensor, gate: float = 0.5) -> Tensor:
     """Whether the probe's probability sigmoid(w . a) of a positive activation is at most the gate; (..., d) -> (...)
     bool.
