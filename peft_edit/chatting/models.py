@@ -165,8 +165,10 @@ class ChatModels:
         adapter = self._editing(settings)
         dials = {dial.name: dial for dial in adapter.dials}
         if name not in dials:
-            known = nearest(name, dials) if dials else ": it has its strength alone"
-            raise ValueError(f"{adapter.name}, an adapter of {adapter.method}, has no {name}{known}")
+            what = nearest(name, dials) if dials else ": set its strength"
+            if name == adapter.config.dials[0]:
+                what = ": the strength multiplies it"
+            raise ValueError(f"{adapter.name}, an adapter of {adapter.method}, has no {name} to set{what}")
         replace(adapter.config, **{name: value})  # which checks it
         others = {key: other for key, other in settings.dials.items() if key != name}
         return replace(settings, dials=others if value == dials[name].own else {**others, name: value})

@@ -22,7 +22,7 @@ FORMATS = {"prompt_format": {"type": Literal["auto", "chat", "plain", "few_shot_
 Prompts = Annotated[PromptOptions, Fields(changes=FORMATS)]
 QUIT = ("/quit", "/exit")
 ASKED = "> "
-HELLO = "Type a question, or /help. Ctrl-C stops an answer, /quit or Ctrl-D ends the chat."
+HELLO = "Type a question, or /help. Ctrl-C stops an answer, Ctrl-D or /quit the chat."
 
 
 def chat(
@@ -69,7 +69,7 @@ class Talk:
                     return
                 if not at_keyboard():
                     self.screen.tell(f"{ASKED}{line}")
-                self._take(line)
+                self._take(line.strip())
             except KeyboardInterrupt:
                 if not at_keyboard():
                     raise
@@ -84,8 +84,9 @@ class Talk:
         from ..chatting.commands import is_command, question_of, run_command
 
         if is_command(line):
-            self.screen.tell(run_command(self.chat, self.conversation, line))
-        elif line.strip():
+            shown = run_command(self.chat, self.conversation, line)
+            self.screen.tell(shown) if isinstance(shown, str) else self.screen.show_tokens(shown)
+        elif line:
             stop = Event()
             with _interrupts(stop.set):
                 pieces = self.chat.answer(self.conversation, question_of(line), stop)

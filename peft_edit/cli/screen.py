@@ -12,12 +12,18 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from ..explaining import Explanation
+from ..explaining.showing import changed_rows, token_view
+from .common import table
+
 
 with suppress(ImportError):  # Windows, whose terminal does it
     import readline  # noqa: F401  lets `input` edit lines
 
 # Narrower than this, two columns hold too few words a line.
 TWO_COLUMNS = 60
+# Tokens that are told in numbers.
+STRONGEST = 3
 HEADINGS = {"base": Style(bold=True), "edited": Style(bold=True, color="green")}
 
 
@@ -47,6 +53,11 @@ class Screen:
     def tell(self, text: str) -> None:
         """Show a message."""
         self.console.print(Text(printable(text)), soft_wrap=True)
+
+    def show_tokens(self, explanation: Explanation) -> None:
+        """Show what an edit does to the tokens of a text."""
+        view = token_view(explanation, color=self.color, width=self.console.width)
+        self.console.file.write(f"{view}\n\n{table(*changed_rows(explanation, STRONGEST))}\n")
 
     def show(self, sides: tuple[str, ...], pieces: Iterable[tuple[str, str]]) -> None:
         """Show answers while they come.
