@@ -66,6 +66,11 @@ class LoadedAdapter:
     dials: tuple[Dial, ...]
 
     @property
+    def edits(self) -> bool:
+        """Whether it edits activations, and so has a strength."""
+        return bool(edit_layers(self.model))
+
+    @property
     def config(self) -> PeftConfig:
         return self.model.peft_config[NAME]
 
@@ -178,7 +183,7 @@ class ChatModels:
         if settings.adapter is None:
             raise ValueError("the base model alone has nothing to set: choose an adapter first")
         adapter = self.adapter(settings.adapter)
-        if not edit_layers(adapter.model):
+        if not adapter.edits:
             raise ValueError(f"{adapter.name} is an adapter of {adapter.method}, which has no edit that could be set")
         return adapter
 
