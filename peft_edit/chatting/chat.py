@@ -8,12 +8,13 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from ..answering.options import BASE, EDITED
 from ..data.prompts import PromptOptions, encode_answers, encode_prompts, prompt_record, settled
 from ..explaining import Explanation, explain_edit
 from ..files import check_writable, write_json
 from .answers import check_fits, stream_answer
 from .models import ChatModels
-from .settings import BASE, EDITED, Sampling, Settings
+from .settings import Sampling, Settings
 
 
 __all__ = ["BASE", "EDITED", "Chat", "Conversation", "Turn"]

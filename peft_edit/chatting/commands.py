@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..answering.options import BASE, EDITED
 from ..arguments import renamed
 from ..explaining import Explanation
 from ..models.sites import format_layers, parse_layers
 from ..tuners.method import methods
 from .chat import Chat, Conversation
 from .models import Dial, told_layers
-from .settings import BASE, EDITED, Sampling
+from .settings import Sampling
 
 
 # How the demonstration of HPR's authors is told its layers.

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters.match import give_config, replace_config
 from ..adapters.read import load_adapter
+from ..answering.options import BASE, EDITED
 from ..arguments import Argument, ArgumentError, nearest
 from ..models.sites import format_layers
 from ..tuners.config import EditConfig
 from ..tuners.layer import edit_layers
 from ..tuners.method import method_of
 from ..tuners.strength import check_strength, edit_strength, edited_blocks
-from .settings import BASE, EDITED, Settings
+from .settings import Settings
 
 
 # Adapters that are kept, those that were used last. Others are read again when they are wanted.

@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from ..answering.options import BASE, EDITED
 from ..arguments import one_line
 from ..explaining.showing import token_view_html
 from ..explaining.style import TOKEN_VIEW_CSS
@@ -18,7 +19,7 @@ from ..tuners.method import methods
 from .chat import Chat, Conversation
 from .models import LoadedAdapter
 from .serving import ServingOptions
-from .settings import BASE, EDITED, Sampling, Settings
+from .settings import Sampling, Settings
 
 
 # Nothing is told of the use of a page.

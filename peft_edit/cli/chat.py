@@ -5,21 +5,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from ..chatting.settings import Sampling
 from ..data.prompts import PromptOptions
 from . import common
-from .options import Fields, Run
+from .explain import PROMPTS
+from .options import Run
 
 
 if TYPE_CHECKING:
     from ..chatting import Chat, Conversation
     from .screen import Screen
 
-# The formats of a question alone: lettered choices need choices.
-FORMATS = {"prompt_format": {"type": Literal["auto", "chat", "plain", "few_shot_qa"]}}
-Prompts = Annotated[PromptOptions, Fields(changes=FORMATS)]
+Prompts = Annotated[PromptOptions, PROMPTS]
 QUIT = ("/quit", "/exit")
 ASKED = "> "
 HELLO = "Type a question, or /help. Ctrl-C stops an answer, Ctrl-D or /quit the chat."

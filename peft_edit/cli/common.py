@@ -6,18 +6,25 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from .. import files
 from ..arguments import Argument, ArgumentError, check_options, renamed
+from .options import Fields
 
 
 if TYPE_CHECKING:
     from ..models.load import BaseModel
     from .options import Run
 
+# A base model that need not be given: the adapter names it.
+BASE_OF_ADAPTER = Fields(
+    changes={
+        "model": {"help": "Base model. Default: the one that the adapter names.", "positional": False, "default": None}
+    }
+)
 ADAPTER = {"help": "Adapter to load: local folder, or id on the Hub, user/name or user/name@revision."}
 # Fields of configurations that name the edited decoder blocks and modules.
 LAYERS = {
@@ -179,6 +186,26 @@ def load_model(options: LoadedModelOptions):
     return load.load_model(base, dtype=dtype, device_map=device_map), load.load_tokenizer(base)
 
 
+def base_of(options: LoadedModelOptions, adapter: str) -> LoadedModelOptions:
+    """The options with the base model that an adapter names, where they name none."""
+    from ..adapters.read import load_adapter_config
+
+    if options.model is not None:
+        return options
+    config = load_adapter_config(adapter)
+    if not config.base_model_name_or_path:
+        raise ArgumentError(f"{adapter} names no base model: pass it as ", Argument("model"))
+    return replace(options, model=config.base_model_name_or_path, revision=options.revision or config.revision)
+
+
+def terminal() -> tuple[bool, int]:
+    """Whether standard output shows colours, and its columns: 80 where it is no terminal. `NO_COLOR` is heeded."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout)
+    return console.is_terminal and console.color_system is not None and not console.no_color, console.width
+
+
 def load_structure(options: ModelOptions):
     """The base model on the meta device, see `models.load.load_structure`."""
     from ..models.load import load_structure
@@ -208,6 +235,18 @@ def load_data(options: DataOptions):
             revision=options.data_revision,
         )
     return some_rows(data, options, options.data)
+
+
+def load_prompts(options: DataOptions):
+    """A contrast set, or a file of prompts without answers, or some of its rows, see `load_data`."""
+    from ..data.prompt_files import is_prompt_file, load_prompts
+    from ..data.reading import refuse
+
+    if not is_prompt_file(options.data):
+        return load_data(options)
+    fields = ("data_files", "subset", "split", "data_revision")
+    refuse(f"the file of prompts {options.data}", **{name: getattr(options, name) for name in fields})
+    return some_rows(load_prompts(options.data), options, options.data)
 
 
 def some_rows(data, options: DataOptions, source: str):
