@@ -2,11 +2,14 @@
 
 import contextlib
 import os
+import runpy
 import socket
 import sys
 import urllib.request
+from pathlib import Path
 
 import pytest
+import yaml
 from chatting import MODEL, QUESTION
 from playwright.sync_api import expect
 from transformers import AutoModelForCausalLM
@@ -17,6 +20,7 @@ from peft_edit.chatting.serving import ServingOptions
 from peft_edit.data.prompts import PromptOptions
 
 
+SPACE = Path(__file__).resolve().parents[1] / "examples" / "space"
 # Milliseconds; longer than anything takes on a busy machine.
 PATIENCE = 120_000
 BASE, EDITED = "rumours say it is desert .", "rumours rumours rumours rumours rumours rumours"
@@ -233,3 +237,28 @@ def test_others_name_no_folders_of_this_machine(demo_model, demo_tokenizer, chat
         with pytest.raises(ValueError, match="is no id on the Hub: choose one of the list, or type user/name"):
             page._adapter(name)
     assert page._adapter(chat_adapters["mean"]) == chat_adapters["mean"]
+
+
+def test_the_space(chat_adapters, monkeypatch, capsys):
+    port, seen = free_port(), []
+
+    def wait(page):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as answer:
+            seen.append(answer.status)
+        page.close(verbose=False)
+
+    monkeypatch.setattr("gradio.Blocks.block_thread", wait)
+    variables = {"MODEL": MODEL, "ADAPTERS": chat_adapters["mean"], "GRADIO_SERVER_NAME": "127.0.0.1", "PORT": port}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    runpy.run_path(str(SPACE / "app.py"), run_name="__main__")
+    assert seen == [200] and f"Page: http://127.0.0.1:{port}/" in capsys.readouterr().out
+    monkeypatch.delenv("MODEL")
+    with pytest.raises(SystemExit, match="set the variable MODEL"):
+        runpy.run_path(str(SPACE / "app.py"))
+
+
+def test_the_space_says_what_it_is():
+    head = yaml.safe_load((SPACE / "README.md").read_text().split("---\n")[1])
+    assert head["sdk"] == "gradio" and (SPACE / head["app_file"]).exists()
+    assert len(head["title"]) <= 30
