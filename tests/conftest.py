@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import headless_chromium
 from hypothesis import settings
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,3 +55,21 @@ def run_command(capsys, monkeypatch):
         return stopped.value.code or 0, capsys.readouterr()
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium of Playwright: `browser.new_page()`. Of a module and not of the session, because Playwright
+    keeps an event loop in the thread, in which no other test could start one."""
+    with headless_chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def chat_adapters(tmp_path_factory):
+    """Name to folder of adapters of the demonstration model that change its answers, see `chatting`."""
+    from chatting import make_adapters
+
+    folder = tmp_path_factory.mktemp("adapters")
+    make_adapters(folder)
+    return {path.name: str(path) for path in sorted(folder.iterdir())}

@@ -40,21 +40,13 @@ ALLOWED = {
         *("activations/store", "adapters", "data", "evaluation", "files", "json_files", "models", "tuners"),
     },
     "answering": {"data", "evaluation", "files", "json_files", "models", "tuners"},
+    "chatting": {"adapters", "answering", "data", "explaining", "files", "models", "tuners"},
     "explaining": {"evaluation", "models", "tuners"},
     "demo": {"activations", "adapters", "data", "evaluation", "files", "tuners"},
     "cli": {
-        *(
-            "activations",
-            "activations/store",
-            "adapters",
-            "answering",
-            "arguments",
-            "choosing",
-            "data",
-            "demo",
-            "evaluation",
-        ),
-        *("explaining", "files", "json_files", "merging", "models", "processes", "training", "tuners"),
+        *("activations", "activations/store", "adapters", "answering", "arguments", "chatting", "choosing", "data"),
+        *("demo", "evaluation", "explaining", "files", "json_files", "merging", "models", "processes", "training"),
+        "tuners",
     },
     # A method builds on all this, on no other method, and only its commands and its evidence on what runs it.
     **{

@@ -100,13 +100,18 @@ def replace_config(model: nn.Module, adapter_name: str, **changes: Any) -> PeftC
         adapter_name: of the adapter.
         changes: field to value.
     """
+    config = replace(without_wrappers(model).peft_config[adapter_name], **changes)
+    give_config(model, adapter_name, config)
+    return config
+
+
+def give_config(model: nn.Module, adapter_name: str, config: PeftConfig) -> None:
+    """Let an adapter that is in a model have a configuration, this very object."""
     model = without_wrappers(model)
-    config = replace(model.peft_config[adapter_name], **changes)
     model.peft_config[adapter_name] = config
     for layer in edit_layers(model):
         if layer.has_adapter(adapter_name):
             layer.set_config(adapter_name, config)
-    return config
 
 
 def check_store(

@@ -10,7 +10,7 @@ from importlib import import_module
 import typer
 from safetensors import SafetensorError
 
-from ..files import NO_SPACE
+from . import common
 
 
 def method_commands() -> list[Callable]:
@@ -22,11 +22,11 @@ def method_commands() -> list[Callable]:
 
 def commands() -> list[Callable]:
     """The functions of all commands, in the order of use."""
-    from . import activations, choose, convert, demo, evaluate, explain, export, generate, hub, merge, run
+    from . import activations, chat, choose, convert, demo, evaluate, explain, export, generate, hub, merge, run, ui
 
     first = [demo.demo, activations.collect, activations.inspect]
     moving_on = [convert.convert, export.export_lora, merge.merge, hub.card, hub.push]
-    looking = [evaluate.evaluate, explain.explain, generate.generate]
+    looking = [evaluate.evaluate, explain.explain, generate.generate, *chat.COMMANDS, *ui.COMMANDS]
     return [*first, *method_commands(), *choose.COMMANDS, *looking, *moving_on, run.run]
 
 
@@ -66,9 +66,7 @@ def main() -> None:
         program = error.ctx.command_path if error.ctx is not None else "peft-edit"
         _fail(f"{error.format_message().rstrip('.')}: see {program} --help")
     except (ValueError, OSError, SafetensorError) as error:
-        of_file = isinstance(error, OSError) and error.strerror and error.filename
-        remedy = "free some space, then run the same again" if of_file and error.errno in NO_SPACE else "check the path"
-        _fail(f"{error.filename}: {error.strerror}; {remedy}" if of_file else str(error))
+        _fail(common.told_error(error))
     except typer.Abort:
         sys.exit(130)
     sys.exit(status if isinstance(status, int) else 0)

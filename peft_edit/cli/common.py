@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -153,6 +153,16 @@ def told_warnings(run: Run) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *details: print(f"Warning: {run.tell(message)}", file=sys.stderr)
         yield
+
+
+def told_error(error: Exception, spell: Callable[[Argument], str] = str) -> str:
+    """An error in one line that says what to do, arguments spelt by a function."""
+    if isinstance(error, ArgumentError):
+        return error.message(spell)
+    if not (isinstance(error, OSError) and error.strerror and error.filename):
+        return str(error)
+    remedy = "free some space, then run the same again" if error.errno in files.NO_SPACE else "check the path"
+    return f"{error.filename}: {error.strerror}; {remedy}"
 
 
 def load_model(options: LoadedModelOptions):

@@ -101,13 +101,16 @@ def adapters_fingerprint(model: nn.Module) -> str | None:
     if not names:
         return None
     model = without_wrappers(model)
-    factors = {getattr(module, "strength_factor", 1.0) for module in model.modules()}
+    factors = {getattr(module, "site", None): getattr(module, "strength_factor", 1.0) for module in model.modules()}
+    of_sites = {site: factor for site, factor in factors.items() if site is not None}
+    alike = len(set(of_sites.values())) <= 1
+    strengths = sorted(set(factors.values())) if alike else sorted(of_sites.items())
     configs = [
         {key: value for key, value in model.peft_config[name].to_dict().items() if key not in ORIGIN_FIELDS}
         for name in names
     ]
     # Configurations hold sets, and values of their own.
-    digest = hashlib.sha256(json.dumps([names, sorted(factors), configs], sort_keys=True, default=_in_order).encode())
+    digest = hashlib.sha256(json.dumps([names, strengths, configs], sort_keys=True, default=_in_order).encode())
     for name, tensor in _adapter_tensors(unwrap(model), set(names)):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -18,14 +18,20 @@ from ..arguments import Argument, ArgumentError
 from ..models.dtypes import as_written, dtype_name, is_finite, is_quantised
 from ..models.outputs import OutputTensor
 from ..models.parts import is_linear
+from ..models.sites import layer_index
 from .config import EditConfig
 
 
 @dataclass(eq=False)
 class StrengthScope:
-    """An `edit_strength` block."""
+    """An `edit_strength` block: the factor, and the decoder blocks that go on to edit, None for all."""
 
     strength: float
+    layers: frozenset[int] | None = None
+
+    def at(self, layer: int | None) -> float:
+        """The factor in a decoder block; None for a module outside all blocks."""
+        return self.strength if self.layers is None or layer in self.layers else 0.0
 
 
 class EditLayer(BaseTunerLayer):
@@ -67,7 +73,7 @@ class EditLayer(BaseTunerLayer):
     def set_strength_scopes(self, scopes: tuple[StrengthScope, ...]) -> None:
         """Say which `edit_strength` blocks are going on."""
         self.strength_scopes = scopes
-        self.strength_factor = math.prod(scope.strength for scope in scopes)
+        self.strength_factor = math.prod(scope.at(layer_index(self.site)) for scope in scopes)
 
     @abstractmethod
     def make_modules(self, adapter_name: str, config: EditConfig) -> None:
