@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -25,6 +25,8 @@ from safetensors import SafetensorError
 LOCK = ".lock"
 # Where the new files of a folder are until all are written.
 NEW = ".peft_edit.new"
+# What is read of a file at once, bytes.
+BLOCK = 2**16
 # Numbers of the errors of a full disk, or of a quota or a limit that is used up.
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -79,6 +81,17 @@ def locked(folder: Path, busy: str, name: str = LOCK) -> Iterator[None]:
 
 
 @contextmanager
+def locked_place(path: Path) -> Iterator[None]:
+    """Let one process of a user at a time write a place on this machine. The lock's file is with the temporary ones, so
+    that none stays beside what others get; raises ValueError as `locked` does."""
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME")
+    place = hashlib.sha256(f"{user} {resolved(path)}".encode()).hexdigest()[:16]
+    busy = f"another run is writing {path}: wait for it, or choose another place"
+    with locked(Path(tempfile.gettempdir()), busy, f"peft_edit-{place}.lock"):
+        yield
+
+
+@contextmanager
 def written(path: Path) -> Iterator[Path]:
     """A hidden path to write a file to, which gets its name `path` when the `with` block ends without an error.
 
@@ -113,14 +126,25 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Add a line to a text file, on the disk when this returns. One that was cut off by an interruption goes first."""
+    """Add a line, or several, to a text file, on the disk when this returns. One that was cut off by an interruption
+    goes first."""
     with naming_full_disk(path), path.open("a+b") as file:
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
+        file.truncate(_end_of_lines(file))
         file.write(f"{text}\n".encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def _end_of_lines(file: BinaryIO) -> int:
+    """Where the last whole line of a file ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - BLOCK)
+        file.seek(start)
+        if (found := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def whole_lines(path: Path) -> list[str]:
@@ -165,8 +189,7 @@ def replaced(folder: Path, last: str) -> Iterator[Path]:
     """A hidden folder, whose files move to `folder` when the `with` block ends without an error, those in folders in it
     to folders of the same names.
 
-    One process of a user at a time replaces a folder on this machine; the lock's file is with the temporary ones, so
-    that none stays in a folder that others get.
+    One process of a user at a time replaces a folder on this machine, see `locked_place`.
 
     Args:
         folder: created where it is missing; other files in it stay.
@@ -178,10 +201,7 @@ def replaced(folder: Path, last: str) -> Iterator[Path]:
         ValueError: another run is writing into the folder, or it cannot be written to.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME")
-    place = hashlib.sha256(f"{user} {resolved(folder)}".encode()).hexdigest()[:16]
-    busy = f"another run is writing {folder}: wait for it, or choose another folder"
-    with locked(Path(tempfile.gettempdir()), busy, f"peft_edit-{place}.lock"):
+    with locked_place(folder):
         made, work = not folder.exists(), folder / NEW
         try:
             folder.mkdir(exist_ok=True)

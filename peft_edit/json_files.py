@@ -5,6 +5,7 @@ What a file holds is declared once, as a `TypedDict`. Names of files in it are f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -44,6 +45,11 @@ def read_json(path: Path, declared: Any, what: str, remedy: str) -> Any:
     if problem := mismatch(value, declared):
         raise ValueError(f"{path} is {what} ({problem}): {remedy}")
     return value
+
+
+def digest_of(value: Any) -> str:
+    """Hash of JSON values: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def mismatch(value: Any, declared: Any, name: str = "") -> str | None:

@@ -18,11 +18,11 @@ from ..adapters.match import find_config, replace_config
 from ..arguments import Argument, ArgumentError, check_options, nearest, takes
 from ..data.texts import load_texts
 from ..evaluation.side_effects import NotFiniteError, SideEffects, check_active
+from ..json_files import digest_of
 from ..models.fingerprint import active_adapters
 from ..models.sites import decoder_blocks, layer_index, unwrap
 from ..tuners.config import EditConfig
 from ..tuners.layer import edit_layers
-from .journal import digest_of
 from .texts import SharedTexts
 from .trial import GIB
 

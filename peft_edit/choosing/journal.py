@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,15 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..files import append_line, locked, whole_lines
+from ..json_files import digest_of
 
 
 JOURNAL = "sweep.jsonl"
 LOCK = ".sweep.lock"
-
-
-def digest_of(value: Any) -> str:
-    """Hash of JSON values: 16 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class Journal:

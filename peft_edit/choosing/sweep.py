@@ -25,11 +25,12 @@ from ..data.prompts import PromptOptions, prompt_record, settled
 from ..data.source import rows_digest
 from ..data.texts import load_texts
 from ..evaluation.results import versions
+from ..json_files import digest_of
 from ..models.fingerprint import fingerprint
 from ..tuners.method import Method, methods
 from .axes import Setting, Settings, Sources, check_bare, settings_of
 from .budget import DEFAULT, Budget, choose, front
-from .journal import JOURNAL, digest_of, journal_in
+from .journal import JOURNAL, journal_in
 from .trial import Base, Found, Trials
 
 

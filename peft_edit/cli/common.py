@@ -6,18 +6,25 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from .. import files
 from ..arguments import Argument, ArgumentError, check_options, renamed
+from .options import Fields
 
 
 if TYPE_CHECKING:
     from ..models.load import BaseModel
     from .options import Run
 
+# A base model that need not be given: the adapter names it.
+BASE_OF_ADAPTER = Fields(
+    changes={
+        "model": {"help": "Base model. Default: the one that the adapter names.", "positional": False, "default": None}
+    }
+)
 ADAPTER = {"help": "Adapter to load: local folder, or id on the Hub, user/name or user/name@revision."}
 # Fields of configurations that name the edited decoder blocks and modules.
 LAYERS = {
@@ -177,6 +184,26 @@ def load_model(options: LoadedModelOptions):
     dtype = options.model_dtype
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     return load.load_model(base, dtype=dtype, device_map=device_map), load.load_tokenizer(base)
+
+
+def base_of(options: LoadedModelOptions, adapter: str) -> LoadedModelOptions:
+    """The options with the base model that an adapter names, where they name none."""
+    from ..adapters.read import load_adapter_config
+
+    if options.model is not None:
+        return options
+    config = load_adapter_config(adapter)
+    if not config.base_model_name_or_path:
+        raise ArgumentError(f"{adapter} names no base model: pass it as ", Argument("model"))
+    return replace(options, model=config.base_model_name_or_path, revision=options.revision or config.revision)
+
+
+def terminal() -> tuple[bool, int]:
+    """Whether standard output shows colours, and its columns: 80 where it is no terminal. `NO_COLOR` is heeded."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout)
+    return console.is_terminal and console.color_system is not None and not console.no_color, console.width
 
 
 def load_structure(options: ModelOptions):

@@ -147,7 +147,7 @@ def explain_edit(
     check_active(model)
     _check_edits(model)
     ids = list(tokenizer(text)["input_ids"] if isinstance(text, str) else text)
-    if not ids:
+    if not ids or text == "":
         raise ArgumentError(Argument("text"), " has no tokens: pass some words")
     bare = unwrap(model)
     check_vocabulary(bare, [ids], "the text")

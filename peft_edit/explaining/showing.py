@@ -8,19 +8,18 @@ edited are underlined; without colour both stand in lines of marks below the tex
 
 from __future__ import annotations
 
-import math
 import textwrap
-import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from .explain import Explanation, SiteExplanation, TokenChange
+from .explain import Explanation
 from .style import TOKEN_VIEW_CSS
+from .tables import changed_rows, columns, escaped, site_rows
 
 
-__all__ = ["TOKEN_VIEW_CSS", "changed_rows", "site_rows", "token_view", "token_view_html"]
+__all__ = ["TOKEN_VIEW_CSS", "changed_rows", "site_rows", "token_page", "token_view", "token_view_html"]
 
 # From where on a level goes; level 0 is below the first. A token that is touched at all has level 1 of the edit.
 CHANGE_LEVELS = (0.0, 0.1, 0.3, 1.0)
@@ -30,7 +29,8 @@ MARKS = " .-=#"
 COLOURS = ("", "38;5;16;48;5;230", "38;5;16;48;5;222", "38;5;16;48;5;208", "38;5;231;48;5;124")
 UNDERLINE = "4"
 LABELS = {"edit": "edit ", "kl": "KL   "}
-LONGEST_TOKEN = 16
+# Of a token on a page.
+LONGEST_TOKEN = 40
 
 
 @dataclass(frozen=True)
@@ -112,16 +112,16 @@ def _cells(explanation: Explanation) -> Iterator[_Cell]:
     for piece in _pieces(explanation):
         held = None
         for character in piece.text:
-            if held and unicodedata.category(character) in ("Mn", "Me"):
+            if held and not columns(character):
                 held = _Cell(held.text + character, held.columns, piece)
                 continue
             if held:
                 yield held
             held = None
             if character.isprintable():
-                held = _Cell(character, 2 if unicodedata.east_asian_width(character) in "WF" else 1, piece)
+                held = _Cell(character, columns(character), piece)
                 continue
-            *shown, last = _escaped(character)
+            *shown, last = escaped(character)
             yield from (_Cell(part, 1, piece) for part in shown)
             yield _Cell(last, 1, piece, ends_line=character == "\n")
         if held:
@@ -162,90 +162,32 @@ def _painted(cells: Sequence[_Cell], color: bool) -> str:
     return text + ("\x1b[0m" if look else "")
 
 
-def _escaped(text: str) -> str:
-    """Text with what does not print as Python escapes it, so that it cannot do anything to a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def quoted(token: str) -> str:
-    """A token in quotes, as spaces are part of it; a long one is cut."""
-    shown = _escaped(token)
-    return f'"{shown}"' if len(shown) <= LONGEST_TOKEN else f'"{shown[: LONGEST_TOKEN - 2]}.."'
-
-
-def changed_rows(explanation: Explanation, count: int | None = None) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table of tokens: the divergence after each, the change and what gains and loses most.
-
-    Args:
-        explanation: of the text.
-        count: so many tokens with the largest divergence, the largest first; None for all in their order.
-    """
-    places = range(len(explanation))
-    if count is not None:
-        places = sorted(places, key=lambda i: -explanation.kl[i])[:count]
-    rows = [
-        [
-            str(i),
-            quoted(explanation.tokens[i]),
-            f"{explanation.kl[i]:.3f}",
-            f"{explanation.change[i]:.3f}",
-            _moved(explanation.gained[i]),
-            _moved(explanation.lost[i]),
-        ]
-        for i in places
-    ]
-    return ["place", "after", "KL", "change", "gains most", "loses most"], rows
-
-
-def _moved(changes: Sequence[TokenChange]) -> str:
-    return "".join(f"{quoted(c.token)} {c.base:.2f}>{c.edited:.2f}" for c in changes[:1])
-
-
-def site_rows(explanation: Explanation) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table of sites: how many of the tokens each touches, and what it does to these on average;
-    the gate's probabilities are those of all tokens."""
-    several = len({site.adapter for site in explanation.sites}) > 1
-    layers = [site.layer for site in explanation.sites]
-    named = None in layers or len(set(layers)) * (1 + several) < len(layers)
-    gated = any(site.gate is not None for site in explanation.sites)
-    header = ["site" if named else "layer", *(["adapter"] if several else []), "touched", "change", "angle", "norm"]
-    rows = [
-        [
-            site.name if named else str(site.layer),
-            *([site.adapter] if several else []),
-            f"{sum(site.touched)}/{len(site.touched)}",
-            f"{_mean(site, site.change):.3f}",
-            f"{math.degrees(_mean(site, site.angle_rad)):.1f} deg",
-            f"{100 * (_mean(site, site.norm_ratio, 1.0) - 1):+.1f} %",
-            *([_range(site.gate)] if gated else []),
-        ]
-        for site in explanation.sites
-    ]
-    return [*header, *(["gate, least to most"] if gated else [])], rows
-
-
-def _mean(site: SiteExplanation, values: Sequence[float], of_none: float = 0.0) -> float:
-    """Of the touched tokens."""
-    found = [value for value, touched in zip(values, site.touched, strict=True) if touched]
-    return sum(found) / len(found) if found else of_none
-
-
-def _range(gate: Sequence[float] | None) -> str:
-    return "" if gate is None else f"{min(gate):.3f} to {max(gate):.3f}"
-
-
 def token_view_html(explanation: Explanation) -> str:
     """The text as a fragment of HTML, which needs `TOKEN_VIEW_CSS` once on its page, and a table of all tokens that
     opens below it. The background of a token is its divergence, the line below it the edit."""
     spans = []
-    header, rows = changed_rows(explanation)
+    header, rows = changed_rows(explanation, longest=LONGEST_TOKEN)
     for piece in _pieces(explanation):
         told = "; ".join(f"{name} {cell}" for name, cell in zip(header[2:], rows[piece.place][2:], strict=True) if cell)
         text = escape(piece.text).replace("\n", "&#8629;\n")
         spans.append(f'<span class="tv-token tv-kl{piece.kl} tv-edit{piece.edit}" title="{escape(told)}">{text}</span>')
+    table = _table_html(header, rows, "Table of tokens")
     return (
         f'<div class="tv-view">\n<p class="tv-text">{"".join(spans)}</p>\n{_legend_html()}\n'
-        f"<details><summary>Each token in numbers</summary>\n{_table_html(header, rows)}\n</details>\n</div>\n"
+        f"<details><summary>Each token in numbers</summary>\n{table}\n</details>\n</div>\n"
+    )
+
+
+def token_page(explanation: Explanation, title: str) -> str:
+    """A page with the view of one text alone: it asks for no other file, and runs nothing."""
+    page = ":root { color-scheme: light dark; font-family: sans-serif; } main { margin: auto; max-width: 60em; }\n"
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
+        f"<style>\n{page}{TOKEN_VIEW_CSS}</style>\n</head>\n<body>\n<main>\n<h1>{escape(title)}</h1>\n"
+        f"{token_view_html(explanation)}"
+        f'<h2>Sites</h2>\n<div class="tv-view">\n{_table_html(*site_rows(explanation), "Table of sites")}\n</div>\n'
+        "</main>\n</body>\n</html>\n"
     )
 
 
@@ -261,10 +203,10 @@ def _legend_html() -> str:
     )
 
 
-def _table_html(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table_html(header: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> str:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "\n".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return (
-        f'<div class="tv-scroll" role="group" aria-label="Table of tokens" tabindex="0"><table>'
+        f'<div class="tv-scroll" role="group" aria-label="{label}" tabindex="0"><table>'
         f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
     )

@@ -66,12 +66,17 @@ def check_language_model(model: nn.Module) -> None:
         )
 
 
+def can_generate(model: nn.Module) -> bool:
+    """Whether a model has what generates answers."""
+    bare = unwrap(model)
+    return has_head(bare) and hasattr(bare, "can_generate") and bare.can_generate()
+
+
 def check_generates(model: nn.Module) -> None:
     """Raise ArgumentError unless a model can generate neutral answers."""
-    bare = unwrap(model)
-    if not (has_head(bare) and hasattr(bare, "can_generate") and bare.can_generate()):
+    if not can_generate(model):
         raise ArgumentError(
-            f"{type(bare).__name__} cannot generate neutral answers: load the model with its LM head "
+            f"{type(unwrap(model)).__name__} cannot generate neutral answers: load the model with its LM head "
             "(AutoModelForCausalLM), or pass ",
             Argument("neutral", "prompt"),
         )

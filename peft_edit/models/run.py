@@ -1,17 +1,17 @@
-"""Running a model: its mode, device and batches, caches of prompts, and greedy answers."""
+"""Running a model: its mode, device and batches, caches of prompts, and answers."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .sites import decoder_blocks, text_config
@@ -73,17 +73,43 @@ def greedy_answers(
     max_new_tokens: int,
     progress: TokenProgress | None = None,
 ) -> Iterator[list[list[int]]]:
-    """The model's own greedy answers, without end of sequence: for each batch, which names places in `prompts`, those
-    of its prompts. Progress is in tokens of prompts and of answers of full length."""
+    """The model's own greedy answers, see `batch_answers`."""
+    return batch_answers(model, tokenizer, prompts, batches, max_new_tokens, progress)
+
+
+def batch_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    batches: Iterable[Sequence[int]],
+    max_new_tokens: int,
+    progress: TokenProgress | None = None,
+    choosing: Callable[[Sequence[int]], LogitsProcessor] | None = None,
+) -> Iterator[list[list[int]]]:
+    """The model's own answers, without end of sequence, batch by batch.
+
+    Args:
+        model: without a `PeftModel` around it.
+        tokenizer: of the model.
+        prompts: token ids of each.
+        batches: which places in `prompts` are answered together.
+        max_new_tokens: of an answer.
+        progress: moves in tokens of prompts and of answers of full length.
+        choosing: a batch to what gives the next token of each of its sequences the highest score; None for the most
+            likely one.
+    """
     stop = stop_tokens(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop or None, pad_token_id=stop[0] if stop else 0
     )
     for batch in batches:
         input_ids, mask = pad([prompts[i] for i in batch], input_device(model), side="left")
+        inputs = {"input_ids": input_ids, "attention_mask": mask}
+        if choosing is not None:
+            inputs["logits_processor"] = LogitsProcessorList([choosing(batch)])
         tokens = sum(len(prompts[i]) + max_new_tokens for i in batch)
         with generating_by(model, config), nullcontext() if progress is None else progress.over(tokens):
-            output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
+            output = model.generate(**inputs, generation_config=config)
         rows = output[:, input_ids.shape[1] :].tolist()
         yield [ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))] for ids in rows]
 
