@@ -89,7 +89,9 @@ def _unmeasured(axes: Axes, sweep: Sweep, end: float) -> None:
         return
     shown, at = [damage for damage in damages if damage <= end], axes.get_xaxis_transform()
     label = f"{len(damages)} stopped early"
-    axes.plot(shown, [0.0] * len(shown), "|", color=INK, markersize=9, transform=at, label=label, clip_on=False)
+    axes.plot([], [], "|", color=INK, markersize=9, label=label)
+    if shown:
+        axes.plot(shown, [0.0] * len(shown), "|", color=INK, markersize=9, transform=at, clip_on=False)
     if beyond := len(damages) - len(shown):
         place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "bottom"}
         axes.annotate(f"{beyond} beyond \N{RIGHTWARDS ARROW}", (1, 0), (0, 3), fontsize=7, **place)

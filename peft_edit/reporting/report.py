@@ -155,17 +155,17 @@ def _of_sweep(sweep: Sweep) -> Markup:
             *(f"`{json.dumps(found.setting[name])}`" for name in axes),
             *_scores(found.scores),
             f"{found.damage:.2f}",
-            "chosen" if found is sweep.chosen else "",
+            "yes" if found is sweep.chosen else "no",
         ]
         for found in sorted(shown, key=lambda found: found.damage)
     ]
-    rows.insert(0, ["base model", *[""] * (len(axes) - 1), *_scores(base), "0", ""])
+    rows.insert(0, ["base model", *[""] * (len(axes) - 1), *_scores(base), "0", "no"])
     limits = " and ".join(f"`{name}` {limit:g}" for name, limit in sweep.limits.items())
     within = sum(found.damage <= 1 for found in sweep.found)
     return html_of(
         f"{len(sweep.found)} settings were tried on {len(base.questions[sweep.criterion])} validation questions, with "
         f"a budget of {limits}; {within} are within it. Damage is the largest share of a limit that is used.\n\n"
-        + _markdown([*axes, "MC1 %", "MC2 %", "damage", ""], rows)
+        + _markdown([*axes, "MC1 %", "MC2 %", "damage", "chosen"], rows)
     )
 
 
