@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+from html import escape
 from pathlib import Path
 
 from rich.console import Console
@@ -33,7 +34,7 @@ WIDTH = 80  # columns
 THEME = TerminalTheme((255, 255, 255), (26, 26, 26), [(0, 0, 0)] * 8, [(0, 0, 0)] * 8)
 # Asks for no font: what shows a picture loads nothing else.
 SVG = """\
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {terminal_width} {terminal_height}" role="img" aria-label="{chrome}">
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {terminal_width} {terminal_height}" role="img" aria-label="TITLE">
 <style>
 .{unique_id}-matrix {{ font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   font-size: {char_height}px; line-height: {line_height}px; }}
@@ -50,7 +51,7 @@ def tokens_svg(view: str, title: str) -> str:
     """What a terminal with colours shows, as a picture."""
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Text.from_ansi(view), soft_wrap=True)
-    return console.export_svg(title=title, theme=THEME, code_format=SVG, unique_id="tokens")
+    return console.export_svg(theme=THEME, code_format=SVG.replace("TITLE", escape(title)), unique_id="tokens")
 
 
 def explained(adapter: str, base: str | None, prompt: str, answer: str) -> str:
