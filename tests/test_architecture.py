@@ -24,6 +24,7 @@ METHODS = sorted(folder.name for folder in (PACKAGE / "tuners").iterdir() if (fo
 ALLOWED = {
     "files": set(),
     "arguments": set(),
+    "extras": set(),
     "processes": {"models"},
     "version": set(),
     "json_files": {"arguments"},
@@ -42,11 +43,16 @@ ALLOWED = {
     "answering": {"data", "evaluation", "files", "json_files", "models", "tuners"},
     "chatting": {"adapters", "answering", "data", "explaining", "files", "models", "tuners"},
     "explaining": {"evaluation", "models", "tuners"},
+    "plotting": {"choosing", "evaluation", "extras", "files", "models", "tuners"},
+    "reporting": {
+        *("activations/store", "adapters", "choosing", "data", "evaluation", "explaining", "extras", "files"),
+        *("json_files", "models", "plotting", "tuners"),
+    },
     "demo": {"activations", "adapters", "data", "evaluation", "files", "tuners"},
     "cli": {
         *("activations", "activations/store", "adapters", "answering", "arguments", "chatting", "choosing", "data"),
-        *("demo", "evaluation", "explaining", "files", "json_files", "merging", "models", "processes", "training"),
-        "tuners",
+        *("demo", "evaluation", "explaining", "extras", "files", "json_files", "merging", "models", "plotting"),
+        *("processes", "reporting", "training", "tuners"),
     },
     # A method builds on all this, on no other method, and only its commands and its evidence on what runs it.
     **{

@@ -247,7 +247,9 @@ def test_tokens_that_make_one_character_are_shown_as_one():
 
 def columns(line):
     """Of a terminal."""
-    return sum(0 if unicodedata.category(c) in ("Mn", "Me") else 1 + (unicodedata.east_asian_width(c) in "WF") for c in line)
+    return sum(
+        0 if unicodedata.category(c) in ("Mn", "Me") else 1 + (unicodedata.east_asian_width(c) in "WF") for c in line
+    )
 
 
 @settings(max_examples=40)

@@ -11,6 +11,8 @@ from functools import wraps
 import typer
 from typer.core import TyperCommand
 
+from ..extras import import_extra
+
 
 class Untouched(TyperCommand):
     """A command that gets all its arguments as they are: `--help`, and what looks like options, too."""
@@ -25,16 +27,9 @@ def lm_eval(context: typer.Context) -> None:
 
     Example: peft-edit lm-eval --model hf --model_args pretrained=NAME,peft=sea-truthful --tasks truthfulqa_mc1
     """
-    try:
-        from lm_eval.__main__ import cli_evaluate
-    except ImportError as error:
-        # or one that it needs, which comes with the same extra
-        missing = (error.name or "lm_eval").partition(".")[0]
-        raise ValueError(
-            f"lm-eval needs the package {missing}, which is not installed: pip install 'peft-edit[eval]'"
-        ) from error
+    harness = import_extra("lm_eval.__main__", "eval", "lm-eval")
     with _arguments(context.args), _no_edit_of_padding():
-        cli_evaluate()
+        harness.cli_evaluate()
 
 
 @contextmanager

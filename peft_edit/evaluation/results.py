@@ -12,7 +12,8 @@ command line adds, repeat an evaluation):
     prompts         format and more, as `prompt_record` gives it
     measures        name to value, low and high (an interval over the questions), base (the base model's value in the
                     same run), difference, difference_low, difference_high and p_value; null for what was not measured
-    categories      name to questions, their number, and measures, of each its value and base; where questions have one
+    categories      name to questions, their number, and measures, of each the same without p_value; where questions
+                    have one
     side_effects    of each set of texts: texts (file, digest, count) and what `SideEffects` has; of a base model alone
                     the perplexity
     questions       of each question its id and scores
@@ -163,7 +164,22 @@ class OfQuestion(TypedDict):
     log_likelihoods: dict[str, float]
 
 
-class Recorded(TypedDict):
+class OfCategory(TypedDict):
+    """What results say of the questions of a category."""
+
+    questions: int
+    measures: dict[str, OfMeasure]
+
+
+class MoreRecorded(TypedDict, total=False):
+    """What results tell where there is something to tell."""
+
+    categories: dict[str, OfCategory]
+    base_questions: list[OfQuestion] | None
+    versions: dict[str, str]
+
+
+class Recorded(MoreRecorded):
     """What reading needs of results."""
 
     model: OfModel
@@ -182,8 +198,8 @@ class Results:
 
     Attributes:
         where: the file, for messages.
-        model, adapters, strength, data, prompts, measures, side_effects, questions: as
-            recorded.
+        model, adapters, strength, data, prompts, measures, side_effects, questions, categories, versions: as recorded.
+        base_questions: those of the base model in the order of `questions`; None where they are not known.
     """
 
     where: str
@@ -195,6 +211,9 @@ class Results:
     measures: Mapping[str, Mapping[str, float | None]]
     side_effects: Sequence[Mapping[str, Any]]
     questions: Sequence[Mapping[str, Any]]
+    categories: Mapping[str, Mapping[str, Any]]
+    base_questions: Sequence[Mapping[str, Any]] | None
+    versions: Mapping[str, str]
 
     @property
     def ids(self) -> list[int]:
@@ -299,19 +318,36 @@ def read_results(results: Mapping[str, Any] | str | os.PathLike, what: str = "re
         )
     if problem := mismatch(given, Recorded) or _contradiction(given):
         raise ValueError(f"{where} is damaged ({problem}): {_AGAIN}")
+    base = given.get("base_questions")
     return Results(
         where=where,
         model={**dict.fromkeys(OF_MODEL), **given["model"]},
         data={**dict.fromkeys(OF_DATA), **given["data"]},
         **{name: given[name] for name in ("adapters", "strength", "prompts", "side_effects")},
-        measures={name: {**dict.fromkeys(OF_MEASURE), **measure} for name, measure in given["measures"].items()},
-        questions=[{name: question[name] for name in OfQuestion.__annotations__} for question in given["questions"]],
+        measures=_whole_measures(given["measures"]),
+        questions=_whole_questions(given["questions"]),
+        categories={
+            name: {"questions": category["questions"], "measures": _whole_measures(category["measures"])}
+            for name, category in given.get("categories", {}).items()
+        },
+        base_questions=base and _whole_questions(base),
+        versions=given.get("versions", {}),
     )
+
+
+def _whole_measures(measures: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[str, float | None]]:
+    return {name: {**dict.fromkeys(OF_MEASURE), **measure} for name, measure in measures.items()}
+
+
+def _whole_questions(questions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: question[name] for name in OfQuestion.__annotations__} for question in questions]
 
 
 def _contradiction(given: Mapping[str, Any]) -> str | None:
     """What cannot be in results whose fields have the right types, or None."""
-    for name, measure in given["measures"].items():
+    of_categories = [category["measures"] for category in given.get("categories", {}).values()]
+    every = (item for measures in (given["measures"], *of_categories) for item in measures.items())
+    for name, measure in every:
         for what in ("value", "base"):
             value, least = measure.get(what), LEAST.get(name, 0.0)
             if value is not None and not least <= value <= 1 + ROUNDING:
@@ -332,6 +368,9 @@ def _contradiction(given: Mapping[str, Any]) -> str | None:
         return f"data.rows is {rows}, and there are {len(ids)} questions"
     if len(set(ids)) < len(ids):
         return "a question is there twice"
+    base_questions = given.get("base_questions")
+    if base_questions is not None and [question["id"] for question in base_questions] != ids:
+        return "base_questions are others than questions"
     if of_rows is not None and of_rows < rows:
         return f"data.of_rows is {of_rows}, data.rows is {rows}"
     return None

@@ -34,32 +34,21 @@ class MeasureTables:
         self.of_model = _joined(metric(data, after) for metric in metrics)
         self.of_base = {} if before is None else _joined(metric(data, before) for metric in metrics)
         self.of_both = shift(before, after) if "shift" in wanted else {}
-        self.counts = resamples(len(data), options.resamples, options.bootstrap_seed)
+        self.seed = options.bootstrap_seed
+        self.counts = resamples(len(data), options.resamples, self.seed)
 
     def measures(self) -> dict[str, dict[str, float | None]]:
         """Of all questions."""
-        alone = {**self.of_model, **self.of_both}
+        of_base = self.of_base
         return {
-            name: {
-                "value": _number(statistic.value),
-                **_bounds("", statistic.resampled(self.counts)),
-                **self._against_base(name, statistic),
-            }
-            for name, statistic in alone.items()
+            name: {**_measure(statistic, of_base.get(name), self.counts), "p_value": self._p_value(name)}
+            for name, statistic in {**self.of_model, **self.of_both}.items()
         }
 
-    def _against_base(self, name: str, statistic: Statistic) -> dict[str, float | None]:
-        base = self.of_base.get(name)
-        if base is None:
-            return dict.fromkeys(("base", "difference", "difference_low", "difference_high", "p_value"))
-        differences = statistic.resampled(self.counts) - base.resampled(self.counts)
-        right = base.summands[:, 0], statistic.summands[:, 0]
-        return {
-            "base": _number(base.value),
-            "difference": _number(statistic.value - base.value),
-            **_bounds("difference_", differences),
-            "p_value": mcnemar(*right) if name in OF_RIGHT else None,
-        }
+    def _p_value(self, name: str) -> float | None:
+        if name not in OF_RIGHT or name not in self.of_base:
+            return None
+        return mcnemar(self.of_base[name].summands[:, 0], self.of_model[name].summands[:, 0])
 
     def categories(self) -> dict[str, dict[str, Any]]:
         """Of the questions of each category, where they have one."""
@@ -67,14 +56,28 @@ class MeasureTables:
         return {str(name): self._category(names == name) for name in sorted(set(names) - {""})}
 
     def _category(self, chosen: np.ndarray) -> dict[str, Any]:
+        counts = resamples(int(chosen.sum()), len(self.counts), self.seed)
+        of_base = {name: statistic.of(chosen) for name, statistic in self.of_base.items()}
         measures = {
-            name: {
-                "value": _number(statistic.of(chosen).value),
-                "base": _number(self.of_base[name].of(chosen).value) if name in self.of_base else None,
-            }
+            name: _measure(statistic.of(chosen), of_base.get(name), counts)
             for name, statistic in {**self.of_model, **self.of_both}.items()
         }
         return {"questions": int(chosen.sum()), "measures": measures}
+
+
+def _measure(statistic: Statistic, base: Statistic | None, counts: np.ndarray) -> dict[str, float | None]:
+    """A statistic of some questions and its interval; the base model's, and the interval of the difference by the same
+    resamples (r, n)."""
+    resampled = statistic.resampled(counts)
+    found = {"value": _number(statistic.value), **_bounds("", resampled)}
+    if base is None:
+        return found | dict.fromkeys(("base", "difference", "difference_low", "difference_high"))
+    return {
+        **found,
+        "base": _number(base.value),
+        "difference": _number(statistic.value - base.value),
+        **_bounds("difference_", resampled - base.resampled(counts)),
+    }
 
 
 def _joined(found: Iterable[Mapping[str, Statistic]]) -> dict[str, Statistic]:

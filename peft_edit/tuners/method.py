@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from .config import EditConfig
 from .layer import EditLayer
 from .model import EditModel
 from .registration import register_with_peft
+from .shown import LayerCurve, LayerSpectra
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class Method:
         published_files: names of those files, for messages.
         settings: module whose `SETTINGS` makes the edits of a sweep, see `peft_edit.choosing.axes`.
         evidence: module whose `show(scene)` is the method's part of the demonstration.
+        curves: numbers of each layer in what `card_layers` gives that pictures show.
+        spectra: (configuration, block index to layer, store, retain store or None) yields the `LayerSpectra` of each
+            layer in turn; None where the method decomposes nothing.
     """
 
     short: str
@@ -70,6 +74,8 @@ class Method:
     published_files: str = ""
     settings: str | None = None
     evidence: str | None = None
+    curves: tuple[LayerCurve, ...] = ()
+    spectra: Callable[..., Iterator[LayerSpectra]] | None = None
 
     @property
     def name(self) -> str:

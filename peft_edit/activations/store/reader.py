@@ -152,9 +152,14 @@ class ActivationStore:
         starts = counts.cumsum(dim=0) - counts
         return (first - starts).repeat_interleave(counts) + torch.arange(int(counts.sum()))
 
+    @property
+    def has_neutral(self) -> bool:
+        """Whether it holds neutral activations."""
+        return "neutral" in self._index
+
     def neutral(self, layer: int) -> Tensor:
         """Neutral activations at a layer, (n, d); row i belongs to row i of `positive`."""
-        if "neutral" not in self._index:
+        if not self.has_neutral:
             raise ArgumentError(
                 *(
                     f"{self.path} has no neutral activations (",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..method import Method
+from ..shown import LayerCurve
 from .config import HPRConfig
 from .convert import GUIDANCE_CONFIG, convert_hpr
 from .layer import NO_MERGE, OWN_ANGLE, HPRLayer
@@ -43,4 +44,5 @@ METHOD = Method(
     convert=convert_hpr,
     published_files=GUIDANCE_CONFIG,
     evidence="peft_edit.tuners.hpr.evidence",
+    curves=(LayerCurve("accuracy", "Accuracy of the probe on held-out answers", "% of tokens", 100, chance=50.0),),
 )

@@ -7,6 +7,7 @@ from typing import Any
 from ...activations.store import ROW_TOKENS
 from ...models.sites import by_layer, layer_index
 from ..method import Method
+from ..shown import LayerCurve
 from .config import ITIConfig
 from .layer import ITILayer
 from .model import ITIModel
@@ -34,4 +35,5 @@ METHOD = Method(
     card_settings=card_settings,
     card_layers=card_layers,
     no_lora="it adds a vector, which is a bias and no low-rank update of a weight; merge it where it merges",
+    curves=(LayerCurve("best", "Accuracy of the best head's probe on held-out answers", "%", 100, chance=50.0),),
 )

@@ -7,6 +7,7 @@ from typing import Any
 from ...activations.store import ROW_TOKENS
 from ...models.sites import by_layer, layer_index
 from ..method import Method
+from ..shown import LayerCurve
 from .config import MeanDifferenceConfig
 from .layer import MeanDifferenceLayer
 from .model import MeanDifferenceModel
@@ -34,4 +35,5 @@ METHOD = Method(
     card_settings=card_settings,
     card_layers=card_layers,
     no_lora="it adds a vector, which is a bias and no low-rank update of a weight; merge it where it merges",
+    curves=(LayerCurve("norm", "Length of the difference of the means", "as activations are"),),
 )

@@ -136,7 +136,7 @@ def fit_sea(
         mine, share = together.share(sorted(layers)), []
         for index in tqdm(mine, desc="fitting", unit="layer", leave=None, disable=not together.is_main):
             try:
-                share.append(_fit_site(store, retain, index, layers[index], config))
+                share.append(fit_site(store, retain, index, layers[index], config))
             except ValueError as error:
                 raise ArgumentError(f"layer {index}: ", *parts_of(error)) from error
         return share
@@ -181,9 +181,17 @@ def check_retains(config: SEAConfig) -> None:
         )
 
 
-def _fit_site(
+def fit_site(
     store: ActivationStore, retain: ActivationStore | None, index: int, layer: SEALayer, config: SEAConfig
 ) -> tuple[SiteFit, tuple[Tensor, Tensor]]:
+    """What the fit of a layer finds, and the two factors, (k+, d) and (k-, d), float32 on the CPU; nothing is changed.
+
+    Args:
+        store, retain: at the adapter's site; the latter None without texts to leave alone.
+        index: of the decoder block.
+        layer: that is to be fitted.
+        config: of the adapter.
+    """
     device = _device(layer)
     # MPS has no float64.
     fit_device = torch.device("cpu") if device.type in ("meta", "mps") else device

@@ -8,12 +8,14 @@ from typing import Any
 from ...activations.store import ROW_TOKENS
 from ...models.sites import by_layer, layer_index
 from ..method import Method
+from ..shown import LayerCurve
 from .config import FIT_SETTINGS, SEAConfig
 from .convert import convert_sea
 from .export_lora import RECORD, check_lora, sea_to_lora
 from .layer import SEALayer
 from .lora_record import LoRARecord, contradiction
 from .model import SEAModel
+from .shown import layer_spectra
 
 
 SETTINGS = ("site", "feature_map", "feature_space", "input_scale", "rescale", "projections", "strength")
@@ -63,4 +65,6 @@ METHOD = Method(
     convert=convert_sea,
     published_files="uu_positive.pt and uu_negative.pt",
     evidence="peft_edit.tuners.sea.evidence",
+    curves=(LayerCurve("change", "Change of what is to be left alone", "% of the norm", 100),),
+    spectra=layer_spectra,
 )
