@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,8 @@ NONE = "none (the base model alone)"
 ON_HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # The largest strength that its slider gives, and the largest value of a dial without a bound.
 STRONGEST, LARGEST = 3.0, 10.0
+# Seconds between two looks of an answer that grows: each sends the conversation as a whole.
+REFRESH = 0.1
 # How listeners are called: those that only change what is shown wait for nobody.
 QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 SLOW = {"show_progress": "minimal", "api_visibility": "private"}
@@ -141,16 +144,19 @@ class ChatPage:
             conversation.settings = self._set(*values)
             stop = self._stops[request.session_hash] = Event()
             answers = dict.fromkeys(conversation.settings.sides, "")
-            yield "", *self._shown(conversation, question, answers)
+            yield "", *self._shown(conversation, question, answers)  # the next question may be typed from here on
+            shown = time.monotonic()
             for side, piece in self.chat.answer(conversation, question, stop):
                 answers[side] += piece
-                yield "", *self._shown(conversation, question, answers)
-            yield "", *self._shown(conversation)
+                if time.monotonic() > shown + REFRESH:
+                    yield gr.skip(), *self._shown(conversation, question, answers)
+                    shown = time.monotonic()
+            yield gr.skip(), *self._shown(conversation)
 
     def _set(self, name: str, layers: list[str], strength: float, *more: Any) -> Settings:
         """The settings that the page shows."""
         models, (*dials, temperature, seed, length) = self.chat.models, more
-        sampling = replace(self.sampling, temperature=temperature, seed=int(seed), max_new_tokens=int(length))
+        sampling = replace(self.sampling, temperature=temperature, seed=seed, max_new_tokens=length)
         settings = models.with_adapter(Settings(sampling=sampling), self._adapter(name))
         if settings.adapter is None or not (adapter := models.adapter(settings.adapter)).edits:
             return settings
@@ -165,9 +171,7 @@ class ChatPage:
         if name == NONE:
             return None
         if name not in self.adapters and not self.any_folder and (not ON_HUB.fullmatch(name) or Path(name).exists()):
-            raise ValueError(
-                f"{name} is no id on the Hub, user/name or user/name@revision, which alone may be loaded here"
-            )
+            raise ValueError(f"{name} is no id on the Hub: choose one of the list, or type user/name")
         return name
 
     def _chosen(self, conversation: Conversation, name: str):
