@@ -42,9 +42,9 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     texts = folder / "texts.txt"
     texts.write_text("\n".join(OTHER.read_text().splitlines()[:4]))
-    done("collect", MODEL, ASSETS / "demonstrations.jsonl", folder / "store", "--limit", 60)
+    done("collect", MODEL, ASSETS / "demonstrations.jsonl", folder / "store", "--limit", 150)
     done("collect", MODEL, "--texts", texts, folder / "retain")
-    done("fit-sea", MODEL, folder / "store", folder / "sea", "--centered", "--rescale", "none", "--layers", "1,3")
+    done("fit-sea", MODEL, folder / "store", folder / "sea", "--centered", "--rescale", "none", "--strength", 1.5)
     (folder / "sea" / "sweep.json").write_text(json.dumps(SWEEP))
     rows = ["--adapter", folder / "sea", "--texts", texts, "--limit", 40, "--resamples", 50, "--batch-size", 64]
     done("evaluate", MODEL, TEST, *rows, "--json", folder / "sea" / "results.json")
@@ -130,7 +130,7 @@ def test_stored_activations_before_and_after(made):
         for name, rows in (("negative", store.negative(index)), ("negative" + EDITED, after)):
             expected = torch.quantile(rows.float().norm(dim=1), torch.tensor(QUANTILES)).tolist()
             assert norms[name][index] == pytest.approx(expected, rel=1e-5)
-    assert set(stored.layers) == {1, 3} == set(norms["positive"])
+    assert set(stored.layers) == set(range(5)) == set(norms["positive"])
     assert [of.ranks for of in stored.spectra()] == [
         dict(zip(("positive", "negative"), ranks, strict=True))
         for ranks in model.peft_config["default"].rank_pattern.values()
@@ -138,7 +138,7 @@ def test_stored_activations_before_and_after(made):
     (pca, points), (tsne, _) = stored.in_plane(3)
     assert pca == "Principal components, layer 3" and tsne == "t-SNE, layer 3"
     assert list(points) == ["positive", "negative", "neutral", "retain", "negative, edited"]
-    assert points["positive"].shape == (60, 2) and points["retain"].shape == (200, 2)
+    assert points["positive"].shape == (150, 2) and points["retain"].shape == (200, 2)
 
 
 def test_experiments(tmp_path):

@@ -150,12 +150,12 @@ def _stored(adapter, model, store, retain, allow_fingerprint_mismatch):
 
 
 def _flipped(adapter, model, data, material: Material, most: int, allow_fingerprint_mismatch):
-    """The questions that flipped; none without their data."""
+    """The questions that flipped; None without their data."""
     from ..evaluation.results import read_results
     from ..reporting.flipped import best_of, flipped_questions
 
     if data.data is None:
-        return ()
+        return None
     found: Results = best_of([read_results(result) for result in material.results])
     contrast = common.load_data(data)
     base, tokenizer = common.load_model(common.base_of(model, adapter))

@@ -38,7 +38,8 @@ class Material:
         results: what `peft-edit evaluate --json` wrote, of the base model and with the adapter.
         sweep: that the adapter was chosen by.
         stored: activations that it was learnt from.
-        flipped: questions that it answers otherwise, with what it does to their tokens.
+        flipped: questions that it answers otherwise, with what it does to their tokens; None where they were not
+            looked for.
         recipe, experiment: name of a recipe, and results of its rows.
         counted: results by the number of demonstrations.
         base_model: id of the base model on the Hub, where the configuration names a local folder.
@@ -49,7 +50,7 @@ class Material:
     results: Sequence[GivenResults]
     sweep: Sweep | None = None
     stored: StoredEdit | None = None
-    flipped: Sequence[Flipped] = ()
+    flipped: Sequence[Flipped] | None = None
     recipe: str = ""
     experiment: Sequence[Results] = ()
     counted: Sequence[tuple[int, Results]] = ()
@@ -113,7 +114,7 @@ def _sections(material: Material, read: Sequence[Results], of_card: dict[str, st
     yield Section("Results", html_of(of_card.get("Results", "")), list(pictures.of_results(read)))
     edited = [found for found in read if found.adapters]
     yield Section("Side effects", html_of(of_card.get("Side effects", "")), list(pictures.of_side_effects(edited)))
-    if material.flipped:
+    if material.flipped is not None:
         yield Section("Questions that flipped", _flipped(material.flipped))
     if material.sweep is not None:
         yield Section("Choice of the setting", _of_sweep(material.sweep), list(pictures.of_sweep(material.sweep)))
@@ -192,6 +193,9 @@ def _flipped(flipped: Sequence[Flipped]) -> Markup:
 
 
 _FLIPPED = """\
+{% if not flipped %}
+<p>No question is answered otherwise, by MC1.</p>
+{% else %}
 <p>Questions whose answer by MC1 changes, those whose MC2 changes most. Log-likelihoods are in nats. Below each question
 stands the answer that the edited model chooses, token by token.</p>
 {% for question, rows, view in flipped %}
@@ -208,4 +212,5 @@ stands the answer that the edited model chooses, token by token.</p>
 </tbody></table></div>
 {{ view }}
 {% endfor %}
+{% endif %}
 """
