@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from test_collect import TOKENIZER, text
 from tiny import agree, logits, vivid_model
 
-from peft_edit import calibrate, side_effects
+from peft_edit import calibrate, perplexity, side_effects
 from peft_edit.choosing.calibrate import LEAST, bisect
 
 
@@ -97,6 +97,16 @@ def test_strengths_that_give_nan_are_too_large():
     assert found.tried[0] == (3.4e38, None) and 0 < found.value < 3.4e38
 
 
+def test_a_model_that_gives_nan_whatever_the_strength_is_refused():
+    model = edited_model("SEA at the MLP")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] = math.nan
+    with pytest.raises(ValueError, match=r"NaN or infinite: load the model in a wider dtype"):
+        calibrate(model, TOKENIZER, TEXTS)
+    with pytest.raises(ValueError, match=r"NaN or infinite: load the model in a wider dtype"):
+        perplexity(model, TOKENIZER, TEXTS)
+
+
 @pytest.mark.parametrize("maximum, largest", [(1.0, 0.3), (1.0, 1e-3), (8.0, 5.0), (1.0, 1e-5), (2.0, 2.0), (4.0, 0.9)])
 def test_bisection(maximum, largest):
     factor, found = bisect(lambda factor: factor if factor <= largest else None, maximum, 0.01)
@@ -113,6 +123,7 @@ def test_bad_input_is_refused():
         ({"kl_p95": math.nan}, "kl_p95 must be a number above 0"),
         ({"dial": "gate"}, "dial 'gate' is none of SEA"),
         ({"tolerance": 2}, "tolerance must be"),
+        ({"tolerance": 1.0}, "tolerance must be"),  # no value would be tried
     ):
         with pytest.raises(ValueError, match=message):
             calibrate(model, TOKENIZER, TEXTS, **options)

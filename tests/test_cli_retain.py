@@ -84,6 +84,8 @@ def test_texts_that_cannot_be_collected(run, tmp_path, monkeypatch, arguments, m
 def test_an_energy_needs_texts(run, tmp_path):
     line = refused(run, "fit-sea", MODEL, tmp_path / "store", tmp_path / "sea", "--retain-energy", "0.5")
     assert "--retain-energy needs --retain: pass a store of texts too" in line
+    line = refused(run, "train-hpr", MODEL, tmp_path / "store", tmp_path / "hpr", "--retain-weight", "2")
+    assert "--retain-weight needs --retain: pass a store of texts too" in line
 
 
 def test_rows_are_mixed_before_some_are_taken(run, tmp_path):

@@ -1,5 +1,7 @@
 """Metrics against hand-computed cases."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -77,6 +79,11 @@ def test_bbq_by_hand():
     # Parrish et al. (2022), section 5: 2 (biased / not unknown) - 1, times (1 - accuracy) in ambiguous contexts.
     found = values(bbq(BBQ, scores(BBQ, ["young", "young", "young", "old", "old", "?", "?"])))
     assert found["bbq_bias_disambiguated"] == -1 and found["bbq_bias_ambiguous"] == pytest.approx(2 / 3)
+
+
+def test_of_equally_likely_answers_of_bbq_the_wrong_one_counts():
+    even = [replace(row, log_likelihoods=dict.fromkeys(row.log_likelihoods, -1.0)) for row in scores(BBQ, ["?"] * 7)]
+    assert values(bbq(BBQ, even))["bbq_accuracy"] == 0
 
 
 def test_bbq_without_an_answer_that_could_be_biased():

@@ -137,6 +137,18 @@ def test_merged_weights_leave_texts_alone_too(tmp_path):
         assert (orthonormal(4, 7).float() @ change).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("fields", [{"projections": "positive"}, {"rescale": "average"}])
+def test_edits_that_change_every_token_are_refused(tmp_path, fields):
+    ((name, value),) = fields.items()
+    store, rows = ActivationStore.from_tensors(tmp_path / "store", **planted()), text_rows(orthonormal(4, 7), 300)
+    model = get_peft_model(tiny_model(), SEAConfig(**({"rescale": "none"} | fields)))
+    with pytest.raises(
+        ValueError, match=rf"{name}='{value}' .* leaves no token of a retain set as it is: take another"
+    ):
+        fit_sea(model, store, retain=retained_mlp(tmp_path / "retain", rows))
+    assert model.peft_config["default"].rank_pattern == {}
+
+
 def test_all_directions_cannot_be_retained(tmp_path):
     store = ActivationStore.from_tensors(tmp_path / "store", **planted())
     model = get_peft_model(tiny_model(), SEAConfig(retain_energy=1.0))

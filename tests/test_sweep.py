@@ -4,6 +4,7 @@ interruption."""
 import json
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from peft_edit import (
     sweep,
 )
 from peft_edit.choosing import trial
-from peft_edit.choosing.axes import Sources, settings_of
+from peft_edit.choosing.axes import Sources, layer_choices, settings_of
 from peft_edit.choosing.budget import Budget, choose, front
 from peft_edit.choosing.journal import JOURNAL
 from peft_edit.evaluation.side_effects import HIGH, SideEffectsMeter, percentile
@@ -435,6 +436,7 @@ BAD = [
     ({"rescale": ["some"]}, {}, "rescale must be one of 'token', 'none', 'mean', 'average', got 'some'"),
     ({"input_scale": [2.0]}, {}, "input_scale is used by a feature map only"),
     ({"retain_energy": [0.9]}, {}, "retain_energy needs retain"),
+    ({}, {"budget": {}}, "budget limits nothing: pass for example"),
     ({"layers": ["last 4"]}, {}, "'last 4': the model has 3 blocks"),
     ({"layers": [[2, 3]]}, {}, r"layers \[3\] are outside the model, which has 0 to 2"),
     ({"layers": ["lst 2"]}, {}, "layers must be all, last N, .*, got 'lst 2'"),
@@ -482,6 +484,19 @@ def test_other_models_and_folders_are_refused(base, stores, tmp_path):
         swept(base, {}, store=stores["mlp"], out=tmp_path)
     with pytest.raises(TypeError, match="did you mean 'budget'"):
         sweep(base, TOKENIZER, {}, validation=contrast(), texts=TEXTS, budgets={})
+
+
+def test_windows_lie_side_by_side_and_reach_the_last_block():
+    def windows(available, n):
+        maker = SimpleNamespace(count=9, layers=available)
+        return list(layer_choices(maker, f"windows of {n}"))
+
+    assert windows([0, 1, 2, 3], 2) == [(0, 1), (2, 3)]
+    assert windows([0, 1, 2, 3, 4], 3) == [(0, 1, 2), (2, 3, 4)]
+    assert windows([0, 2, 3, 5, 6, 7], 2) == [(2, 3), (5, 6), (6, 7)]
+    assert list(layer_choices(SimpleNamespace(count=9, layers=[1, 2]), None)) == [(1, 2)]
+    with pytest.raises(ValueError, match="of 0,2 no 2 are neighbours: take smaller windows"):
+        windows([0, 2], 2)
 
 
 def test_a_grid_has_each_setting_once_in_its_order(base, stores):
