@@ -96,8 +96,14 @@ def test_type_move_a_slider_and_see_the_answer_change(visit, served):
     page.locator("#tokens").click()
     view = page.locator("#view .tv-view .tv-text")
     expect(view).to_contain_text("rumours say it is desert", timeout=PATIENCE)
+    page.locator("#base").get_by_label("Clear").click()  # either column's clears the conversation
+    expect(page.locator(".message.bot")).to_have_count(0, timeout=PATIENCE)
+    ask(page)
+    shows(page, "edited", BASE)
+    expect(page.locator(".message.bot")).to_have_count(2)
     page.locator("#reset").click()
     expect(page.locator(".message.bot")).to_have_count(0, timeout=PATIENCE)
+    expect(view).to_have_count(0)
     assert page.errors == []
     assert {url.split("/")[2] for url in page.requested if not url.startswith(("data:", "blob:"))} == {
         served.split("/")[2]

@@ -41,6 +41,8 @@ ON_HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 STRONGEST, LARGEST = 3.0, 10.0
 # Seconds between two looks of an answer that grows: each sends the conversation as a whole.
 REFRESH = 0.1
+# Of a column, in pixels.
+HEIGHTS = {"height": None, "min_height": 180, "max_height": 480}
 # How listeners are called: those that only change what is shown wait for nobody.
 QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 SLOW = {"show_progress": "minimal", "api_visibility": "private"}
@@ -84,14 +86,15 @@ class ChatPage:
                 send = gr.Button("Send", variant="primary", elem_id="send")
                 stop = gr.Button("Stop", elem_id="stop")
                 reset = gr.Button("New conversation", elem_id="reset")
-                tokens = gr.Button("Show the tokens of the last edited answer", elem_id="tokens")
+                tokens = gr.Button("Tokens of the last answer", elem_id="tokens")
             view = gr.HTML(elem_id="view")
             settings = self._settings(first)
             asked = {"fn": self._answer, "inputs": [conversation, question, *settings], "outputs": [question, *columns]}
             send.click(**asked, **SLOW)
             question.submit(**asked, **SLOW)
             stop.click(self._stop, None, None, **QUICK)
-            reset.click(self._reset, conversation, [*columns, view], **QUICK)
+            for begin_anew in (reset.click, *(column.clear for column in columns)):
+                begin_anew(self._reset, conversation, [*columns, view], **QUICK)
             tokens.click(self._tokens, conversation, view, **SLOW)
             settings[0].input(self._chosen, [conversation, settings[0]], settings, **SLOW)
             page.unload(self._left)
@@ -102,7 +105,7 @@ class ChatPage:
         return f"Each question {remembers}, and is answered by the base model and by the edited one."
 
     def _columns(self) -> list[gr.Chatbot]:
-        shown = {"render_markdown": False, "buttons": [], "feedback_options": None, "height": 420}
+        shown = {"render_markdown": False, "buttons": [], "feedback_options": None, **HEIGHTS}
         with gr.Row():
             return [
                 gr.Chatbot(label=label, elem_id=side, **shown) for side, label in ((BASE, "Base"), (EDITED, "Edited"))
