@@ -5,6 +5,7 @@ from .activations.store import ActivationStore
 from .adapters.card import write_card_of_saved
 from .adapters.hub import push_to_hub
 from .adapters.save import replaced_adapters
+from .answering import generate_answers
 from .choosing import calibrate, sweep
 from .data import load_contrast_set
 from .evaluation import evaluate, evaluate_multiple_choice, perplexity, side_effects
@@ -41,6 +42,7 @@ __all__ = [
     "evaluate_multiple_choice",
     "explain_edit",
     "fingerprint",
+    "generate_answers",
     "load_contrast_set",
     "merge_checkpoint",
     "perplexity",

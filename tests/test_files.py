@@ -292,3 +292,14 @@ def test_lines_are_whole_or_not_there(tmp_path):
     assert files.whole_lines(file) == ["one"]
     files.append_line(file, "zwö")
     assert file.read_text("utf-8") == "one\nzwö\n" and files.whole_lines(file) == ["one", "zwö"]
+
+
+@pytest.mark.parametrize("block", [1, 3, 64])
+def test_a_line_that_was_cut_off_goes_however_long_the_others_are(block, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "BLOCK", block)
+    path = tmp_path / "lines"
+    for held, whole in ((b"", b""), (b"cut", b""), (b"one\n", b"one\n"), (b"one\ntwo\ncut off", b"one\ntwo\n")):
+        path.write_bytes(held)
+        files.append_line(path, "three\nfour")
+        assert path.read_bytes() == whole + b"three\nfour\n"
+        assert files.whole_lines(path) == [*whole.decode().split("\n")[:-1], "three", "four"]

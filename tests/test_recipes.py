@@ -40,6 +40,7 @@ SMALL = {
     },
     **{"max_new_tokens": 2, "max_steps": 4, "train_batch": 16, "batch_size": 256, "prompt_format": "plain"},
     **{"numbers": [8, 16], "seeds": [0], "top_k": 2, "top_ks": [1, 2], "strengths": [1, 2], "input_scale": 3.0},
+    "best_of": [1, 2],
 }
 
 
@@ -70,6 +71,11 @@ def test_recipes_run_on_the_demonstration_model(recipe, run, tmp_path):
     assert any(not row["adapters"] for row in written["rows"]) and any(row["adapters"] for row in written["rows"])
     assert all(row["measures"]["mc1"]["value"] >= 0 for row in written["rows"])
     assert any(row["side_effects"] for row in written["rows"])
+    for answers in (tmp_path / "out").glob("answers/*.jsonl"):
+        rows = [json.loads(line) for line in answers.read_text().splitlines()]
+        assert [row["model"] for row in rows] == ["base", "edited"] * 8
+        assert all(len(row.get("candidates", [0])) == int(answers.stem.split("-")[-1]) for row in rows)
+        assert json.loads(answers.with_suffix(".json").read_text())["models"]["edited"]["answers"] == 8
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)

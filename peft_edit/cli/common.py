@@ -237,6 +237,18 @@ def load_data(options: DataOptions):
     return some_rows(data, options, options.data)
 
 
+def load_prompts(options: DataOptions):
+    """A contrast set, or a file of prompts without answers, or some of its rows, see `load_data`."""
+    from ..data.prompt_files import is_prompt_file, load_prompts
+    from ..data.reading import refuse
+
+    if not is_prompt_file(options.data):
+        return load_data(options)
+    fields = ("data_files", "subset", "split", "data_revision")
+    refuse(f"the file of prompts {options.data}", **{name: getattr(options, name) for name in fields})
+    return some_rows(load_prompts(options.data), options, options.data)
+
+
 def some_rows(data, options: DataOptions, source: str):
     """`limit` of the rows after the first `skip`, in their order or mixed."""
     if options.skip >= len(data):
