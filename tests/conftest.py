@@ -63,3 +63,13 @@ def browser():
     keeps an event loop in the thread, in which no other test could start one."""
     with headless_chromium() as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def chat_adapters(tmp_path_factory):
+    """Name to folder of adapters of the demonstration model that change its answers, see `chatting`."""
+    from chatting import make_adapters
+
+    folder = tmp_path_factory.mktemp("adapters")
+    make_adapters(folder)
+    return {path.name: str(path) for path in sorted(folder.iterdir())}

@@ -41,7 +41,7 @@ ALLOWED = {
         *("activations/store", "adapters", "data", "evaluation", "files", "json_files", "models", "tuners"),
     },
     "answering": {"data", "evaluation", "files", "json_files", "models", "tuners"},
-    "chatting": {"adapters", "data", "explaining", "files", "models", "tuners"},
+    "chatting": {"adapters", "answering", "data", "explaining", "files", "models", "tuners"},
     "explaining": {"evaluation", "models", "tuners"},
     "plotting": {"choosing", "evaluation", "extras", "files", "models", "tuners"},
     "reporting": {

@@ -23,6 +23,7 @@ COMMANDS = {
 OTHERS_OPTIONS = {"--help", "--max-lora-rank"}  # of every command, and of vLLM
 PASSED_ON = {"lm-eval"}  # commands whose options are those of another program
 FENCED = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)
+FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n\n", flags=re.DOTALL)  # of a Space
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 LOCATION = re.compile(r"(?<![\w/.-])(?:examples|model_cards|peft_edit|tests)/[\w./*-]*[\w/*]")
 
@@ -75,7 +76,7 @@ def test_named_commands_and_options_exist(name):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_pages_start_with_what_they_explain(page):
     """A title, then a command or a snippet before the first section."""
-    start = page.read_text("utf-8").split("\n## ")[0]
+    start = FRONT_MATTER.sub("", page.read_text("utf-8")).split("\n## ")[0]
     assert start.startswith("# ") and re.search(r"^```(bash|python)$", start, flags=re.MULTILINE)
 
 

@@ -121,6 +121,20 @@ def test_the_page_about_choosing_shows_what_its_commands_print(tmp_path, monkeyp
     assert (tmp_path / "sea-mild" / "adapter_config.json").exists()
 
 
+def test_the_page_about_the_chat_shows_what_it_prints(made, monkeypatch, capsys):
+    from peft_edit.cli import main
+    from peft_edit.demo import ASSETS
+
+    shown = next(text for kind, text in blocks_of(PAGES["chat.md"]) if kind == "text")
+    typed = [line.removeprefix("> ") for line in shown.splitlines() if line.startswith("> ")]
+    monkeypatch.chdir(made[0])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in typed)))
+    monkeypatch.setattr(sys, "argv", ["peft-edit", "chat", str(ASSETS / "model"), "--adapter", "sea-truthful"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code and capsys.readouterr().out == shown
+
+
 @pytest.fixture(scope="module")
 def demonstration(tmp_path_factory):
     """Folder in which `peft-edit demo --json results.json` was run; what it printed, and its progress."""

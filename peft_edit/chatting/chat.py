@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-from ..data.prompts import PromptOptions, encode_prompts, prompt_record, settled
+from ..answering.options import BASE, EDITED
+from ..data.prompts import PromptOptions, encode_answers, encode_prompts, prompt_record, settled
+from ..explaining import Explanation, explain_edit
 from ..files import check_writable, write_json
 from .answers import check_fits, stream_answer
 from .models import ChatModels
-from .settings import BASE, EDITED, Sampling, Settings
+from .settings import Sampling, Settings
 
 
 __all__ = ["BASE", "EDITED", "Chat", "Conversation", "Turn"]
@@ -100,17 +102,37 @@ class Chat:
 
     def prompt_ids(self, conversation: Conversation, question: str, side: str) -> list[int]:
         """The token ids of a conversation as one side has it, up to the answer to a question."""
+        return encode_prompts(self.models.tokenizer, [question], **self._options(conversation.turns, question, side))[0]
+
+    def explain(self, conversation: Conversation) -> Explanation:
+        """What the edit, set as it was then, does to its last answer, from the last token before it on: what is
+        expected after that one is how the answer begins.
+
+        Raises:
+            ValueError: the edit has not answered, or nothing.
+        """
+        place = next((i for i, turn in reversed([*enumerate(conversation.turns)]) if EDITED in turn.answers), None)
+        if place is None:
+            raise ValueError("the edit has given no answer yet: ask something first, with an adapter")
+        turn = conversation.turns[place]
+        if not turn.answers[EDITED]:
+            raise ValueError("the last answer of the edit is empty: there are no tokens to show")
+        options = self._options(conversation.turns[:place], turn.question, EDITED)
+        ((encoded,),) = encode_answers(self.models.tokenizer, [turn.question], [[turn.answers[EDITED]]], **options)
+        with self.models.answering(turn.settings, EDITED) as model:
+            whole = explain_edit(model, self.models.tokenizer, encoded.input_ids)
+        return whole.since(encoded.prompt_length - 1)
+
+    def _options(self, turns: Sequence[Turn], question: str, side: str) -> dict[str, Any]:
+        """How a question after some turns becomes tokens."""
         messages = [
             {"role": role, "content": text}
-            for turn in (conversation.turns if self.remembers else ())
+            for turn in turns
             if side in turn.answers
             for role, text in (("user", turn.question), ("assistant", turn.answers[side]))
         ]
-        messages.append({"role": "user", "content": question})
-        number = len(conversation.turns) + 1
-        with_messages = {"messages": [messages]} if self.remembers else {}
-        options = {**self.prompts.of_prompts, **with_messages, "row_ids": [number]}
-        return encode_prompts(self.models.tokenizer, [question], **options)[0]
+        messages = [[*messages, {"role": "user", "content": question}]] if self.remembers else None
+        return {**self.prompts.of_prompts, "messages": messages, "row_ids": [len(turns) + 1]}
 
     def record(self, conversation: Conversation) -> dict[str, Any]:
         """A conversation with all that its answers follow from, as JSON values."""
@@ -134,10 +156,3 @@ class Chat:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, self.record(conversation))
         conversation.saved.add(path.resolve())
-
-
-def last_turn(conversation: Conversation) -> Turn:
-    """The last turn; raises ValueError where there is none."""
-    if not conversation.turns:
-        raise ValueError("there is no answer yet: ask something first")
-    return conversation.turns[-1]

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import difflib
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..answering.options import BASE, EDITED
 from ..arguments import renamed
+from ..explaining import Explanation
 from ..models.sites import format_layers, parse_layers
+from ..tuners.method import methods
 from .chat import Chat, Conversation
-from .models import told_layers
-from .settings import BASE, EDITED
+from .models import Dial, told_layers
+from .settings import Sampling
 
 
 # How the demonstration of HPR's authors is told its layers.
 PUBLISHED_LAYERS = re.compile(r"###\s*target layers\s*:\s*(.*)", flags=re.IGNORECASE)
-# How many characters of a line of the history are shown.
-SHOWN = 60
+# Characters of a line of the help, and those of an answer that the history shows.
+WIDTH, SHOWN = 80, 60
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,12 @@ class Command:
     Attributes:
         usage: as it is typed, "/layers 0-3,7".
         help: one line.
-        run: gives the lines to show, from the conversation, which it may change, and what stands after the name.
+        run: gives what to show, from the conversation, which it may change, and what stands after the name.
     """
 
     usage: str
     help: str
-    run: Callable[[Chat, Conversation, str], str]
+    run: Callable[[Chat, Conversation, str], str | Explanation]
 
     @property
     def name(self) -> str:
@@ -50,8 +54,8 @@ def question_of(line: str) -> str:
     return line.removeprefix("/") if line.startswith("//") else line
 
 
-def run_command(chat: Chat, conversation: Conversation, line: str) -> str:
-    """Carry out a command, and return what to show.
+def run_command(chat: Chat, conversation: Conversation, line: str) -> str | Explanation:
+    """Carry out a command, and return what to show: lines, or the tokens of an answer.
 
     Args:
         chat: that answers.
@@ -68,10 +72,9 @@ def run_command(chat: Chat, conversation: Conversation, line: str) -> str:
     commands = {command.name: command for command in COMMANDS}
     if name in commands:
         return commands[name].run(chat, conversation, value)
-    dials = _dials(chat, conversation)
-    if name.removeprefix("/") in dials:
-        return _set_dial(chat, conversation, name.removeprefix("/"), value)
-    near = difflib.get_close_matches(name, [*commands, *(f"/{dial}" for dial in dials)], n=1)
+    if (dial := name.removeprefix("/")) in {dial for method in methods().values() for dial in method.config.dials}:
+        return _set_dial(chat, conversation, dial, value)
+    near = difflib.get_close_matches(name, [*commands, *(f"/{dial.name}" for dial in _dials(chat, conversation))], n=1)
     raise ValueError(f"there is no command {name}: {f'did you mean {near[0]}?' if near else '/help lists them'}")
 
 
@@ -89,10 +92,17 @@ def told_settings(chat: Chat, conversation: Conversation) -> str:
     return f"{adapter.name} ({adapter.method}), {layers}, strength {settings.strength:g}{dials}{who}"
 
 
-def _dials(chat: Chat, conversation: Conversation) -> tuple[str, ...]:
-    """Names of what the adapter of a conversation can be set to besides its strength."""
+def told_sampling(sampling: Sampling) -> str:
+    """How answers are drawn, in one line."""
+    drawn = f"drawn at temperature {sampling.temperature:g}, top p {sampling.top_p:g}, seed {sampling.seed}"
+    how = drawn if sampling.temperature else "of the likeliest tokens"
+    return f"answers of at most {sampling.max_new_tokens} tokens, {how}"
+
+
+def _dials(chat: Chat, conversation: Conversation) -> tuple[Dial, ...]:
+    """What the adapter of a conversation can be set to besides its strength."""
     adapter = conversation.settings.adapter
-    return () if adapter is None else tuple(dial.name for dial in chat.models.adapter(adapter).dials)
+    return () if adapter is None else chat.models.adapter(adapter).dials
 
 
 def _number(name: str, value: str, kind: type = float) -> float | int:
@@ -104,13 +114,15 @@ def _number(name: str, value: str, kind: type = float) -> float | int:
 
 
 def _help(chat: Chat, conversation: Conversation, value: str) -> str:
-    adapter = conversation.settings.adapter
-    dials = () if adapter is None else chat.models.adapter(adapter).dials
     rows = [(command.usage, command.help) for command in COMMANDS]
-    rows[3:3] = [(f"/{dial.name} {dial.own:g}", f"{dial.help} (of {adapter}.)") for dial in dials]
+    rows[3:3] = [(f"/{dial.name} {dial.own:g}", dial.help) for dial in _dials(chat, conversation)]
     rows.append(("//text", "Ask something that begins with a slash."))
-    width = max(len(usage) for usage, _ in rows)
-    return "\n".join(f"{usage:{width}}  {told}" for usage, told in rows)
+    room = max(len(usage) for usage, _ in rows) + 2
+    lines = []
+    for usage, told in rows:
+        first, *more = textwrap.wrap(told, WIDTH - room)
+        lines += [f"{usage:{room}}{first}", *(" " * room + line for line in more)]
+    return "\n".join(lines)
 
 
 def _set_dial(chat: Chat, conversation: Conversation, name: str, value: str) -> str:
@@ -153,10 +165,13 @@ def _sampling(name: str, field: str, kind: type) -> Callable[[Chat, Conversation
         with renamed(**{field: name}):
             changed = replace(settings.sampling, **{field: _number(name, value, kind)})
         conversation.settings = replace(settings, sampling=changed)
-        drawn = f"drawn at temperature {changed.temperature:g}, top p {changed.top_p:g}, seed {changed.seed}"
-        return f"answers of at most {changed.max_new_tokens} tokens, {drawn if changed.temperature else 'not drawn'}"
+        return told_sampling(changed)
 
     return run
+
+
+def _tokens(chat: Chat, conversation: Conversation, value: str) -> Explanation:
+    return chat.explain(conversation)
 
 
 def _save(chat: Chat, conversation: Conversation, value: str) -> str:
@@ -184,7 +199,7 @@ def _reset(chat: Chat, conversation: Conversation, value: str) -> str:
 
 
 def _settings(chat: Chat, conversation: Conversation, value: str) -> str:
-    return told_settings(chat, conversation)
+    return f"{told_settings(chat, conversation)}\n{told_sampling(conversation.settings.sampling)}"
 
 
 COMMANDS = (
@@ -201,6 +216,7 @@ COMMANDS = (
     Command("/seed 1", "Of the draw; base and edited answers have the same.", _sampling("/seed", "seed", int)),
     Command("/length 256", "Most tokens in an answer.", _sampling("/length", "max_new_tokens", int)),
     Command("/settings", "Show what is set.", _settings),
+    Command("/tokens", "Show what the edit did to each token of its last answer.", _tokens),
     Command("/history", "Show the conversation.", _history),
     Command("/reset", "Begin the conversation anew.", _reset),
     Command("/save FILE", "Write questions, answers and settings to a JSON file, by default chat.json.", _save),

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters.match import give_config, replace_config
 from ..adapters.read import load_adapter
+from ..answering.options import BASE, EDITED
 from ..arguments import Argument, ArgumentError, nearest
 from ..models.sites import format_layers
 from ..tuners.config import EditConfig
 from ..tuners.layer import edit_layers
 from ..tuners.method import method_of
 from ..tuners.strength import check_strength, edit_strength, edited_blocks
-from .settings import BASE, EDITED, Settings
+from .settings import Settings
 
 
 # Adapters that are kept, those that were used last. Others are read again when they are wanted.
@@ -64,6 +65,11 @@ class LoadedAdapter:
     model: PeftModel
     layers: tuple[int, ...]
     dials: tuple[Dial, ...]
+
+    @property
+    def edits(self) -> bool:
+        """Whether it edits activations, and so has a strength."""
+        return bool(edit_layers(self.model))
 
     @property
     def config(self) -> PeftConfig:
@@ -165,8 +171,10 @@ class ChatModels:
         adapter = self._editing(settings)
         dials = {dial.name: dial for dial in adapter.dials}
         if name not in dials:
-            known = nearest(name, dials) if dials else ": it has its strength alone"
-            raise ValueError(f"{adapter.name}, an adapter of {adapter.method}, has no {name}{known}")
+            what = nearest(name, dials) if dials else ": set its strength"
+            if name == adapter.config.dials[0]:
+                what = ": the strength multiplies it"
+            raise ValueError(f"{adapter.name}, an adapter of {adapter.method}, has no {name} to set{what}")
         replace(adapter.config, **{name: value})  # which checks it
         others = {key: other for key, other in settings.dials.items() if key != name}
         return replace(settings, dials=others if value == dials[name].own else {**others, name: value})
@@ -176,7 +184,7 @@ class ChatModels:
         if settings.adapter is None:
             raise ValueError("the base model alone has nothing to set: choose an adapter first")
         adapter = self.adapter(settings.adapter)
-        if not edit_layers(adapter.model):
+        if not adapter.edits:
             raise ValueError(f"{adapter.name} is an adapter of {adapter.method}, which has no edit that could be set")
         return adapter
 

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..answering.options import BASE
 from ..arguments import check_options
-
-
-# The two who answer.
-BASE, EDITED = "base", "edited"
 
 
 @dataclass(frozen=True, kw_only=True)

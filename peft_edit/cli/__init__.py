@@ -22,11 +22,26 @@ def method_commands() -> list[Callable]:
 
 def commands() -> list[Callable]:
     """The functions of all commands, in the order of use."""
-    from . import activations, chat, choose, convert, demo, evaluate, explain, export, generate, hub, merge, report, run
+    from . import (
+        activations,
+        chat,
+        choose,
+        convert,
+        demo,
+        evaluate,
+        explain,
+        export,
+        generate,
+        hub,
+        merge,
+        report,
+        run,
+        ui,
+    )
 
     first = [demo.demo, activations.collect, activations.inspect]
     moving_on = [convert.convert, export.export_lora, merge.merge, hub.card, hub.push]
-    looking = [evaluate.evaluate, explain.explain, generate.generate, *chat.COMMANDS, report.report]
+    looking = [evaluate.evaluate, explain.explain, generate.generate, *chat.COMMANDS, *ui.COMMANDS, report.report]
     return [*first, *method_commands(), *choose.COMMANDS, *looking, *moving_on, run.run]
 
 

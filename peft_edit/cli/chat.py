@@ -5,24 +5,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from ..chatting.settings import Sampling
 from ..data.prompts import PromptOptions
 from . import common
-from .options import Fields, Run
+from .explain import PROMPTS
+from .options import Run
 
 
 if TYPE_CHECKING:
     from ..chatting import Chat, Conversation
     from .screen import Screen
 
-# The formats of a question alone: lettered choices need choices.
-FORMATS = {"prompt_format": {"type": Literal["auto", "chat", "plain", "few_shot_qa"]}}
-Prompts = Annotated[PromptOptions, Fields(changes=FORMATS)]
+Prompts = Annotated[PromptOptions, PROMPTS]
 QUIT = ("/quit", "/exit")
 ASKED = "> "
-HELLO = "Type a question, or /help. Ctrl-C stops an answer, /quit or Ctrl-D ends the chat."
+HELLO = "Type a question, or /help. Ctrl-C stops an answer, Ctrl-D or /quit the chat."
 
 
 def chat(
@@ -69,7 +68,7 @@ class Talk:
                     return
                 if not at_keyboard():
                     self.screen.tell(f"{ASKED}{line}")
-                self._take(line)
+                self._take(line.strip())
             except KeyboardInterrupt:
                 if not at_keyboard():
                     raise
@@ -84,8 +83,9 @@ class Talk:
         from ..chatting.commands import is_command, question_of, run_command
 
         if is_command(line):
-            self.screen.tell(run_command(self.chat, self.conversation, line))
-        elif line.strip():
+            shown = run_command(self.chat, self.conversation, line)
+            self.screen.tell(shown) if isinstance(shown, str) else self.screen.show_tokens(shown)
+        elif line:
             stop = Event()
             with _interrupts(stop.set):
                 pieces = self.chat.answer(self.conversation, question_of(line), stop)

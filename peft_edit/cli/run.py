@@ -57,10 +57,10 @@ def run(
 
 
 def _functions() -> list[Callable]:
-    """The functions of the commands that a recipe may run: all but this one."""
-    from . import commands
+    """The functions of the commands that a recipe may run: all but this one, and those that talk to a person."""
+    from . import chat, commands, ui
 
-    return [function for function in commands() if function is not run]
+    return [function for function in commands() if function not in (run, *chat.COMMANDS, *ui.COMMANDS)]
 
 
 def _results(planned: Planned) -> str:

@@ -12,18 +12,25 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from ..explaining import Explanation
+from ..explaining.showing import changed_rows, token_view
+from ..explaining.tables import escaped
+from .common import table, terminal
+
 
 with suppress(ImportError):  # Windows, whose terminal does it
     import readline  # noqa: F401  lets `input` edit lines
 
 # Narrower than this, two columns hold too few words a line.
 TWO_COLUMNS = 60
+# Tokens that are told in numbers.
+STRONGEST = 3
 HEADINGS = {"base": Style(bold=True), "edited": Style(bold=True, color="green")}
 
 
 def printable(text: str) -> str:
-    """Text of a model with what would steer the terminal as Python escapes it."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+    """Text of a model with what would steer the terminal as Python escapes it, but for the ends of lines."""
+    return "\n".join(escaped(line) for line in text.expandtabs().split("\n"))
 
 
 class Screen:
@@ -36,17 +43,18 @@ class Screen:
 
     def __init__(self) -> None:
         self.console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
-        terminal = self.console.is_terminal and not self.console.is_dumb_terminal
-        self._in_columns = terminal and self.console.width >= TWO_COLUMNS
-
-    @property
-    def color(self) -> bool:
-        """Whether colours are shown."""
-        return self.console.color_system is not None and not self.console.no_color
+        can_move = self.console.is_terminal and not self.console.is_dumb_terminal
+        self._in_columns = can_move and self.console.width >= TWO_COLUMNS
 
     def tell(self, text: str) -> None:
         """Show a message."""
         self.console.print(Text(printable(text)), soft_wrap=True)
+
+    def show_tokens(self, explanation: Explanation) -> None:
+        """Show what an edit does to the tokens of a text."""
+        color, width = terminal()
+        view = token_view(explanation, color=color, width=width)
+        self.console.file.write(f"{view}\n\n{table(*changed_rows(explanation, STRONGEST))}\n")
 
     def show(self, sides: tuple[str, ...], pieces: Iterable[tuple[str, str]]) -> None:
         """Show answers while they come.
