@@ -50,6 +50,10 @@ def test_one_run_measures_what_separate_ones_do(edit):
     assert of_a["questions"] == 2 and set(found["categories"]) == {"a", "b"}
     assert of_a["measures"]["mc2"]["value"] == pytest.approx(np.mean([after.questions[i].mc2 for i in (0, 2)]))
     assert of_a["measures"]["mc2"]["base"] == pytest.approx(np.mean([before.questions[i].mc2 for i in (0, 2)]))
+    changes = [after.questions[i].mc2 - before.questions[i].mc2 for i in (0, 2)]
+    drawn = [np.repeat(changes, row.astype(int)).mean() for row in resamples(2)]
+    bounds = of_a["measures"]["mc2"]["difference_low"], of_a["measures"]["mc2"]["difference_high"]
+    assert bounds == pytest.approx(interval(np.array(drawn))) and "p_value" not in of_a["measures"]["mc2"]
 
 
 def test_intervals_of_differences_are_paired():

@@ -173,6 +173,10 @@ def test_side_effects():
     ratio = panels["perplexity ratio"].patches[0]
     assert (ratio.get_x(), ratio.get_width()) == (1.0, 0.25) and texts(panels["angle, degrees"]) == ["30.0", "30.0"]
     assert [label.get_text() for label in panels["perplexity ratio"].get_yticklabels()] == ["sea", "other"]
+    rounding = {**edited().side_effects[0], "norm_change": 1e-8}
+    panels = plotting.side_effects_figure([edited(side_effects=[rounding])]).axes
+    (axes,) = (panel for panel in panels if panel.get_title(loc="left") == "change of norm %")
+    assert axes.patches[0].get_width() < 1e-4 * axes.get_xlim()[1], "rounding is no effect"
     with pytest.raises(ValueError, match="run peft-edit evaluate with --adapter and --texts"):
         plotting.side_effects_figure([read_results(results())])
 

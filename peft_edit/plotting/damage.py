@@ -56,6 +56,11 @@ def side_effects_figure(results: Sequence[Results]) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.tick_params(axis="x", labelsize=7)
         axes.margins(x=0.25)
+        # What is rounded to nothing is drawn as nothing.
+        least = 2 * 10.0**-decimals
+        values = [factor * effects[name] for _, effects in rows if effects.get(name) is not None]
+        if max(abs(value - start) for value in values) < least:
+            axes.set_xlim(start - least * any(value < start for value in values), start + least)
         axes.locator_params(axis="x", nbins=4)
     grid[0][0].invert_yaxis()
     for axes in grid.flat[len(names) :]:
