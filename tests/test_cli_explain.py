@@ -41,7 +41,8 @@ def test_the_base_model_is_the_one_that_the_adapter_names(adapter, loaded, run, 
     written = json.loads((tmp_path / "e.json").read_text())
     assert status == 0 and written.pop("command") == "explain" and written.pop("options")["text"] == TEXT
     assert written == json.loads(json.dumps(found))
-    assert "\x1b" not in out and max(map(len, out.splitlines())) <= 80
+    *shown, written_to = out.splitlines()
+    assert "\x1b" not in out and max(map(len, shown)) <= 80 and written_to == f"Page: {tmp_path / 'e.html'}"
     assert out.startswith("     <bos> Most people say") and f" of {len(found['tokens'])} tokens edited; KL " in out
     page = (tmp_path / "e.html").read_text()
     assert page.startswith("<!DOCTYPE html>") and f"What {adapter} does" in page and "http" not in page

@@ -309,8 +309,12 @@ def test_the_example_has_options_that_the_command_has(name):
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("card", "demo")])
 def test_every_command_takes_a_file(run, file, name):
-    line = refused(run, name, "--config", file({"jsn": "x.json"}))
-    assert line == f"peft-edit: {file({'jsn': 'x.json'})}: 'jsn' is no option of this command: did you mean json?"
+    known = "json" if any(option.flag == "--json" for option in options_of(COMMANDS[name])) else "revision"
+    wrong = {known[:1] + known[2:]: "x"}
+    line = refused(run, name, "--config", file(wrong))
+    assert (
+        line == f"peft-edit: {file(wrong)}: {next(iter(wrong))!r} is no option of this command: did you mean {known}?"
+    )
 
 
 def test_an_option_is_given_once_in_a_file(run, file):

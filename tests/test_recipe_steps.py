@@ -349,7 +349,7 @@ def test_results_that_cannot_stand_side_by_side_are_refused(recipe, run, tmp_pat
 def test_every_command_says_what_it_writes():
     for function in cli.commands():
         for option in options_of(function):
-            writes = option.name in ("out", "json", "html")
+            writes = option.name in ("out", "json", "html", "figures")
             assert option.is_output == writes, (command_name(function), option.name)
 
 

@@ -36,7 +36,7 @@ def report(
     results: Annotated[
         list[Path] | None,
         {
-            "help": "What evaluate --json wrote, of the base model and with the adapter. May be repeated. Default: "
+            "help": "What evaluate --json wrote, of base model and adapter. May be repeated. Default: "
             f"{RESULTS} in the adapter's folder.",
             "repeated": True,
         },
