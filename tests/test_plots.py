@@ -257,6 +257,14 @@ def test_files(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["front.png", "front.svg"]
 
 
+def test_names_are_text_and_nothing_else():
+    """No formulas, and nothing that could leave the picture."""
+    figure = plotting.curve_figure(LayerCurve("accuracy", "a $\\foo{ $", "%", 100), {0: 0.5, 1: 0.75})
+    assert "$" in plotting.svg_text(figure, "a-b", "title")
+    with pytest.raises(ValueError, match="of letters, digits and hyphens, got"):
+        plotting.svg_text(figure, 'x"><script>', "title")
+
+
 def test_elements_of_a_page():
     """Ids are of one figure alone and lead somewhere, colours are variables, and text is text."""
     sweep = read_sweep(SWEEP)

@@ -233,8 +233,18 @@ def test_it_listens_to_this_machine_alone_unless_told_otherwise():
     assert not ServingOptions(host="0.0.0.0").is_private and not ServingOptions(share=True).is_private
 
 
-@pytest.mark.parametrize("name, allowed", [("user/adapter", True), ("user/adapter@v1", True), ("{folder}", False)])
-def test_others_name_no_folders_of_this_machine(demo_model, demo_tokenizer, chat_adapters, tmp_path, name, allowed):
+@pytest.mark.parametrize(
+    "name, allowed",
+    [
+        *(("user/adapter", True), ("user/adapter@v1", True)),
+        *(("{folder}", False), ("some/folder", False), ("some/folder@v1", False), ("../some@v1", False)),
+    ],
+)
+def test_others_name_no_folders_of_this_machine(
+    demo_model, demo_tokenizer, chat_adapters, tmp_path, monkeypatch, name, allowed
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "folder").mkdir(parents=True)
     page = ChatPage(Chat(ChatModels(demo_model, demo_tokenizer)), [chat_adapters["mean"]])
     name = name.format(folder=tmp_path)
     if allowed:

@@ -36,7 +36,7 @@ except ImportError as error:
 # What the page calls the base model alone, where an adapter is chosen.
 NONE = "none (the base model alone)"
 # An id on the Hub, with a revision or without.
-ON_HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+ON_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 # The largest strength that its slider gives, and the largest value of a dial without a bound.
 STRONGEST, LARGEST = 3.0, 10.0
 # Seconds between two looks of an answer that grows: each sends the conversation as a whole.
@@ -46,6 +46,11 @@ HEIGHTS = {"height": None, "min_height": 180, "max_height": 480}
 # How listeners are called: those that only change what is shown wait for nobody.
 QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 SLOW = {"show_progress": "minimal", "api_visibility": "private"}
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a name is an id on the Hub, and no folder of this machine."""
+    return ON_HUB.fullmatch(name) is not None and not Path(name.partition("@")[0]).exists()
 
 
 @dataclass
@@ -173,7 +178,7 @@ class ChatPage:
         name = (name or NONE).strip()
         if name == NONE:
             return None
-        if name not in self.adapters and not self.any_folder and (not ON_HUB.fullmatch(name) or Path(name).exists()):
+        if name not in self.adapters and not self.any_folder and not _on_hub(name):
             raise ValueError(f"{name} is no id on the Hub: choose one of the list, or type user/name")
         return name
 

@@ -36,8 +36,7 @@ def report(
     results: Annotated[
         list[Path] | None,
         {
-            "help": "What evaluate --json wrote, of base model and adapter. May be repeated. Default: "
-            f"{RESULTS} in the adapter's folder.",
+            "help": f"What evaluate --json wrote. May be repeated. Default: {RESULTS} in the adapter's folder.",
             "repeated": True,
         },
     ] = None,

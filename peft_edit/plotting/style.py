@@ -61,6 +61,7 @@ STYLE = {
     "axes.titlesize": 9,
     "axes.titlecolor": INK,
     "text.color": INK,
+    "text.parse_math": False,  # a dollar sign in a name is one
     "xtick.color": INK,
     "ytick.color": INK,
     "grid.color": GREY,
@@ -151,11 +152,12 @@ def svg_text(figure: Figure, name: str, title: str) -> str:
     """
     from html import escape
 
+    if not re.fullmatch(r"[\w-]+", name, flags=re.ASCII):
+        raise ValueError(f"a figure's name must be of letters, digits and hyphens, got {name!r}")
     text = _rendered(figure, ".svg").decode()
     text = text[text.index("<svg") :]
     # Ids are those of a page, on which several figures stand.
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
     for color, variable in VARIABLES.items():
         text = text.replace(color, f"var({variable}, {color})")
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)

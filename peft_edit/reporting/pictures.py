@@ -76,8 +76,8 @@ def _of_categories(found: Results, end: str) -> Iterator[Picture]:
         return
     for name in found.measures:
         having = [c for c in found.categories.values() if c["measures"].get(name, {}).get("value") is not None]
-        if name not in SHIFT and having:
-            label = LABELS.get(name, name)
+        if name in LABELS and name not in SHIFT and having:
+            label = LABELS[name]
             yield Picture(
                 f"categories-{name.replace('_', '-')}{end}",
                 f"{label} by category, {_data(found)}",
