@@ -398,7 +398,8 @@ def test_the_front_and_the_choice_are_those_of_all_comparisons(rows):
         differences = [[b - o for b, o in zip(best.of_questions, row.of_questions, strict=True)] for row in within]
         errors = [statistics.stdev(of) / math.sqrt(3) for of in differences]
         gaps = [sum(of) / 3 - error for of, error in zip(differences, errors, strict=True)]
-        assume(min(map(abs, gaps)) > 1e-9 or gaps.count(0.0))
+        # Of a gap of zero rounding decides, unless every question has the same score.
+        assume(all(abs(gap) > 1e-9 or not any(of) for gap, of in zip(gaps, differences, strict=True)))
         as_good = [row for row, gap in zip(within, gaps, strict=True) if gap <= 1e-12]
         assert chosen in as_good and chosen.damage == min(row.damage for row in as_good)
 
