@@ -5,6 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
+from .arguments import one_line
+
+
+class MissingExtraError(ImportError, ValueError):
+    """A package that an extra brings is not there."""
+
 
 def import_extra(module: str, extra: str, what: str) -> ModuleType:
     """A module of a package that an extra brings.
@@ -15,12 +21,17 @@ def import_extra(module: str, extra: str, what: str) -> ModuleType:
         what: needs it, "a report".
 
     Raises:
-        ValueError: it, or one that it needs, is not installed, and how to install it.
+        MissingExtraError: it, or one that it needs, is not installed, and how to install it; or it cannot be imported.
     """
     try:
         return import_module(module)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         missing = (error.name or module).partition(".")[0]
-        raise ValueError(
+        raise MissingExtraError(
             f"{what} needs the package {missing}, which is not installed: pip install 'peft-edit[{extra}]'"
+        ) from error
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{what} needs the package {module.partition('.')[0]}, which cannot be imported ({one_line(error)}): "
+            f"install it anew, pip install --force-reinstall 'peft-edit[{extra}]'"
         ) from error

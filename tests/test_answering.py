@@ -208,13 +208,21 @@ def test_a_finished_file_is_read_and_one_of_other_answers_left_alone(tmp_path, m
         (model, PROMPTS, {"max_new_tokens": 3, "models": "edited"}),
         (edited_model("HPR", seed=1), PROMPTS, {"max_new_tokens": 3}),
         (edited_model("HPR", gate=0.1), PROMPTS, {"max_new_tokens": 3}),
+        (edited_model("HPR").bfloat16(), PROMPTS, {"max_new_tokens": 3}),
     ]
     for other, prompts, options in others:
         with pytest.raises(ValueError, match="holds answers to other prompts, or of another model"):
             generate_answers(other, TOKENIZER, prompts, out=out, **options)
     out.write_text('{"id": 3}\n')
-    with pytest.raises(ValueError, match="has a line 1 that is no answer of an earlier run"):
-        generate_answers(model, TOKENIZER, PROMPTS, out=out, max_new_tokens=3)
+    for resume in (True, False):  # what is no answer is not replaced either
+        with pytest.raises(ValueError, match="has a line 1 that is no answer of an earlier run"):
+            generate_answers(model, TOKENIZER, PROMPTS, out=out, max_new_tokens=3, resume=resume)
+    assert out.read_text() == '{"id": 3}\n'
+    lines = whole.splitlines(keepends=True)
+    for damaged in (lines[1:], lines[:1] * 2):
+        out.write_bytes(b"".join(damaged))
+        with pytest.raises(ValueError, match="or lacks some of its first: choose another file"):
+            generate_answers(model, TOKENIZER, PROMPTS, out=out, max_new_tokens=3)
     generate_answers(model, TOKENIZER, PROMPTS, out=out, max_new_tokens=3, resume=False)
     assert out.read_bytes() == whole
     with (
@@ -222,6 +230,26 @@ def test_a_finished_file_is_read_and_one_of_other_answers_left_alone(tmp_path, m
         pytest.raises(ValueError, match=r"another run is writing .*a.jsonl"),
     ):
         generate_answers(model, TOKENIZER, PROMPTS, out=out, max_new_tokens=3)
+
+
+def test_a_replaced_file_stays_until_there_is_an_answer(tmp_path, monkeypatch):
+    model, out = edited_model("HPR"), tmp_path / "a.jsonl"
+    generate_answers(model, TOKENIZER, PROMPTS, out=out, max_new_tokens=3)
+    before = out.read_bytes()
+    monkeypatch.setattr(module, "batch_answers", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate_answers(model, TOKENIZER, PROMPTS, out=out, max_new_tokens=4, resume=False)
+    assert out.read_bytes() == before
+
+
+def test_the_file_of_the_prompts_is_no_place_for_answers(tmp_path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("w3 w4\n")
+    with pytest.raises(ValueError, match=r"^out .* is the file of the prompts: choose another file"):
+        generate_answers(edited_model("HPR"), TOKENIZER, prompts, out=tmp_path / "x" / ".." / "p.txt", resume=False)
+    assert prompts.read_text() == "w3 w4\n"
+    with pytest.raises(ValueError, match="score must be log_likelihood or module:function, got 3"):
+        generate_answers(edited_model("HPR"), TOKENIZER, PROMPTS, score=3)
 
 
 def wrong(row, answers):

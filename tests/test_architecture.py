@@ -41,8 +41,8 @@ ALLOWED = {
         *("activations/store", "adapters", "data", "evaluation", "files", "json_files", "models", "tuners"),
     },
     "answering": {"data", "evaluation", "files", "json_files", "models", "tuners"},
-    "chatting": {"adapters", "answering", "data", "explaining", "files", "models", "tuners"},
-    "explaining": {"evaluation", "models", "tuners"},
+    "chatting": {"adapters", "answering", "data", "explaining", "extras", "files", "models", "tuners"},
+    "explaining": {"data", "evaluation", "models", "tuners"},
     "plotting": {"choosing", "evaluation", "extras", "files", "models", "tuners"},
     "reporting": {
         *("activations/store", "adapters", "choosing", "data", "evaluation", "explaining", "extras", "files"),

@@ -129,6 +129,8 @@ def test_bad_input_is_refused():
             calibrate(model, TOKENIZER, TEXTS, **options)
     with pytest.raises(TypeError, match="did you mean 'kl_p95'"):
         calibrate(model, TOKENIZER, TEXTS, kl_95=0.5)
+    with pytest.raises(ValueError, match="texts have 1 predicted tokens, too few for a 95th percentile"):
+        calibrate(model, TOKENIZER, ["w3 w4"])
     with pytest.raises(ValueError, match="there are no texts"):
         calibrate(model, TOKENIZER, [])
     model.peft_config["default"].strength = 0

@@ -248,7 +248,7 @@ def test_every_command_is_explained_and_the_help_fits_80_columns(chat, adapters)
     lines = run_command(chat, chat.begin(adapters["hpr"]), "/help").splitlines()
     assert all(len(line) <= 80 for line in lines)
     told = {line.split()[0] for line in lines if not line.startswith(" ")}
-    assert told == {command.name for command in COMMANDS} | {"/gate", "//text"}
+    assert told == {command.name for command in COMMANDS} | {"/gate", "//text", "/quit"}
     assert {"/layers", "/strength", "/adapter", "/base", "/seed", "/tokens", "/save", "/history"} <= told
 
 
@@ -256,13 +256,17 @@ def test_every_command_is_explained_and_the_help_fits_80_columns(chat, adapters)
     "line, part",
     [
         ("/layrs 1", "there is no command /layrs: did you mean /layers?"),
+        ("/qut", "there is no command /qut: did you mean /quit?"),
+        ("/LAYRS\t1", "there is no command /layrs: did you mean /layers?"),
+        ("/layers 0-99999999999", "layers must be block indices below 10000, got '0-99999999999'"),
+        ("/save ~nobody-of-this-name/x.json", "nobody of this name has a home on this machine"),
         ("/gaet 1", "there is no command /gaet: did you mean /gate?"),
         ("/xyzxyz", "there is no command /xyzxyz: /help lists them"),
         ("/layers 9", "layers 9 have no edit: "),
         ("/layers 3", "edits layers 1-2,4"),
         ("/layers", "must be numbers and rising ranges such as 0-3,7, got ''"),
         ("### target layers: x", "must be numbers and rising ranges such as 0-3,7, got 'x'"),
-        ("/strength", "/strength takes a number, got 'nothing'"),
+        ("/strength", "/strength takes a number, got nothing"),
         ("/strength much", "/strength takes a number, got 'much'"),
         ("/strength -1", "strength must be a number of 0 or more and finite, got -1.0"),
         ("/strength nan", "strength must be a number of 0 or more and finite, got nan"),
@@ -369,6 +373,7 @@ def test_a_conversation_is_saved_with_what_its_answers_follow_from(chat, adapter
     run_command(chat, conversation, f"/save {path}")
     saved = json.loads(path.read_text())
     assert saved["model"] == str(MODEL) and saved["prompts"]["format"] == "plain"
+    assert saved["fingerprint"] and saved["dtype"] == "torch.float32" and list(saved["adapters"]) == [adapters["hpr"]]
     (turn,) = saved["turns"]
     assert turn["question"] == QUESTION and turn["answers"] == {side: text.strip() for side, text in answers.items()}
     assert turn["settings"]["adapter"] == adapters["hpr"] and turn["settings"]["dials"] == {"gate": 0.4}
@@ -376,6 +381,10 @@ def test_a_conversation_is_saved_with_what_its_answers_follow_from(chat, adapter
     ask(chat, conversation)
     run_command(chat, conversation, f"/save {path}")  # its own file may grow
     assert len(json.loads(path.read_text())["turns"]) == 2
+    run_command(chat, conversation, "/reset")
+    ask(chat, conversation)
+    with pytest.raises(ValueError, match="is there already: give another name"):  # another conversation now
+        run_command(chat, conversation, f"/save {path}")
     with pytest.raises(ValueError, match="is there already: give another name"):
         other = chat.begin(None, Sampling(max_new_tokens=2))
         ask(chat, other)

@@ -21,6 +21,7 @@ from peft_edit import HPRConfig, edit_strength
 from peft_edit.evaluation.side_effects import NotFiniteError
 from peft_edit.explaining import Explanation, SiteExplanation, TokenChange, explain_edit
 from peft_edit.explaining.showing import TOKEN_VIEW_CSS, changed_rows, site_rows, token_view, token_view_html
+from peft_edit.explaining.tables import escaped, prints
 from peft_edit.explaining.texts import token_texts
 from peft_edit.models.sites import find_sites, takes_input, unwrap
 from peft_edit.tuners.layer import edit_layers
@@ -252,17 +253,37 @@ def columns(line):
     )
 
 
+def test_what_people_write_is_shown_and_what_steers_a_terminal_is_not():
+    spaces, joined = (
+        "o\u00f9\u00a0? 10\u202f% \u65e5\u3000\u672c",
+        "\u0645\u06cc\u200c\u062e \U0001f469\u200d\U0001f467",
+    )
+    assert escaped(spaces) == spaces and escaped(joined) == joined
+    assert escaped("\x1b[2J\u202e\x9b\u2028") == r"\x1b[2J\u202e\x9b\u2028"
+
+
+@pytest.mark.parametrize("text", [[1.5], ["a"], [[1, 2]], None, 5, [-1]])
+def test_ids_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match=r"^text (must be text or a list of token ids|has the token id -1)"):
+        explain_edit(edited_model("SEA at the MLP"), TOKENIZER, text)
+
+
+def test_text_that_is_no_unicode_is_refused():
+    with pytest.raises(ValueError, match="the text has half of a surrogate pair"):
+        explain_edit(edited_model("SEA at the MLP"), TOKENIZER, "a\udcff")
+
+
 @settings(max_examples=40)
 @given(st.lists(st.text(max_size=12), min_size=1, max_size=20), st.integers(20, 90), st.booleans())
 def test_lines_are_no_wider_than_the_terminal_and_nothing_controls_it(tokens, width, color):
     shown = token_view(explanation(tokens, [0.2] * len(tokens), [0.2] * len(tokens)), color=color, width=width)
     bare = re.sub(r"\x1b\[[\d;]*m", "", shown)
     assert all(columns(line) <= width for line in bare.splitlines())
-    assert all(c.isprintable() for line in bare.split("\n") for c in line)
+    assert all(prints(c) for line in bare.split("\n") for c in line)
     words = "".join("".join(tokens).split(" "))
     lines = [line for line in bare.split("\n\n")[0].splitlines() if line.startswith("     ")]
     assert "".join("".join(lines).split(" ")) == "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in words
+        c if prints(c) else c.encode("unicode_escape").decode() for c in words
     )
 
 

@@ -257,6 +257,12 @@ def test_files(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["front.png", "front.svg"]
 
 
+def test_nothing_is_not_drawn():
+    for draw in (plotting.norms_figure, plotting.spectrum_figure, plotting.signature_figure, plotting.probe_figure):
+        with pytest.raises(ValueError, match="to draw: pass at least one"):
+            draw({})
+
+
 def test_names_are_text_and_nothing_else():
     """No formulas, and nothing that could leave the picture."""
     figure = plotting.curve_figure(LayerCurve("accuracy", "a $\\foo{ $", "%", 100), {0: 0.5, 1: 0.75})

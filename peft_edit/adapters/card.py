@@ -75,7 +75,7 @@ def model_card(
     exported = None if folder is None else read_exported(folder, config)
     edit = config if exported is None else exported.config
     read = [read_results(result) for result in results]
-    _check_results(read, config, edit, folder)
+    check_results(read, config, edit, folder)
     title = _title(edit, name, exported)
     text = _template(method_of(edit), exported).render(
         title=title,
@@ -96,7 +96,7 @@ def model_card(
     return _card(_metadata(config, edit, base_id, title, eval_results_of(read)), text)
 
 
-def _check_results(read: list[Results], config: PeftConfig, edit: EditConfig, folder: Path | None) -> None:
+def check_results(read: list[Results], config: PeftConfig, edit: EditConfig, folder: Path | None) -> None:
     """Raise ValueError unless results match each other and the adapter."""
     if not read:
         return

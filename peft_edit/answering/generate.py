@@ -76,6 +76,8 @@ def generate_answers(
     settings = AnswerOptions(**options)
     data = check_contrast_set(prompts if isinstance(prompts, Dataset) else load_prompts(prompts))
     place = None if out is None else Path(out)
+    if place is not None and isinstance(prompts, (str, os.PathLike)) and place.resolve() == Path(prompts).resolve():
+        raise ArgumentError(Argument("out"), f" {place} is the file of the prompts: choose another file")
     with nullcontext() if place is None else _only_writer(place):
         return Answering(model, tokenizer, data, settings, place).rows()
 
@@ -108,15 +110,18 @@ class Answering:
         self.who = _who(model, options)
         self.score: Score | None = scorer(options.score)
         self.out, self.resumes, self.data = out, options.resume, data
-        held = [] if out is None or not options.resume else rows_in(out)
+        # Also of a file that is replaced: nothing else than answers is.
+        held = [] if out is None else rows_in(out)
+        held = held if options.resume else []
         # A template that writes the date is told that of the day on which the file was begun.
         self.options = settled(tokenizer, options, held[0].get("template_time") if held else None)
         self.prompts = self._encoded()
         self.run = self._digest()
-        if any(row["run"] != self.run for row in held) or len(held) > len(data) * len(self.who):
+        expected = [(self.run, row_id, who) for row_id in data["id"] for who in self.who]
+        if [(row["run"], row.get("id"), row.get("model")) for row in held] != expected[: len(held)]:
             raise ArgumentError(
-                f"{out} holds answers to other prompts, or of another model, adapter or options: choose another file, "
-                "or pass ",
+                f"{out} holds answers to other prompts, or of another model, dtype, adapter or options, or lacks some "
+                "of its first: choose another file, or pass ",
                 *(Argument("resume", False), " to replace it"),
             )
         self.held = held
@@ -150,6 +155,7 @@ class Answering:
                 "models": self.who,
                 "prompts": list(zip(self.data["id"], self.prompts, strict=True)),
                 "fingerprint": fingerprint(self.bare),
+                "dtype": str(self.bare.dtype),
                 "adapters": adapters_fingerprint(self.bare),
             }
         )
@@ -161,13 +167,15 @@ class Answering:
         done, rows = len(self.held), list(self.held)
         left = [part for part in parts if part.stop * len(self.who) > done]
         costs = [sum(map(self._cost, some)) for some in (range(len(self.data)), (i for part in left for i in part))]
-        if self.out is not None and not self.resumes:
-            self.out.unlink(missing_ok=True)
+        replaced = self.out is not None and not self.resumes
         bar = tqdm(total=costs[0], initial=costs[0] - costs[1], desc="generating answers", leave=None, **TOKEN_BAR)
         with inference(self.model), bar:
             progress = TokenProgress(self.bare, bar)
             for part in left:
                 found = self._answered(part, progress)[len(rows) - part.start * len(self.who) :]
+                if replaced:  # only now that there is something in its place
+                    self.out.unlink(missing_ok=True)
+                    replaced = False
                 self._write(found)
                 # As they are read again: the same whether the run was interrupted or not.
                 rows += [json.loads(json.dumps(row)) for row in found]

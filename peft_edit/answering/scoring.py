@@ -29,7 +29,7 @@ def scorer(score: str | Score) -> Score | None:
         return None
     if callable(score):
         return score
-    name, colon, function = score.partition(":")
+    name, colon, function = score.partition(":") if isinstance(score, str) else ("", "", "")
     if not (name and colon and function.isidentifier()):
         raise ArgumentError(Argument("score"), f" must be {LIKELIHOOD} or module:function, got {score!r}")
     try:

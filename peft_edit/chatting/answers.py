@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from threading import Event, Thread
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreamer
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextIteratorStreamer
 
 from ..models.run import check_length, generating_by, input_device, stop_tokens
 from ..models.sites import unwrap
@@ -23,6 +23,17 @@ class StopAtEvent(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
         stopped = any(event.is_set() for event in self._events)
         return torch.full((len(input_ids),), stopped, dtype=torch.bool, device=input_ids.device)
+
+
+class RefuseNaN(LogitsProcessor):
+    """Ends a generation with an error where the model gives NaN."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.isnan().any():
+            raise ValueError(
+                "the model gives NaN: load it in a wider dtype (bfloat16 or float32), or lower the strength of the edit"
+            )
+        return scores
 
 
 def stream_answer(
@@ -94,5 +105,6 @@ def _generate(model, tokenizer, prompt_ids, sampling: Sampling, streamer, stop: 
             attention_mask=torch.ones_like(ids),
             generation_config=config,
             streamer=streamer,
+            logits_processor=[RefuseNaN()],
             stopping_criteria=[StopAtEvent(stop, left)],
         )

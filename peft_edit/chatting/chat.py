@@ -10,8 +10,10 @@ from typing import Any
 
 from ..answering.options import BASE, EDITED
 from ..data.prompts import PromptOptions, encode_answers, encode_prompts, prompt_record, settled
+from ..data.rows import check_encodable
 from ..explaining import Explanation, explain_edit
 from ..files import check_writable, write_json
+from ..models.fingerprint import adapters_fingerprint, fingerprint
 from .answers import check_fits, stream_answer
 from .models import ChatModels
 from .settings import Sampling, Settings
@@ -48,6 +50,11 @@ class Conversation:
     # What it was written to, and may be written to again.
     saved: set[Path] = field(default_factory=set)
 
+    def begin_anew(self) -> None:
+        """Forget what was said; what is set stays, and what was saved is not written to again."""
+        self.turns.clear()
+        self.saved.clear()
+
 
 class Chat:
     """Answers conversations, any number of them.
@@ -83,21 +90,23 @@ class Chat:
         Args:
             conversation: grows by a turn.
             question: any text.
-            stop: when it is set, the answer that is being written ends as it is, and it is cleared.
+            stop: when it is set, the answer that is being written, or comes next, ends as it is, and it is cleared.
 
         Raises:
-            ValueError: the question cannot be written with the chat template, or is too long for the model.
+            ValueError: the question is no text, cannot be written with the chat template, or is too long for the model;
+                the model gives NaN.
         """
+        check_encodable(question, "the question")
         settings = conversation.settings
         prompts = {side: self.prompt_ids(conversation, question, side) for side in settings.sides}
         for ids in prompts.values():
             check_fits(self.models, ids, settings.sampling)
         answers = dict.fromkeys(prompts, "")
         for side, ids in prompts.items():
-            stop.clear()
             for piece in stream_answer(self.models, settings, side, ids, stop):
                 answers[side] += piece
                 yield side, piece
+            stop.clear()
         conversation.turns.append(Turn(question, {side: text.strip() for side, text in answers.items()}, settings))
 
     def prompt_ids(self, conversation: Conversation, question: str, side: str) -> list[int]:
@@ -136,8 +145,13 @@ class Chat:
 
     def record(self, conversation: Conversation) -> dict[str, Any]:
         """A conversation with all that its answers follow from, as JSON values."""
+        base = self.models.base
+        names = dict.fromkeys(turn.settings.adapter for turn in conversation.turns if turn.settings.adapter is not None)
         return {
-            "model": self.models.base.config._name_or_path or None,
+            "model": base.config._name_or_path or None,
+            "fingerprint": fingerprint(base),
+            "dtype": str(base.dtype),
+            "adapters": {name: adapters_fingerprint(self.models.adapter(name).model) for name in names},
             "prompts": prompt_record(self.models.tokenizer, self.prompts),
             "turns": [turn.to_dict() for turn in conversation.turns],
         }

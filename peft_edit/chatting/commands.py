@@ -21,6 +21,8 @@ from .settings import Sampling
 
 # How the demonstration of HPR's authors is told its layers.
 PUBLISHED_LAYERS = re.compile(r"###\s*target layers\s*:\s*(.*)", flags=re.IGNORECASE)
+# What ends the chat at a terminal.
+QUIT = ("/quit", "/exit")
 # Characters of a line of the help, and those of an answer that the history shows.
 WIDTH, SHOWN = 80, 60
 
@@ -67,14 +69,15 @@ def run_command(chat: Chat, conversation: Conversation, line: str) -> str | Expl
     """
     if published := PUBLISHED_LAYERS.fullmatch(line.strip()):
         line = f"/layers {published[1]}"
-    name, _, value = line.strip().partition(" ")
-    value = value.strip()
+    name, value = [*line.strip().split(maxsplit=1), ""][:2]
+    name = name.lower()
     commands = {command.name: command for command in COMMANDS}
     if name in commands:
         return commands[name].run(chat, conversation, value)
     if (dial := name.removeprefix("/")) in {dial for method in methods().values() for dial in method.config.dials}:
         return _set_dial(chat, conversation, dial, value)
-    near = difflib.get_close_matches(name, [*commands, *(f"/{dial.name}" for dial in _dials(chat, conversation))], n=1)
+    known = [*commands, *QUIT, *(f"/{dial.name}" for dial in _dials(chat, conversation))]
+    near = difflib.get_close_matches(name, known, n=1)
     raise ValueError(f"there is no command {name}: {f'did you mean {near[0]}?' if near else '/help lists them'}")
 
 
@@ -110,13 +113,14 @@ def _number(name: str, value: str, kind: type = float) -> float | int:
         return kind(value)
     except ValueError:
         what = "a number" if kind is float else "an integer"
-        raise ValueError(f"{name} takes {what}, got {value or 'nothing'!r}") from None
+        raise ValueError(f"{name} takes {what}, got {repr(value) if value else 'nothing'}") from None
 
 
 def _help(chat: Chat, conversation: Conversation, value: str) -> str:
     rows = [(command.usage, command.help) for command in COMMANDS]
     rows[3:3] = [(f"/{dial.name} {dial.own:g}", dial.help) for dial in _dials(chat, conversation)]
     rows.append(("//text", "Ask something that begins with a slash."))
+    rows.append((QUIT[0], f"End the chat at a terminal, as {QUIT[1]} and Ctrl-D do."))
     room = max(len(usage) for usage, _ in rows) + 2
     lines = []
     for usage, told in rows:
@@ -146,6 +150,7 @@ def _strength(chat: Chat, conversation: Conversation, value: str) -> str:
 def _adapter(chat: Chat, conversation: Conversation, value: str) -> str:
     if not value:
         raise ValueError("/adapter takes a folder, or an id on the Hub")
+    chat.models.forget(value)
     conversation.settings = chat.models.with_adapter(conversation.settings, value)
     return told_settings(chat, conversation)
 
@@ -175,7 +180,10 @@ def _tokens(chat: Chat, conversation: Conversation, value: str) -> Explanation:
 
 
 def _save(chat: Chat, conversation: Conversation, value: str) -> str:
-    path = Path(value or "chat.json").expanduser()
+    try:
+        path = Path(value or "chat.json").expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{value}: nobody of this name has a home on this machine: give another path") from error
     chat.save(conversation, path)
     return f"Conversation: {path}"
 
@@ -194,7 +202,7 @@ def _short(text: str) -> str:
 
 
 def _reset(chat: Chat, conversation: Conversation, value: str) -> str:
-    conversation.turns.clear()
+    conversation.begin_anew()
     return "The conversation begins anew; what is set stays."
 
 

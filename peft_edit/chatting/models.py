@@ -114,6 +114,11 @@ class ChatModels:
                 self._adapters.popitem(last=False)
             return self._adapters[name]
 
+    def forget(self, name: str) -> None:
+        """Load an adapter anew when it is asked for next, as its files may have changed."""
+        with self._loading:
+            self._adapters.pop(name, None)
+
     def _loaded(self, name: str) -> LoadedAdapter:
         model = load_adapter(_sharing_weights(self.base), name, self._allow_mismatch, name=NAME).eval()
         config, method = model.peft_config[NAME], method_of(model.peft_config[NAME])

@@ -16,6 +16,7 @@ from ..answering.options import BASE, EDITED
 from ..arguments import one_line
 from ..explaining.showing import token_view_html
 from ..explaining.style import TOKEN_VIEW_CSS
+from ..extras import import_extra
 from ..tuners.method import methods
 from .chat import Chat, Conversation
 from .models import LoadedAdapter
@@ -25,13 +26,7 @@ from .settings import Sampling, Settings
 
 # Nothing is told of the use of a page.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-try:
-    import gradio as gr
-except ImportError as error:
-    missing = (error.name or "gradio").partition(".")[0]
-    raise ImportError(
-        f"the page needs the package {missing}, which is not installed: pip install 'peft-edit[ui]'"
-    ) from error
+gr = import_extra("gradio", "ui", "the page")
 
 # What the page calls the base model alone, where an adapter is chosen.
 NONE = "none (the base model alone)"
@@ -136,7 +131,9 @@ class ChatPage:
                 dials = [gr.Slider(elem_id=f"dial{i}", step=0.01, **_of_dial(adapter, i)) for i in range(self._dials)]
             with gr.Column():
                 drawn = [
-                    gr.Slider(0, 2, value=sampling.temperature, step=0.05, label="Temperature"),
+                    gr.Slider(
+                        0, max(2, sampling.temperature), value=sampling.temperature, step=0.05, label="Temperature"
+                    ),
                     gr.Number(value=sampling.seed, label="Seed", precision=0, minimum=0),
                     gr.Number(value=sampling.max_new_tokens, label="Most tokens", precision=0, minimum=1),
                 ]
@@ -155,6 +152,8 @@ class ChatPage:
             yield "", *self._shown(conversation, question, answers)  # the next question may be typed from here on
             shown = time.monotonic()
             for side, piece in self.chat.answer(conversation, question, stop):
+                if self._stops.get(request.session_hash) is not stop:  # who asked has left
+                    return
                 answers[side] += piece
                 if time.monotonic() > shown + REFRESH:
                     yield gr.skip(), *self._shown(conversation, question, answers)
@@ -210,7 +209,7 @@ class ChatPage:
             stop.set()
 
     def _reset(self, conversation: Conversation):
-        conversation.turns.clear()
+        conversation.begin_anew()
         return [], [], ""
 
     def _tokens(self, conversation: Conversation) -> str:
@@ -260,7 +259,8 @@ def _of_dial(adapter: LoadedAdapter | None, place: int) -> dict[str, Any]:
     if adapter is None or place >= len(adapter.dials):
         return {"visible": False, "value": 0.0}
     dial = adapter.dials[place]
-    bounds = {"minimum": dial.minimum or 0.0, "maximum": LARGEST if dial.maximum is None else dial.maximum}
+    most = max(LARGEST, dial.own) if dial.maximum is None else dial.maximum
+    bounds = {"minimum": dial.minimum or 0.0, "maximum": most}
     return {"label": f"{dial.name}: {dial.help}", "value": dial.own, "visible": True, **bounds}
 
 

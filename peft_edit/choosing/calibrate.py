@@ -31,6 +31,8 @@ from .trial import GIB
 logger = logging.getLogger(__name__)
 # Smallest share of the configured value that is tried.
 LEAST = 2.0**-10
+# Of which a twentieth is one.
+LEAST_TOKENS = 20
 
 
 @dataclass(kw_only=True)
@@ -157,6 +159,11 @@ def calibrate(
     logger.info(
         "the base model's logits are %s", "computed once" if shared.keeps_logits else "computed again for each value"
     )
+    if shared.tokens < LEAST_TOKENS:
+        raise ArgumentError(
+            Argument("texts"),
+            f" have {shared.tokens} predicted tokens, too few for a 95th percentile: pass at least {LEAST_TOKENS}",
+        )
     tried: list[tuple[float, float | None]] = []
 
     def within(factor: float) -> SideEffects | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import sys
 import warnings
 from collections.abc import Callable
@@ -75,6 +77,9 @@ def main() -> None:
     """Run the command line: exit status 0, or 2 with what to change."""
     # PEFT reads an attribute that Transformers 5 deprecates; users cannot do anything about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # Of what an output without UTF-8 cannot show it gets the code.
+    if isinstance(sys.stdout, io.TextIOWrapper) and codecs.lookup(sys.stdout.encoding).name != "utf-8":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = application()(sys.argv[1:] or ["--help"], prog_name="peft-edit", standalone_mode=False)
     except UsageError as error:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .screen import Screen
 
 Prompts = Annotated[PromptOptions, PROMPTS]
-QUIT = ("/quit", "/exit")
 ASKED = "> "
 HELLO = "Type a question, or /help. Ctrl-C stops an answer, Ctrl-D or /quit the chat."
 
@@ -55,7 +54,7 @@ class Talk:
 
     def go_on(self) -> None:
         """Take lines until there is none."""
-        from ..chatting.commands import told_settings
+        from ..chatting.commands import QUIT, told_settings
         from .screen import at_keyboard, read_line
 
         self.screen.tell(told_settings(self.chat, self.conversation))
@@ -64,7 +63,7 @@ class Talk:
         while True:
             try:
                 line = read_line(ASKED)
-                if line is None or line.strip() in QUIT:
+                if line is None or line.strip().lower() in QUIT:
                     return
                 if not at_keyboard():
                     self.screen.tell(f"{ASKED}{line}")
@@ -73,7 +72,8 @@ class Talk:
                 if not at_keyboard():
                     raise
                 self.screen.tell("")
-            except (ValueError, OSError) as error:
+            # RuntimeError is what torch raises, such as where memory ends.
+            except (ValueError, OSError, RuntimeError) as error:
                 if not at_keyboard():
                     raise
                 self.screen.tell(common.told_error(error, self.run.spell))

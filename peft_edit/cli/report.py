@@ -105,9 +105,11 @@ def _material(
 ) -> Material:
     """What files say of an adapter."""
     from ..adapters import hub
+    from ..adapters.card import check_results
     from ..adapters.read import local_adapter
     from ..choosing.record import read_sweep
     from ..choosing.sweep import RECORD
+    from ..evaluation.results import read_results
     from ..reporting import Material
     from ..reporting.experiment import by_demonstrations, read_experiment
 
@@ -121,6 +123,7 @@ def _material(
                 f"--adapter {adapter} and --json results.json, and pass that file as ",
                 Argument("results"),
             )
+    check_results([read_results(result) for result in results], config, config, folder)
     if sweep is None and (folder / RECORD).exists():
         sweep = folder / RECORD
     recipe, experiment = ("", []) if table is None else read_experiment(table)
@@ -150,13 +153,14 @@ def _stored(adapter, model, store, retain, allow_fingerprint_mismatch):
 
 def _flipped(adapter, model, data, material: Material, most: int, allow_fingerprint_mismatch):
     """The questions that flipped; None without their data."""
+    from ..data.source import rows_digest
     from ..evaluation.results import read_results
     from ..reporting.flipped import best_of, flipped_questions
 
     if data.data is None:
         return None
-    found: Results = best_of([read_results(result) for result in material.results])
     contrast = common.load_data(data)
+    found: Results = best_of([read_results(result) for result in material.results], rows_digest(contrast))
     base, tokenizer = common.load_model(common.base_of(model, adapter))
     adapted = common.load_adapter(base, adapter, allow_fingerprint_mismatch)
     return flipped_questions(adapted, tokenizer, contrast, found, most)

@@ -26,11 +26,8 @@ def ui(
     Example: peft-edit ui meta-llama/Llama-2-7b-chat-hf --adapter sea-truthful --adapter hpr-truthful
     """
     from ..chatting import Chat, ChatModels
+    from ..chatting.page import ChatPage, launch
 
-    try:
-        from ..chatting.page import ChatPage, launch
-    except ImportError as error:
-        raise ValueError(str(error)) from error
     serving.check_free()
     base, tokenizer = common.load_model(model)
     chat = Chat(ChatModels(base, tokenizer, allow_fingerprint_mismatch), prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Argument, ArgumentError
+from ..data.rows import check_encodable
 from ..evaluation.side_effects import (
     CHUNK_ELEMENTS,
     check_active,
@@ -145,8 +147,8 @@ def explain_edit(
     check_language_model(model)
     check_active(model)
     _check_edits(model)
-    ids = list(tokenizer(text)["input_ids"] if isinstance(text, str) else text)
-    if not ids or text == "":
+    ids = _ids(tokenizer, text)
+    if not ids:
         raise ArgumentError(Argument("text"), " has no tokens: pass some words")
     bare = unwrap(model)
     check_vocabulary(bare, [ids], "the text")
@@ -169,6 +171,20 @@ def explain_edit(
         kl, gained, lost = _next_tokens(tokenizer, base, edited, top)
     tokens = token_texts(tokenizer, ids)
     return Explanation("".join(tokens), tokens, sites, kl, gained, lost)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[int]) -> list[int]:
+    """Token ids of a text, or as they were given; none of an empty text."""
+    if isinstance(text, str):
+        check_encodable(text, "the text")
+        return list(tokenizer(text)["input_ids"]) if text else []
+    try:
+        ids = [operator.index(i) for i in text]
+    except TypeError as error:
+        raise ArgumentError(Argument("text"), f" must be text or a list of token ids, got {text!r:.80}") from error
+    if below := [i for i in ids if i < 0]:
+        raise ArgumentError(Argument("text"), f" has the token id {below[0]}: pass ids of 0 or more")
+    return ids
 
 
 def _check_edits(model: nn.Module) -> None:

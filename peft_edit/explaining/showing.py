@@ -16,7 +16,7 @@ from html import escape
 
 from .explain import Explanation
 from .style import TOKEN_VIEW_CSS
-from .tables import changed_rows, columns, escaped, site_rows
+from .tables import changed_rows, columns, escaped, prints, site_rows
 
 
 __all__ = ["TOKEN_VIEW_CSS", "changed_rows", "site_rows", "token_page", "token_view", "token_view_html"]
@@ -118,7 +118,7 @@ def _cells(explanation: Explanation) -> Iterator[_Cell]:
             if held:
                 yield held
             held = None
-            if character.isprintable():
+            if prints(character):
                 held = _Cell(character, columns(character), piece)
                 continue
             *shown, last = escaped(character)

@@ -11,18 +11,25 @@ from .explain import Explanation, SiteExplanation, TokenChange
 
 # Columns of a token in a table of a terminal, so that the table has 80.
 LONGEST_TOKEN = 9
+# Of letters in Persian and of emoji: they take no room and steer nothing.
+JOINERS = ("\u200c", "\u200d")
 
 
 def columns(character: str) -> int:
     """Of a terminal that a character takes which prints."""
-    if unicodedata.category(character) in ("Mn", "Me"):
+    if unicodedata.category(character) in ("Mn", "Me") or character in JOINERS:
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
+def prints(character: str) -> bool:
+    """Whether a character can be shown as it is: letters, spaces of any width, and what joins letters."""
+    return character.isprintable() or unicodedata.category(character) == "Zs" or character in JOINERS
+
+
 def escaped(text: str) -> str:
     """Text with what does not print as Python escapes it, so that it cannot do anything to a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if prints(c) else c.encode("unicode_escape").decode() for c in text)
 
 
 def quoted(token: str, longest: int = LONGEST_TOKEN) -> str:

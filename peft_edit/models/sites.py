@@ -21,6 +21,8 @@ from .parts import attention_output, in_features, is_linear, mlp_output, out_fea
 
 
 T = TypeVar("T")
+# No model has as many decoder blocks.
+MOST_LAYERS = 10_000
 
 # What of a decoder block is edited or collected: the output of its MLP's output projection, its own, or what its
 # attention's heads put out, which is the input of the attention's output projection.
@@ -56,6 +58,8 @@ def parse_layers(text: str, name: str = "layers") -> list[int]:
         bounds = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if bounds is None or int(bounds[2] or bounds[1]) < int(bounds[1]):
             raise ArgumentError(Argument(name), f" must be numbers and rising ranges such as 0-3,7, got {text!r}")
+        if int(bounds[2] or bounds[1]) >= MOST_LAYERS:  # a range is written out before a model is asked for its own
+            raise ArgumentError(Argument(name), f" must be block indices below {MOST_LAYERS}, got {text!r}")
         layers.update(range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1))
     return sorted(layers)
 

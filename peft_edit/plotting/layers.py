@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..tuners.shown import LayerCurve, LayerSpectra
-from .style import GREY, INK, SERIES, as_series, drawn, legend_below, new_figure, whole_ticks
+from .style import GREY, INK, SERIES, as_series, check_any, drawn, legend_below, new_figure, whole_ticks
 
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def signature_figure(spectra: Sequence[LayerSpectra], edited: Sequence[int] | No
         spectra: of the layers.
         edited: see `curve_figure`.
     """
+    check_any(spectra, "spectra")
     figure, axes = new_figure(2.6)
     _layer_line(axes, {of.layer: of.signature for of in sorted(spectra, key=lambda of: of.layer)}, edited)
     axes.set_ylabel("sum of singular values")
@@ -82,6 +83,7 @@ def spectrum_figure(spectra: Sequence[LayerSpectra]) -> Figure:
     """
     from matplotlib.colors import LogNorm
 
+    check_any(spectra, "spectra")
     ordered = sorted(spectra, key=lambda of: of.layer)
     names = list(ordered[0].singular_values)
     width = max(len(values) for of in ordered for values in of.singular_values.values())
@@ -118,6 +120,7 @@ def probe_figure(accuracies: Mapping[str, Mapping[int, float]], edited: Sequence
         accuracies: name of each kind of activations to block index and share in [0, 1].
         edited: see `curve_figure`.
     """
+    check_any(accuracies, "accuracies")
     figure, axes = new_figure(2.9)
     for place, (name, values) in enumerate(accuracies.items()):
         _layer_line(axes, {index: 100 * value for index, value in sorted(values.items())}, edited, place, name)

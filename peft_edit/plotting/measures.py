@@ -186,7 +186,8 @@ def _line_with_bounds(axes: Axes, points: Sequence[tuple[int, dict[str, Any]]], 
     axes.plot(counts, values, color=look.color, marker=look.marker, linestyle=look.line, label=label)
     for (count, measure), value in zip(points, values, strict=True):
         if measure["low"] is not None:
-            bounds = [[value - 100 * measure["low"]], [100 * measure["high"] - value]]
+            # Rounding may put a bound past the value.
+            bounds = [[max(0, value - 100 * measure["low"])], [max(0, 100 * measure["high"] - value)]]
             axes.errorbar([count], [value], yerr=bounds, color=look.color, linewidth=0.8)
     base = next((measure["base"] for _, measure in points if measure["base"] is not None), None)
     if base is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .style import INK, as_series, drawn, legend_below, new_figure
+from .style import INK, as_series, check_any, drawn, legend_below, new_figure
 
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def norms_figure(norms: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
     Args:
         norms: name of each group, such as "positive", to block index and the five `QUANTILES` of the norms.
     """
+    check_any(norms, "norms")
     layers = sorted({index for of_group in norms.values() for index in of_group})
     figure, axes = new_figure(3.2)
     width = BOXES / len(norms)
@@ -66,6 +67,7 @@ def scatter_figure(points: Mapping[str, np.ndarray], title: str) -> Figure:
         points: name of each group to its points, (n, 2).
         title: how they came into the plane.
     """
+    check_any(points, "points")
     figure, axes = new_figure(3.9)
     for place, (name, group) in enumerate(points.items()):
         look = as_series(place)

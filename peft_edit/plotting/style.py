@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
@@ -140,6 +140,12 @@ def _rendered(figure: Figure, suffix: str, **options: Any) -> bytes:
     with import_extra("matplotlib", "plots", "a plot").rc_context(STYLE):
         figure.savefig(buffer, format=suffix.removeprefix("."), dpi=DPI, metadata=metadata, **options)
     return buffer.getvalue()
+
+
+def check_any(given: Collection, what: str) -> None:
+    """Raise ValueError where there is nothing to draw."""
+    if not given:
+        raise ValueError(f"there are no {what} to draw: pass at least one")
 
 
 def svg_text(figure: Figure, name: str, title: str) -> str:

@@ -70,9 +70,9 @@ def flipped_ids(results: Results, most: int) -> dict[str, list[int]]:
     return found
 
 
-def best_of(results: Sequence[Results]) -> Results:
-    """Results that can tell which questions flipped: of an edit, with the base model's questions, at its own strength
-    where there are such."""
+def best_of(results: Sequence[Results], digest: str) -> Results:
+    """Results that can tell which questions flipped: of an edit, with the base model's questions. Where there are such,
+    those of rows with a digest, and at the edit's own strength."""
     able = [found for found in results if found.adapters and found.base_questions]
     if not able:
         raise ArgumentError(
@@ -80,7 +80,7 @@ def best_of(results: Sequence[Results]) -> Results:
             "run peft-edit evaluate with --adapter and without --no-base, or leave ",
             *(Argument("data"), " out"),
         )
-    return min(able, key=lambda found: found.strength != 1)
+    return min(able, key=lambda found: (found.data["digest"] != digest, found.strength != 1))
 
 
 def flipped_questions(
@@ -121,7 +121,7 @@ def _flipped(model, tokenizer, data: Dataset, results: Results, direction: str, 
     row = data[place]
     base, edited = (found[place]["log_likelihoods"] for found in (results.base_questions, results.questions))
     right, *others = row["mc1_choices"] or (row["positives"][0], *row["negatives"])
-    choices = [right, *others]
+    choices = [*others, right]  # of equally likely ones the wrong one counts
     by_base, by_edit = (max(choices, key=scores.get) for scores in (base, edited))
     answers = [
         Answer(text, text == right, base[text], edited[text], _choosers(text == by_base, text == by_edit))

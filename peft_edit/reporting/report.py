@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from ..adapters.card import GivenResults, model_card
+from ..adapters.markdown import cell, code
 from ..choosing.sweep import Sweep, varied
 from ..evaluation.results import Results, read_results, versions
 from ..explaining.showing import TOKEN_VIEW_CSS, token_view_html
@@ -141,8 +142,8 @@ def _calibration(config: EditConfig) -> Markup | None:
     if not {"dial", "value", "kl_p95", "budget", "tokens"} <= set(of):
         return None
     return html_of(
-        f"Calibrated: `{of['dial']}` was set to {of['value']:.4g}, at which the 95th percentile of the divergence from "
-        f"the base model is {of['kl_p95']:.3f} nats, of a budget of {of['budget']:g}, over {of['tokens']} tokens."
+        f"Calibrated: {code(of['dial'])} was set to {of['value']:.4g}, at which the 95th percentile of the divergence "
+        f"from the base model is {of['kl_p95']:.3f} nats, of a budget of {of['budget']:g}, over {of['tokens']} tokens."
     )
 
 
@@ -153,7 +154,7 @@ def _of_sweep(sweep: Sweep) -> Markup:
     base = sweep.base.scores
     rows = [
         [
-            *(f"`{json.dumps(found.setting[name])}`" for name in axes),
+            *(code(json.dumps(found.setting[name])) for name in axes),
             *_scores(found.scores),
             f"{found.damage:.2f}",
             "yes" if found is sweep.chosen else "no",
@@ -161,12 +162,12 @@ def _of_sweep(sweep: Sweep) -> Markup:
         for found in sorted(shown, key=lambda found: found.damage)
     ]
     rows.insert(0, ["base model", *[""] * (len(axes) - 1), *_scores(base), "0", "no"])
-    limits = " and ".join(f"`{name}` {limit:g}" for name, limit in sweep.limits.items())
+    limits = " and ".join(f"{code(name)} {limit:g}" for name, limit in sweep.limits.items())
     within = sum(found.damage <= 1 for found in sweep.found)
     return html_of(
         f"{len(sweep.found)} settings were tried on {len(base.questions[sweep.criterion])} validation questions, with "
         f"a budget of {limits}; {within} are within it. Damage is the largest share of a limit that is used.\n\n"
-        + _markdown([*axes, "MC1 %", "MC2 %", "damage", "chosen"], rows)
+        + _markdown([*map(code, axes), "MC1 %", "MC2 %", "damage", "chosen"], rows)
     )
 
 
@@ -176,7 +177,7 @@ def _scores(scores: Any) -> list[str]:
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
 
 
 def _flipped(flipped: Sequence[Flipped]) -> Markup:
