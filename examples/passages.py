@@ -4,8 +4,8 @@
     python examples/passages.py passages --halueval qa_data.json --bbq data/Age.jsonl data/SES.jsonl --crows crows.csv
 
 HaluEval's questions come with passages of Wikipedia, which no edit here has read; BBQ's contexts are of another kind.
-OUT gets retain.txt (200 passages), retain-mixed.txt (370, and 300 sentences of CrowS-Pairs), and for measuring tuning.txt
-(30 other passages), wikipedia.txt (40 others) and contexts.txt (60 of BBQ).
+OUT gets retain.txt (200 passages), retain-mixed.txt (370, and 300 sentences of CrowS-Pairs), and for measuring
+tuning.txt (30 other passages), wikipedia.txt (40 others) and contexts.txt (60 of BBQ).
 """
 
 import argparse
