@@ -468,7 +468,7 @@ def test_all_of_a_set_is_of_one_day(clock):
 def test_a_collection_goes_on_after_midnight(tmp_path, clock, monkeypatch):
     model, tokenizer = tiny_model(vocab_size=300), byte_tokenizer(chat_template=DATED)
     with monkeypatch.context() as interrupted:
-        interrupted.setattr("peft_edit.activations.neutral.greedy_answers", lambda *_: 1 / 0)
+        interrupted.setattr("peft_edit.activations.neutral.batch_answers", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             collect_activations(model, tokenizer, contrast(), tmp_path / "store")
     begun = json.loads((tmp_path / "store" / "meta.json").read_text())["template_time"]
@@ -504,8 +504,8 @@ def test_a_time_that_is_none():
 def test_neutral_answers_are_generated_where_answers_stand(form, tmp_path, monkeypatch):
     tokenizer = byte_tokenizer(chat_template=FORMS[form][0])
     model, asked = tiny_model(vocab_size=300), []
-    original = run.greedy_answers
-    monkeypatch.setattr("peft_edit.activations.neutral.greedy_answers", lambda *a: asked.extend(a[2]) or original(*a))
+    original = run.batch_answers
+    monkeypatch.setattr("peft_edit.activations.neutral.batch_answers", lambda *a: asked.extend(a[2]) or original(*a))
     data = contrast()
     collect_activations(model, tokenizer, data, tmp_path, max_new_tokens=2)
     [first, _] = encode_answers(tokenizer, data["prompt"], data["positives"])

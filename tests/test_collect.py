@@ -22,7 +22,7 @@ from peft_edit.activations import neutral as generating
 from peft_edit.activations.store import FORMAT_VERSION, ShardFile, shards
 from peft_edit.data import CONTRAST_FEATURES
 from peft_edit.files import LOCK
-from peft_edit.models.run import greedy_answers
+from peft_edit.models.run import batch_answers
 
 
 # The word "w5" is token 5, so that the tests know every id without the tokenizer.
@@ -365,7 +365,7 @@ def test_generated_neutral_is_the_end_of_the_greedy_answer(tmp_path, family):
 def answered(model, prompts, steps, batch_size=8):
     """Greedy answers to prompts, in their order."""
     parts = [range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
-    return [answer for batch in greedy_answers(model, TOKENIZER, prompts, parts, steps) for answer in batch]
+    return [answer for batch in batch_answers(model, TOKENIZER, prompts, parts, steps) for answer in batch]
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -420,13 +420,13 @@ def test_the_store_records_the_neutral_that_was_chosen(tmp_path, llama, lacking,
 
 def test_only_the_prompts_that_need_it_are_answered_and_each_once(tmp_path, llama, monkeypatch):
     asked = []
-    original = generating.greedy_answers
+    original = generating.batch_answers
 
     def greedy(model, tokenizer, prompts, batches, *others):
         asked.extend(list(prompts[i]) for batch in batches for i in batch)
         return original(model, tokenizer, prompts, batches, *others)
 
-    monkeypatch.setattr(generating, "greedy_answers", greedy)
+    monkeypatch.setattr(generating, "batch_answers", greedy)
     collect_activations(llama, TOKENIZER, contrast(without_neutral(0, 1, 4)), tmp_path / "a")
     assert asked == [[3, 4, 5], [3]]
     collect_activations(llama, TOKENIZER, contrast(), tmp_path / "b")

@@ -107,7 +107,7 @@ def test_what_all_prompts_begin_with_is_run_once(tmp_path, sharing, llama):
 
 
 def test_an_answer_that_ends_at_once_goes_on_from_a_shorter_cache(tmp_path, sharing, monkeypatch, llama):
-    monkeypatch.setattr(generating, "greedy_answers", lambda m, t, p, batches, *_: ([[] for _ in b] for b in batches))
+    monkeypatch.setattr(generating, "batch_answers", lambda m, t, p, batches, *_: ([[] for _ in b] for b in batches))
     data = contrast([(*q[:3], None) for q in QUESTIONS])
     found = collect_activations(llama, TOKENIZER, data, tmp_path, answers="all")
     literal = Literal(llama, MLP_OUTPUTS["llama"].format(1))

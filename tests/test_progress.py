@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from peft_edit import collect_activations, evaluate_multiple_choice, perplexity
-from peft_edit.models.run import TokenProgress, greedy_answers, inference
+from peft_edit.models.run import TokenProgress, batch_answers, inference
 
 
 class Bar:
@@ -41,7 +41,7 @@ def test_a_bar_moves_during_generation():
     model, bar = vivid_model(), Bar()
     model.generation_config = GenerationConfig()
     prompts = [[4, 5, 6], [7, 8, 9]]
-    (answers,) = greedy_answers(model, TOKENIZER, prompts, [[0, 1]], 5, TokenProgress(model, bar))
+    (answers,) = batch_answers(model, TOKENIZER, prompts, [[0, 1]], 5, TokenProgress(model, bar))
     assert [len(answer) for answer in answers] == [5, 5]
     assert len(bar.steps) == 5 * 3 + 1 and sum(bar.steps) == pytest.approx(2 * (3 + 5))
     assert max(bar.steps) < 2.1  # of 16

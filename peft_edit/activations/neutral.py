@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import files
 from ..json_files import read_json
-from ..models.run import TokenProgress, batches_within, greedy_answers
+from ..models.run import TokenProgress, batch_answers, batches_within
 from ..processes import Processes
 from .arguments import CollectArguments
 from .sequences import Encoded
@@ -53,7 +53,7 @@ def answer_prompts(
     total, left = (sum(len(prompts[i]) + new for number in some for i in batches[number]) for some in (mine, missing))
     with together.bar("generating neutral answers", total, total - left) as bar:
         wanted, progress = [batches[number] for number in missing], TokenProgress(model, bar)
-        generated = greedy_answers(model, tokenizer, prompts, wanted, new, progress)
+        generated = batch_answers(model, tokenizer, prompts, wanted, new, progress)
         for number, found in zip(missing, generated, strict=True):
             with reporting_full_disk(path, 0, "the answers so far are kept"):
                 files.write_text(kept[number], json.dumps(found))

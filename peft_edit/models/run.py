@@ -65,18 +65,6 @@ def select_rows(cache: Cache, rows: Sequence[int]) -> Cache:
     return selected
 
 
-def greedy_answers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    batches: Iterable[Sequence[int]],
-    max_new_tokens: int,
-    progress: TokenProgress | None = None,
-) -> Iterator[list[list[int]]]:
-    """The model's own greedy answers, see `batch_answers`."""
-    return batch_answers(model, tokenizer, prompts, batches, max_new_tokens, progress)
-
-
 def batch_answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
