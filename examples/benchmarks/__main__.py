@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import gc
+import math
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -92,6 +94,17 @@ def plot_file(value: str) -> Path:
     return output(value)
 
 
+def positive(value: str) -> float:
+    """A number above 0."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {value}")
+    return number
+
+
 def parser() -> Parser:
     made = Parser(prog="python -m examples.benchmarks", description=__doc__, allow_abbrev=False)
     names = f"benchmarks to run, by default all: {', '.join(BENCHMARKS)}"
@@ -100,6 +113,7 @@ def parser() -> Parser:
     made.add_argument("--json", type=output, help="write the results to this file, after each row")
     made.add_argument("--model", type=model_folder, help="folder of a real model, to be measured too")
     made.add_argument("--plot", type=plot_file, help="write the curves of `scaling` to this .png or .svg file")
+    made.add_argument("--minutes", type=positive, default=math.inf, help="begin nothing more after so many minutes")
     made.add_argument("--quick", action="store_true", help="everything small: tries the benchmarks, measures nothing")
     return made
 
@@ -125,12 +139,16 @@ def rows_of(benchmark: str, case: Case, bench: Bench) -> Iterator[Row]:
             torch.cuda.empty_cache()
 
 
-def run(names: Iterable[str], bench: Bench, report: Report) -> None:
-    """Measure, case by case."""
+def run(names: Iterable[str], bench: Bench, report: Report, minutes: float = math.inf) -> None:
+    """Measure, case by case, of which none begins after so many minutes."""
     cases = [(name, case) for name in names for case in cases_of(name, bench)]
+    begun = time.perf_counter()
     with tqdm(cases, unit="case", leave=None) as progress:
         for name, case in progress:
             progress.set_description(f"{name}: {case.name}")
+            if time.perf_counter() - begun > 60 * minutes:
+                report.add(Row(name, case.name, skipped=f"the {minutes:g} minutes were over"))
+                continue
             for row in rows_of(name, case, bench):
                 report.add(row)
 
@@ -146,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = Bench(options.device, Path(folder), options.quick, options.model, options.plot)
         report = Report(options.json, description(options.device), settings)
         try:
-            run(names, bench, report)
+            run(names, bench, report, options.minutes)
         except KeyboardInterrupt:
             status = INTERRUPTED
     print(report.table())

@@ -42,6 +42,8 @@ PART_LAYERS = 4
 # A gate with which no token is rotated: the probe alone is run.
 CLOSED = 1e-30
 SECONDS = 90
+# To compile takes most of a minute for each model.
+COMPILED = SHAPES[1].name
 
 
 def cases(bench: Bench) -> Iterator[Case]:
@@ -73,7 +75,7 @@ def cases_of_model(bench: Bench, name: str, make: Callable[[], nn.Module], needs
         yield Case(case, partial(decoding, bench, case, make, batch, prompt), needs)
     case = f"prefill of {prompt} tokens, {name}"
     yield Case(case, partial(prefill, bench, case, make, prompt), needs)
-    if device == "cuda":
+    if device == "cuda" and name == COMPILED:
         case = f"compiled decoding, batch 1, {name}"
         yield Case(case, partial(compiled_decoding, bench, case, make, prompt), needs)
 

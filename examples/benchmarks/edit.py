@@ -51,7 +51,6 @@ def one_token(bench: Bench, case: str, d: int, rank: int) -> Iterator[Row]:
                 dense: lambda: published.sea_edit(h, plus, minus, rescale=False),
                 dense_token: lambda: published.sea_edit(h, plus, minus),
             },
-            bench.device,
             rounds=101 if in_turns else 21,
             in_turns=in_turns,
             work=work if in_turns else None,

@@ -65,7 +65,6 @@ def one_token(bench: Bench, case: str, d: int) -> Iterator[Row]:
                 ours: lambda: rotate(token, made.w, given),
                 dense: lambda: published.hpr_rotate(token, given, made.reflection),
             },
-            bench.device,
             rounds=101 if in_turns else 21,
             in_turns=in_turns,
             work=work if in_turns else None,

@@ -26,7 +26,7 @@ from .timing import LIMIT, Elapsed, Work, clocked, synchronise
 
 
 PUBLISHED_BATCH = 16
-BATCHES = (16, 64, 256)
+BATCHES = {"cpu": (16, 64, 256), "cuda": (64,)}
 LEARNING_RATE = 5e-4
 # Steps in which memory is set up; not timed.
 SKIPPED = 5
@@ -50,8 +50,13 @@ def cases(bench: Bench) -> Iterator[Case]:
     elif bench.device.type == "cuda":
         sizes = Sizes(4096, 32, 25)
     name = f"HPR on {sizes.layers} blocks, hidden size {sizes.hidden}"
-    needs = 6 * weights(sizes) * 4 + 4 * max(BATCHES) * 2 * sizes.layers * sizes.hidden * 4
+    needs = 6 * weights(sizes) * 4 + 4 * max(batches_of(bench)) * 2 * sizes.layers * sizes.hidden * 4
     yield Case(name, partial(training, bench, name, sizes), needs=needs)
+
+
+def batches_of(bench: Bench) -> tuple[int, ...]:
+    """Sizes of the batches of pairs."""
+    return (4, 8) if bench.quick else BATCHES[bench.device.type]
 
 
 def weights(sizes: Sizes) -> int:
@@ -67,10 +72,9 @@ def least_work(sizes: Sizes, batch: int) -> Work:
 
 
 def training(bench: Bench, case: str, sizes: Sizes) -> Iterator[Row]:
-    largest = 8 if bench.quick else max(BATCHES)
-    store = token_pairs(bench.folder / "token-pairs", sizes, pairs=max(64, largest * 8))
+    store = token_pairs(bench.folder / "token-pairs", sizes, pairs=max(64, 8 * max(batches_of(bench))))
     loop = f"loop over the layers, batches of {PUBLISHED_BATCH}, unfused AdamW"
-    for batch in (4, 8) if bench.quick else BATCHES:
+    for batch in batches_of(bench):
         ours = f"HPRTrainer, batches of {batch}"
         work = least_work(sizes, batch)
         # Per pair, so that batches of different sizes compare.
@@ -80,7 +84,6 @@ def training(bench: Bench, case: str, sizes: Sizes) -> Iterator[Row]:
                 ours: lambda batch=batch: train(bench, sizes, store, batch),
                 loop: lambda: train_loop(bench, sizes, store),
             },
-            bench.device,
             rounds=3,
             work=per_pair,
             training=True,

@@ -19,6 +19,8 @@ from .timing import Spread, Timings, measure
 # counted bytes and operations set, other software that does the same; or of a curve the exponent that is expected.
 Kind = Literal["published", "base", "LoRA", "limit", "other", "exponent"]
 HEADINGS = ("", "what", "against", "ratio", "quartiles", "by the clock", "takes", "memory")
+# Bytes; less is not told from what the process does besides.
+LEAST_PEAK = 1e6
 UNITS = ((1, "s"), (1e-3, "ms"), (1e-6, "us"))
 
 
@@ -77,7 +79,7 @@ class Row:
             f"{write(self.ratio.low)} to {write(self.ratio.high)}" if self.ratio.low != self.ratio.high else "",
             write(self.clock.median) if self.clock else "",
             _seconds(self.takes.median) if self.takes else "",
-            f"{self.peak / 1e6:,.0f} MB" if self.peak is not None else "",
+            f"{self.peak / 1e6:,.0f} MB" if self.peak and self.peak >= LEAST_PEAK else "",
         )
 
 

@@ -58,6 +58,15 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
 }
 
 
+# Argument of `edit` to what it can be.
+CHOICES = {
+    "projections": get_args(Projections),
+    "feature_map": (None, *FEATURE_MAPS),
+    "feature_space": get_args(FeatureSpace),
+    "rescale": get_args(Rescale),
+}
+
+
 @dataclass(frozen=True)
 class Fit:
     """Result of `fit`: a thin factor for each sign, and how informative the site is."""
@@ -98,7 +107,7 @@ def fit(
     Departs from the published code: phi is applied (there it is thrown away), and an energy of 1 keeps the numerical
     rank (there it can keep nothing).
     """
-    check_choice("feature_map", feature_map, (None, *FEATURE_MAPS))
+    check_choice("feature_map", feature_map, CHOICES["feature_map"])
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be above 0 and finite, got {scale}: are all neutral activations zero?")
     shape = tuple(neutral.shape)
@@ -196,14 +205,13 @@ def edit(
     Departs from the published code: it takes the norm per feature over all tokens of all sequences of a batch, so
     that a token's output depends on later tokens and on its neighbours. That variant is not offered.
     """
-    for name, value, choices in (
-        ("projections", projections, get_args(Projections)),
-        ("feature_map", feature_map, (None, *FEATURE_MAPS)),
-        ("feature_space", feature_space, get_args(FeatureSpace)),
-        ("rescale", rescale, get_args(Rescale)),
-    ):
-        check_choice(name, value, choices)
+    given = {"projections": projections, "feature_map": feature_map, "feature_space": feature_space, "rescale": rescale}
+    for name, value in given.items():
+        if value not in CHOICES[name]:
+            check_choice(name, value, CHOICES[name])
     wide = torch.promote_types(h.dtype, torch.float32)
+    # As a matrix, which each product would make of it again.
+    shape, h = h.shape, h.reshape(-1, h.shape[-1])
     x = h.to(wide)
     if projections == "exchanged":
         positive, negative = negative, positive
@@ -226,10 +234,10 @@ def edit(
     if strength != 1:
         y = x + strength * (y - x)
     if rescale == "token":
-        norm, x_norm = y.norm(dim=-1, keepdim=True), x.norm(dim=-1, keepdim=True)
+        norm, x_norm = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (y, x))
         # Divided by infinity, what has no direction becomes zero, and its gradient too.
         y = y * (x_norm / norm.masked_fill(norm <= _rounding(h.dtype) * x_norm, float("inf")))
-    return y.to(h.dtype)
+    return y.to(h.dtype).reshape(shape)
 
 
 def _rounding(dtype: torch.dtype) -> float:
