@@ -48,7 +48,7 @@ SMALL = {
     **{"max_new_tokens": 2, "max_steps": 4, "train_batch": 16, "batch_size": 256, "prompt_format": "plain"},
     **{
         "numbers": [8, 16],
-        **dict.fromkeys(("energies", "positive_energies", "negative_energies"), [0.99]),
+        **{name: [0.99] for name in ("energies", "positive_energies", "negative_energies")},
         "retain_energies": [0.9],
         "seeds": [0],
         "top_k": 2,
