@@ -1,5 +1,7 @@
 """Every test runs without a network, in one thread a process."""
 
+import functools
+import gc
 import os
 import sys
 
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from browser import headless_chromium
+from copying import Original
 from hypothesis import settings
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,15 +30,27 @@ settings.load_profile("shared machine")
 ASSETS = Path(__file__).resolve().parents[1] / "peft_edit" / "demo" / "assets"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_old_garbage():
+    """The Trainer, and others, collect garbage: without this they would look through all that was ever imported."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def demo_tokenizer():
     return AutoTokenizer.from_pretrained(ASSETS / "model")
 
 
+@functools.cache
+def _demo_model():
+    return Original(AutoModelForCausalLM.from_pretrained(ASSETS / "model").eval())
+
+
 @pytest.fixture
 def demo_model():
     """A fresh copy of the demonstration model, float32."""
-    return AutoModelForCausalLM.from_pretrained(ASSETS / "model").eval()
+    return _demo_model().copy()
 
 
 @pytest.fixture
