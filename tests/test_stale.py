@@ -325,6 +325,14 @@ SEVERAL = {
 }
 
 
+def test_a_forward_pass_does_not_ask_again_what_generate_takes(monkeypatch):
+    """Decoding has one for each token."""
+    model = edited_model(SCOPED[0], token_scope="last")
+    expected = logits(model)
+    monkeypatch.setattr("peft_edit.tuners.generation.GenerationConfig", None)
+    assert torch.equal(logits(model), expected)
+
+
 @pytest.mark.parametrize(
     "edit, way, task_type",
     [(e, way, (None, "CAUSAL_LM")[(i + j) % 2]) for i, e in enumerate(SCOPED) for j, way in enumerate(SEVERAL)],
