@@ -24,8 +24,8 @@ from transformers.utils import logging
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)
-# An example takes as long as the other programs of the machine let it.
-settings.register_profile("shared machine", deadline=None)
+# An example takes as long as the other programs of the machine let it. Every run draws others.
+settings.register_profile("shared machine", deadline=None, max_examples=50)
 settings.load_profile("shared machine")
 ASSETS = Path(__file__).resolve().parents[1] / "peft_edit" / "demo" / "assets"
 
