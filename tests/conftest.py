@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+import signal
 import sys
 
 
@@ -22,6 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 
+# A shell has what it starts in the background ignore interrupts, and all that this starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.disable_progress_bar()
 torch.set_num_threads(1)
 # An example takes as long as the other programs of the machine let it. Every run draws others.
