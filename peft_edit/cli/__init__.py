@@ -7,10 +7,12 @@ import io
 import sys
 import warnings
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 
 import typer
 from safetensors import SafetensorError
+from typer.core import TyperGroup
 
 from . import common
 
@@ -47,8 +49,9 @@ def commands() -> list[Callable]:
     return [*first, *method_commands(), *choose.COMMANDS, *looking, *moving_on, run.run]
 
 
-def application() -> typer.Typer:
-    """The command line with all commands."""
+@cache
+def application() -> TyperGroup:
+    """The command line with all commands, which parses arguments and runs one of them."""
     from . import harness
     from .options import command, command_name, options_of
 
@@ -66,7 +69,7 @@ def application() -> typer.Typer:
         settings = {"max_content_width": 140}
         app.command(command_name(function), context_settings=settings)(command(function, elsewhere=options))
     app.command(command_name(harness.lm_eval), cls=harness.Untouched)(harness.lm_eval)
-    return app
+    return typer.main.get_command(app)
 
 
 # What typer raises for what cannot be parsed; it says so in its own words.
