@@ -224,7 +224,7 @@ def run(capsys, *arguments):
     [
         (["decodin"], r"there is no benchmark 'decodin': did you mean 'decoding'\? There are fit, edit, .*, scaling"),
         (["xyz"], r"there is no benchmark 'xyz': There are fit, edit"),
-        (["--device", "gpu"], r"there is no device 'gpu': There are cpu, cuda$"),
+        (["--device", "gpu"], r"there is no device 'gpu': did you mean 'cpu'? There are cpu, cuda$"),
         (["--device", "cud"], r"there is no device 'cud': did you mean 'cuda'\? There are cpu, cuda$"),
         (["--model", "nowhere"], r"nowhere is no folder of a model: it has no config.json"),
         (["--json", "."], r"\. is a folder: pass a file"),

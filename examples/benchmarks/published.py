@@ -114,7 +114,7 @@ def hpr_train(
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            of_layers.append(float(loss))
+            of_layers.append(float(loss.detach()))
         losses.append(sum(of_layers) / len(of_layers))
     return losses
 

@@ -227,8 +227,11 @@ def _orthonormalise(
     for passed in range(3):
         part = metric_basis.T @ block
         block = block - basis @ part
-        # What the last pass takes off is small, and so is what its metric is off by.
-        metric_block = metric_block - metric_basis @ part if passed == 2 else operator.metric(block)
+        if passed < 2:
+            metric_block = operator.metric(block)
+        else:
+            # What the last pass takes off is small, and so is what its metric is off by.
+            metric_block = metric_block - metric_basis @ part
         gram = block.T @ metric_block
         values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
         block, metric_block = block @ vectors, metric_block @ vectors
