@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -224,7 +225,7 @@ def run(capsys, *arguments):
     [
         (["decodin"], r"there is no benchmark 'decodin': did you mean 'decoding'\? There are fit, edit, .*, scaling"),
         (["xyz"], r"there is no benchmark 'xyz': There are fit, edit"),
-        (["--device", "gpu"], r"there is no device 'gpu': did you mean 'cpu'? There are cpu, cuda$"),
+        (["--device", "gpu"], r"there is no device 'gpu': did you mean 'cpu'\? There are cpu, cuda$"),
         (["--device", "cud"], r"there is no device 'cud': did you mean 'cuda'\? There are cpu, cuda$"),
         (["--model", "nowhere"], r"nowhere is no folder of a model: it has no config.json"),
         (["--json", "."], r"\. is a folder: pass a file"),
@@ -235,8 +236,6 @@ def run(capsys, *arguments):
     ids=str,
 )
 def test_wrong_use_is_one_line(capsys, arguments, message):
-    import re
-
     status, printed, (line,) = run(capsys, *arguments)
     assert status == 2 and printed == [] and re.search(message, line), line
 

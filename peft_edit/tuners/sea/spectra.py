@@ -224,19 +224,23 @@ def _orthonormalise(
     """
     whole = torch.eye(block.shape[1], dtype=block.dtype, device=block.device)
     # Of directions that are all but in the span the first pass leaves rounding; two more make it orthogonal, too.
-    for passed in range(3):
-        part = metric_basis.T @ block
-        block = block - basis @ part
-        if passed < 2:
-            metric_block = operator.metric(block)
-        else:
-            # What the last pass takes off is small, and so is what its metric is off by.
-            metric_block = metric_block - metric_basis @ part
-        gram = block.T @ metric_block
-        values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-        block, metric_block = block @ vectors, metric_block @ vectors
-        kept = values > RESOLUTION * operator.metric_norm * block.square().sum(dim=0)
-        lengths = values[kept].sqrt()
-        block, metric_block = block[:, kept] / lengths, metric_block[:, kept] / lengths
-        whole = (vectors[:, kept] * lengths).T @ whole
-    return block, metric_block, whole
+    for _ in range(2):
+        block = block - basis @ (metric_basis.T @ block)
+        block, metric_block, factor = _normalise(block, operator.metric(block), operator)
+        whole = factor @ whole
+    # What the last pass takes off is small, and so is what its metric is off by.
+    part = metric_basis.T @ block
+    block, metric_block, factor = _normalise(block - basis @ part, metric_block - metric_basis @ part, operator)
+    return block, metric_block, factor @ whole
+
+
+def _normalise(
+    block: torch.Tensor, metric_block: torch.Tensor, operator: _Operator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Q with Q^T metric(Q) = I, metric(Q), and C such that Q C is the block, given with its metric."""
+    gram = block.T @ metric_block
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    block, metric_block = block @ vectors, metric_block @ vectors
+    kept = values > RESOLUTION * operator.metric_norm * block.square().sum(dim=0)
+    lengths = values[kept].sqrt()
+    return block[:, kept] / lengths, metric_block[:, kept] / lengths, (vectors[:, kept] * lengths).T
