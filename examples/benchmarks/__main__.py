@@ -25,6 +25,7 @@ from peft_edit.extras import import_extra
 from peft_edit.files import check_writable
 
 from .machine import DoesNotFitError, check_fits, description
+from .models import SHAPES, TINY
 from .report import Bench, Case, Report, Row
 
 
@@ -112,6 +113,9 @@ def parser() -> Parser:
     made.add_argument("--device", type=device_of, default="cpu", help="cpu (float32) or cuda (bfloat16)")
     made.add_argument("--json", type=output, help="write the results to this file, after each row")
     made.add_argument("--model", type=model_folder, help="folder of a real model, to be measured too")
+    names = [shape.name for shape in SHAPES]
+    sizes = f"shape of a model with random weights, may be repeated; by default all: {', '.join(names)}"
+    made.add_argument("--shape", action="append", type=lambda v: known("shape", v, names), help=sizes)
     made.add_argument("--plot", type=plot_file, help="write the curves of `scaling` to this .png or .svg file")
     made.add_argument("--minutes", type=positive, default=math.inf, help="begin nothing more after so many minutes")
     made.add_argument("--quick", action="store_true", help="everything small: tries the benchmarks, measures nothing")
@@ -158,10 +162,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     an interruption."""
     options = parser().parse_args(arguments)
     names = [name for name in BENCHMARKS if name in options.names] or list(BENCHMARKS)
-    settings = {"names": names, "quick": options.quick, "model": options.model and str(options.model)}
+    chosen = tuple(shape for shape in SHAPES if options.shape is None or shape.name in options.shape)
+    shapes = (TINY,) if options.quick else chosen
+    settings = {
+        "names": names,
+        "shapes": [shape.name for shape in shapes],
+        "quick": options.quick,
+        "model": options.model and str(options.model),
+    }
     status = 0
     with tempfile.TemporaryDirectory(prefix="peft-edit-benchmarks-") as folder:
-        bench = Bench(options.device, Path(folder), options.quick, options.model, options.plot)
+        bench = Bench(options.device, Path(folder), options.quick, options.model, options.plot, shapes)
         report = Report(options.json, description(options.device), settings)
         try:
             run(names, bench, report, options.minutes)

@@ -18,8 +18,6 @@ from .models import (
     HPR_BLOCKS,
     RANK,
     SEA_BLOCKS,
-    SHAPES,
-    TINY,
     Shape,
     last_blocks,
     other_edits,
@@ -42,15 +40,20 @@ PART_LAYERS = 4
 # A gate with which no token is rotated: the probe alone is run.
 CLOSED = 1e-30
 SECONDS = 90
-# To compile takes most of a minute for each model.
-COMPILED = SHAPES[1].name
+# Blocks of a model that is compiled: to compile takes most of a minute for each model of 32 blocks.
+COMPILED_LAYERS = 8
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    for shape in (TINY,) if bench.quick else SHAPES:
+    for shape in bench.shapes:
         yield from cases_of_shape(bench, shape)
         if not bench.quick and needed(bench, shape) > USABLE * free_memory(bench.device):
             yield from cases_of_shape(bench, shape.of_layers(PART_LAYERS))
+    if bench.device.type == "cuda":
+        part = bench.shapes[0] if bench.quick else bench.shapes[:2][-1].of_layers(COMPILED_LAYERS)
+        case = f"compiled decoding, batch 1, {part.name}"
+        make = partial(random_model, part, bench.device, bench.dtype)
+        yield Case(case, partial(compiled_decoding, bench, case, make, PROMPT["cuda"]), needed(bench, part))
     if bench.model is not None:
         load = partial(load_model, bench)
         yield from cases_of_model(bench, bench.model.name, load, needs=4 * size_of(bench))
@@ -75,9 +78,6 @@ def cases_of_model(bench: Bench, name: str, make: Callable[[], nn.Module], needs
         yield Case(case, partial(decoding, bench, case, make, batch, prompt), needs)
     case = f"prefill of {prompt} tokens, {name}"
     yield Case(case, partial(prefill, bench, case, make, prompt), needs)
-    if device == "cuda" and name == COMPILED:
-        case = f"compiled decoding, batch 1, {name}"
-        yield Case(case, partial(compiled_decoding, bench, case, make, prompt), needs)
 
 
 def size_of(bench: Bench) -> int:

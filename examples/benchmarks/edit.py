@@ -10,7 +10,7 @@ import torch
 from peft_edit.tuners.sea.maths import edit, project
 
 from . import published
-from .models import RANK, SHAPES, TINY, Shape, orthonormal, random_model, sharing, with_lora, with_sea
+from .models import RANK, Shape, orthonormal, random_model, sharing, with_lora, with_sea
 from .report import Bench, Case, Row
 from .timing import LIMIT, Work
 
@@ -25,7 +25,7 @@ def cases(bench: Bench) -> Iterator[Case]:
         rank = min(RANK, d // 4)
         name = f"SEA's edit of one token, hidden size {d}, ranks {rank} + {rank}"
         yield Case(name, partial(one_token, bench, name, d, rank), needs=6 * d * d * bench.element)
-    for shape in (TINY,) if bench.quick else (SHAPES[0], SHAPES[1]):
+    for shape in bench.shapes[:2]:
         for tokens in TOKENS[:2] if bench.quick else TOKENS:
             name = f"MLP output of {shape.name}, {shape.intermediate} to {shape.hidden}, {tokens} tokens"
             needs = 6 * shape.hidden * (shape.intermediate + tokens) * bench.element

@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from .models import SHAPES, TINY, Shape, random_model, sharing, with_lora, with_sea
+from .models import Shape, random_model, sharing, with_lora, with_sea
 from .report import Bench, Case, Row
 from .timing import Elapsed, clocked
 
@@ -23,7 +23,7 @@ DENSE_LAYERS = 4
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    for shape in (TINY,) if bench.quick else SHAPES[:2]:
+    for shape in bench.shapes[:2]:
         rank = min(48, shape.hidden // 4)
         name = f"adapter of all {shape.layers} blocks of {shape.name}, ranks {rank} + {rank}"
         yield Case(name, partial(against_lora, bench, name, shape, rank), needs=shape.parameters * bench.element)

@@ -22,7 +22,7 @@ from peft_edit import merge_checkpoint
 from peft_edit.tuners.sea.maths import merge, project
 
 from . import published
-from .models import RANK, SHAPES, TINY, Shape, orthonormal, random_model, sharing, structure, with_lora, with_sea
+from .models import RANK, Shape, orthonormal, random_model, sharing, structure, with_lora, with_sea
 from .report import Bench, Case, Row
 from .timing import LIMIT, Elapsed, Samples, Timings, Work, clocked
 
@@ -34,7 +34,7 @@ COPY_BYTES = 2**23
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    for shape in (TINY,) if bench.quick else (SHAPES[0], SHAPES[1]):
+    for shape in bench.shapes[:2]:
         name = f"one MLP output weight of {shape.name}, {shape.hidden} x {shape.intermediate}"
         needs = (6 * shape.hidden * shape.intermediate + 4 * shape.hidden**2) * 4
         yield Case(name, partial(one_weight, bench, name, shape), needs=needs)
@@ -43,7 +43,8 @@ def cases(bench: Bench) -> Iterator[Case]:
         name = f"merge_and_unload, {part.name}"
         needs = 2 * part.parameters * bench.element
         yield Case(name, partial(in_memory, bench, name, part), needs=needs)
-    shape = TINY if bench.quick else SHAPES[1].of_layers(5)
+    shape = bench.shapes[:2][-1]
+    shape = shape.of_layers(min(shape.layers, 5))
     name = f"checkpoint of {shape.name}, bfloat16"
     yield Case(name, partial(checkpoint, bench, name, shape, rounds=1 if bench.quick else 3))
 

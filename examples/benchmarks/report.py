@@ -12,6 +12,7 @@ import torch
 from peft_edit.files import write_json
 
 from .machine import in_words
+from .models import SHAPES, Shape
 from .timing import Spread, Timings, measure
 
 
@@ -121,6 +122,7 @@ class Bench:
         quick: whether everything is small: a trial of the benchmarks, not of the package.
         model: folder of a real model; None without one.
         plot: file for the figure of the curves; None for none.
+        shapes: of the models with random weights.
         name: of the benchmark that runs.
     """
 
@@ -129,6 +131,7 @@ class Bench:
     quick: bool = False
     model: Path | None = None
     plot: Path | None = None
+    shapes: tuple[Shape, ...] = SHAPES
     name: str = field(default="", compare=False)
 
     @property

@@ -236,11 +236,11 @@ def edit(
     if rescale == "token":
         norm, x_norm = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (y, x))
         # Divided by infinity, what has no direction becomes zero, and its gradient too.
-        y = y * (x_norm / norm.masked_fill(norm <= _rounding(h.dtype) * x_norm, float("inf")))
+        y = y * (x_norm / norm.masked_fill(norm <= rounding(h.dtype) * x_norm, float("inf")))
     return y.to(h.dtype).reshape(shape)
 
 
-def _rounding(dtype: torch.dtype) -> float:
+def rounding(dtype: torch.dtype) -> float:
     """Share of ||h|| below which y is zero or rounding, as for a token that is removed altogether: it has no direction
     to rescale. Products are rounded to h's dtype; sums over d, in float32 or wider, lose some bits more."""
     wide = torch.promote_types(dtype, torch.float32)
@@ -323,7 +323,7 @@ class RescaleStatistics:
 def rescale_statistics(neutral: Tensor, edited: Tensor) -> RescaleStatistics:
     """Statistics of ||h|| / ||y||; neutral h and unrescaled edit y are (n, d). Rows where one is zero have none."""
     h_norm, y_norm = neutral.double().norm(dim=1), edited.double().norm(dim=1)
-    defined = (h_norm > 0) & (y_norm > _rounding(torch.float64) * h_norm)
+    defined = (h_norm > 0) & (y_norm > rounding(torch.float64) * h_norm)
     if not defined.any():
         raise ArgumentError("the edit maps every neutral demonstration to zero: lower ", Argument("negative_energy"))
     ratio = h_norm[defined] / y_norm[defined]
