@@ -28,6 +28,7 @@ from .adapters.read import load_adapter, load_adapter_config
 from .arguments import Argument, ArgumentError
 from .files import check_free, growing_folder, publish, resolved, sync
 from .models.checkpoint import Checkpoint, Source, StoredTensor, axis_in_source, find_sources
+from .models.devices import known_device
 from .models.dtypes import FLOATING
 from .models.load import BaseModel, load_structure
 from .tuners.layer import EditLayer, edit_layers
@@ -183,17 +184,12 @@ def gguf_refusal(folder: str, file: str) -> str:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = known_device("device", name)
     try:
-        device = torch.device(name)
         if device.type != "cuda":
             torch.zeros(1, device=device).cpu()  # of this build of PyTorch, and with data, which meta has not
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(Argument("device"), f" must be auto, cpu, cuda, cuda:1, ..., got {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ArgumentError(
-            Argument("device"),
-            f" is {name!r} and this machine has {torch.cuda.device_count()} CUDA devices: pass cpu",
-        )
     return device
 
 

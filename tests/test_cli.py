@@ -309,7 +309,7 @@ def test_results_that_cannot_be_written_are_refused_before_the_work(fitted, run,
     assert "lies below the file" in refused(run, "evaluate", MODEL, TEST, "--json", tmp_path / "file" / "x.json")
     assert "is a file" in refused(run, "demo", "--out", tmp_path / "file")
     assert "is a file" in refused(run, "fit-sea", MODEL, fitted / "store", tmp_path / "file")
-    assert "no CUDA device" in refused(run, "evaluate", MODEL, TEST, "--device-map", "cuda:7")
+    assert "CUDA device" in refused(run, "evaluate", MODEL, TEST, "--device-map", "cuda:7")
     assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 

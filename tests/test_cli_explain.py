@@ -31,7 +31,7 @@ def adapter(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(adapter):
-    base = AutoModelForCausalLM.from_pretrained(MODEL)
+    base = AutoModelForCausalLM.from_pretrained(MODEL, device_map="auto")  # as the command loads it
     return PeftModel.from_pretrained(base, adapter).eval(), AutoTokenizer.from_pretrained(MODEL)
 
 

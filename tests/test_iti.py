@@ -262,9 +262,8 @@ def test_it_merges_exactly_into_the_bias(tmp_path, family):
     base = vivid_model(family)
     base.save_pretrained(tmp_path / "base", max_shard_size="20KB")  # weight and bias in different files
     model.save_pretrained(tmp_path / "adapter")
-    result = merge_checkpoint(
-        tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", allow_fingerprint_mismatch=True
-    )
+    folders = (tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    result = merge_checkpoint(*folders, allow_fingerprint_mismatch=True, device="cpu")
     assert len(result.edited) == 2 and result.relative_error == 0
     vectors = {layer.site: layer.iti_vector["default"].weight.clone() for layer in layers_of(model)}
     merged = model.merge_and_unload(safe_merge=True)

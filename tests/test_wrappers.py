@@ -39,6 +39,7 @@ TOKENIZER = AutoTokenizer.from_pretrained(ASSETS / "model")
 DATA = load_contrast_set(ASSETS / "demonstrations.jsonl").select(range(6))
 TEXTS = (ASSETS / "unrelated.txt").read_text().splitlines()[:3]
 RANDOM = {"init_weights": False}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def compiled(model):
@@ -85,7 +86,8 @@ def without_compiling():
 
 
 def base():
-    return AutoModelForCausalLM.from_pretrained(ASSETS / "model")
+    # DataParallel takes a model to a GPU where there is one.
+    return AutoModelForCausalLM.from_pretrained(ASSETS / "model").to(DEVICE)
 
 
 def adapted(config):

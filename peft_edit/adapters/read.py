@@ -141,7 +141,9 @@ def _with_adapter(model: PreTrainedModel, folder: str, adapter: str, name: str) 
         with warnings.catch_warnings():
             # which the caller checks, or was told to allow
             warnings.filterwarnings("ignore", "this .* adapter was learnt on another model")
-            return PeftModel.from_pretrained(model, folder, adapter_name=name)
+            # To the model's device, and not by way of a GPU where it has none of it.
+            device = "cpu" if model.device.type == "meta" else str(model.device)
+            return PeftModel.from_pretrained(model, folder, adapter_name=name, torch_device=device)
     except RuntimeError as error:  # torch's collected errors of load_state_dict, a headline before them
         first, *more = str(error).splitlines()[1:] or [str(error)]
         count = f" ({len(more)} more like this)" if more else ""

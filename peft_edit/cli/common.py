@@ -169,14 +169,12 @@ def load_model(options: LoadedModelOptions):
     """The base model and its tokenizer."""
     import torch
 
-    from ..models import load
+    from ..models import devices, load
     from ..processes import processes
 
     base, device_map = options.base, options.device_map
-    if device_map.startswith("cuda") and not torch.cuda.is_available():
-        raise ArgumentError(
-            Argument("device_map"), f" is {device_map!r} and this machine has no CUDA device: pass auto or cpu"
-        )
+    if device_map.startswith("cuda"):
+        devices.known_device("device_map", device_map)
     # Each of several processes has the whole model on a device of its own.
     own_device = processes().device
     if device_map == "auto" and own_device is not None:

@@ -28,6 +28,7 @@ def changes_of(trainer: EditTrainer) -> tuple[dict[int, float], str]:
     what = "the tokens of positive answers" if pairs.retain is None else "the tokens of the retain set"
     changes = {}
     for index, layer in trainer.layers.items():
-        h = store.gather(rows, [index])[0].float().to(trainer.args.device)
+        # Where its modules are: those of blocks that were not loaded are not moved to the device of the training.
+        h = store.gather(rows, [index])[0].float().to(next(layer.parameters()).device)
         changes[index] = relative_change([h], lambda x, layer=layer: layer.edit(x, name))
     return changes, what
