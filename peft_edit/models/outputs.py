@@ -53,7 +53,8 @@ class OutputTensor:
 def linear_outputs(linear: nn.Module) -> dict[str, OutputTensor]:
     """Weight and bias of an `nn.Linear`, whose weight is (out, in), or a `Conv1D`, whose weight is (in, out)."""
     outputs = {"weight": OutputTensor(linear, "weight", 1 if isinstance(linear, Conv1D) else 0)}
-    return outputs if linear.bias is None else {**outputs, "bias": OutputTensor(linear, "bias", 0)}
+    bias = getattr(linear, "bias", None)  # some of Transformers' own linear layers know none
+    return outputs if bias is None else {**outputs, "bias": OutputTensor(linear, "bias", 0)}
 
 
 def mixture_outputs(mixture: nn.Module, features: int) -> dict[str, OutputTensor]:
