@@ -46,10 +46,12 @@ def test_edits_are_the_same_with_and_without_gradients(edit, fields, dtype, devi
         torch.testing.assert_close(found / sizes, expected / sizes, rtol=0, atol=TOLERANCES[dtype])
 
 
-def test_kernels_are_for_a_gpu_and_for_values_alone():
+def test_the_shorter_way_is_for_values_alone():
     h = torch.ones(2, 4)
+    assert not fusing.values_alone(h) and not fusing.kernels_apply(h)
     with torch.no_grad():
-        assert not fusing.applies(h)
+        assert fusing.values_alone(h) and not fusing.values_alone(h.to("meta"))
+        assert not torch.func.vmap(lambda row: row + fusing.values_alone(row))(torch.zeros(2, 4)).any()
 
 
 def factors_of(layer):

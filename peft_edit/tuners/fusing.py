@@ -1,5 +1,6 @@
-"""When and how the edits of a few tokens run as fused Triton kernels: launching many small ones takes longer than they
-do. The kernels stand in the folders of the methods, their references in `maths`."""
+"""When edits may take a shorter way because nothing but values is asked for, and when that is a fused Triton kernel: of
+a few tokens, launching many small kernels takes longer than they do. The kernels stand in the folders of the methods,
+their references in `maths`."""
 
 from __future__ import annotations
 
@@ -18,26 +19,26 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CAPABILITY = (8, 0)
 
 
+def values_alone(h: Tensor) -> bool:
+    """Whether nothing but the values of an edit of h is asked for: no gradient, graph or transformation."""
+    return (
+        not torch.is_grad_enabled()
+        and type(h) is Tensor
+        and not h.is_meta
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def kernels_apply(h: Tensor) -> bool:
+    """Whether activations, (..., d), of which `values_alone` are asked for can be edited by a kernel."""
+    return h.is_cuda and h.dtype in DTYPES and h.numel() > 0 and h.shape[-1] <= MAX_FEATURES and has_triton(h.device)
+
+
 @cache
 def has_triton(device: torch.device) -> bool:
     """Whether Triton is installed and compiles for a GPU."""
     return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= CAPABILITY
-
-
-def applies(h: Tensor) -> bool:
-    """Whether activations, (..., d), can be edited by a kernel: they are on a GPU, and nothing but their values is
-    asked for, no gradient, graph or transformation."""
-    return (
-        h.is_cuda
-        and type(h) is Tensor
-        and h.dtype in DTYPES
-        and 0 < h.shape[-1] <= MAX_FEATURES
-        and h.numel() > 0
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and has_triton(h.device)
-    )
 
 
 def launch(kernel: Any, h: Tensor, *arguments: Any, **constants: Any) -> Tensor:

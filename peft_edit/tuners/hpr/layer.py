@@ -78,7 +78,7 @@ class HPRLayer(TrainedLayer):
     def _rotate(self, h: Tensor, adapter_name: str, config: HPRConfig, alpha: float) -> Tensor:
         w = self._normal(adapter_name, h)
         angles = config.rotation == "angle" and math.prod(h.shape[:-1]) <= MAX_FUSED_TOKENS
-        if angles and config.gate > 0 and fusing.applies(h):
+        if angles and config.gate > 0 and fusing.values_alone(h) and fusing.kernels_apply(h):
             from .kernels import edit as edit_fused
 
             return edit_fused(h, w, self._angle_logits(h, adapter_name), config.gate, alpha)

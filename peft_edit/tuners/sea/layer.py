@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..block import BlockEditLayer, check_alone
 from ..frozen import FrozenWeight
 from ..layer import EditLayer
 from .config import SEAConfig
-from .maths import edit, merge, merge_pieces, project
+from .maths import edit, edit_at_once, merge, merge_pieces, project
 
 
 # Statistics of a random edit, for tests.
@@ -32,17 +33,33 @@ RANDOM_STATISTICS = {
 ORTHONORMALITY_TOLERANCE = 1e-2
 
 
+def _kernel() -> Callable[..., Tensor]:
+    from .kernels import add  # which needs Triton
+
+    return add
+
+
 class SEAProjection(FrozenWeight):
     """Frozen orthogonal projection x -> U U^T x. Its weight, (k, d), holds U^T: k orthonormal rows."""
 
     shape_source = "rank_pattern and the model"
-    # Of a positive one: it and the negative one stacked, see `SEALayer._stacked_factors`, and of which weights that is.
-    stacked: tuple[Tensor, Tensor] | None = None
-    stacked_of: tuple | None = None
+    # Of a positive one, see `stacked_with`.
+    _stacked: tuple | None = None
 
     def forward(self, x: Tensor, columns: bool = False) -> Tensor:
         self.check()
         return project(x, self.weight, columns)
+
+    def stacked_with(self, negative: SEAProjection, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B of `edit_at_once` in a dtype, kept until the weights are others."""
+        weights = (self.weight.detach(), negative.weight.detach())
+        # The weights themselves are kept too, so that no others come to lie at their addresses.
+        now = tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
+        if self._stacked is None or self._stacked[:2] != (dtype, now):
+            u_plus, u_minus = (w.to(dtype) for w in weights)
+            pair = torch.cat((u_plus, u_minus)), torch.cat((u_plus, -u_minus))
+            self._stacked = (dtype, now, weights, pair)
+        return self._stacked[3]
 
     def damage(self, weight: Tensor) -> str | None:
         if found := super().damage(weight):
@@ -119,13 +136,18 @@ class SEALayer(EditLayer):
         if strength == 0 or not self.is_fitted(adapter_name):
             return h
         mean_rescale = self._mean_rescale(config) if config.rescale == "mean" else 1.0
-        if config.feature_map is None and config.projections in ("both", "exchanged") and fusing.applies(h):
-            factors = self._stacked_factors(adapter_name, h.dtype)
-            if factors is not None:
-                from .kernels import edit as edit_fused
-
-                options = (config.projections == "exchanged", config.rescale, mean_rescale, strength)
-                return edit_fused(h, *factors, *options)
+        if config.feature_map is None and config.projections in ("both", "exchanged") and fusing.values_alone(h):
+            stacked = self._stacked_factors(adapter_name, h.dtype)
+            if stacked is not None:
+                return edit_at_once(
+                    h,
+                    *stacked,
+                    exchanged=config.projections == "exchanged",
+                    rescale=config.rescale,
+                    mean_rescale=mean_rescale,
+                    strength=strength,
+                    add=_kernel() if fusing.kernels_apply(h) else None,
+                )
         scale = 1.0
         if config.input_scale is not None:
             scale = config.input_scale * self.statistic(config, "rms")
@@ -143,21 +165,13 @@ class SEALayer(EditLayer):
         )
 
     def _stacked_factors(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """A and B, (k+ + k-, d) each in a dtype, with (h A^T) B = U+ U+^T h - U- U-^T h, made once; None where the
-        factors are offloaded."""
+        """A and B of `edit_at_once` in a dtype; None where the factors are offloaded or sharded."""
         projections = (self.sea_positive[adapter_name], self.sea_negative[adapter_name])
-        if any(hasattr(projection, "_hf_hook") for projection in projections):
-            return None
         for projection in projections:
+            if hasattr(projection, "_hf_hook") or type(projection.weight) not in (nn.Parameter, Tensor):
+                return None
             projection.check()
-        weights = [projection.weight for projection in projections]
-        # Weights that were loaded, moved or cast since are others.
-        of = (dtype, *((w.data_ptr(), w.device, w.dtype, w.shape, w.is_inference() or w._version) for w in weights))
-        if projections[0].stacked_of != of:
-            positive, negative = (weight.detach().to(dtype) for weight in weights)
-            projections[0].stacked = (torch.cat((positive, negative)), torch.cat((positive, -negative)))
-            projections[0].stacked_of = of
-        return projections[0].stacked
+        return projections[0].stacked_with(projections[1], dtype)
 
     def check_mergeable(self, adapter_name: str) -> None:
         """Raise ValueError, with the reason, for a fitted adapter that cannot be merged at this site."""

@@ -234,10 +234,54 @@ def edit(
     if strength != 1:
         y = x + strength * (y - x)
     if rescale == "token":
-        norm, x_norm = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (y, x))
-        # Divided by infinity, what has no direction becomes zero, and its gradient too.
-        y = y * (x_norm / norm.masked_fill(norm <= rounding(h.dtype) * x_norm, float("inf")))
+        y = _with_norms_of(x, y, rounding(h.dtype))
     return y.to(h.dtype).reshape(shape)
+
+
+def edit_at_once(
+    h: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    exchanged: bool,
+    rescale: Rescale,
+    mean_rescale: float,
+    strength: float,
+    add: Callable[[Tensor, Tensor, float, float, float], Tensor] | None = None,
+) -> Tensor:
+    """`edit` with both projections and no feature map in two thin products, for values alone.
+
+    Args:
+        h: (..., d), any floating dtype; not changed.
+        a, b: (k+ + k-, d) each, h's dtype: the rows of U+^T and U-^T, in b those of U-^T reversed in sign, so that
+            (h A^T) B = U+ U+^T h - U- U-^T h.
+        exchanged: whether U+ and U- are exchanged.
+        rescale, mean_rescale, strength: as of `edit`.
+        add: a kernel for h, the change, their factors and the share of a norm that is rounding, see `kernels.add`;
+            without one the norms are, in half precision, those of a rounded sum.
+
+    Returns:
+        (..., d), h's dtype.
+    """
+    flat = h.reshape(-1, h.shape[-1])
+    constant = {"mean": mean_rescale, "average": 0.5}.get(rescale, 1.0)
+    # h + strength (constant (h + change) - h)
+    own, factor = 1 + strength * (constant - 1), strength * constant * (-1 if exchanged else 1)
+    inner = flat @ a.T
+    if rescale != "token":
+        return torch.addmm(flat, inner, b, beta=own, alpha=factor).reshape(h.shape)
+    if add is not None:
+        return add(flat, inner @ b, own, factor, rounding(h.dtype)).reshape(h.shape)
+    wide = torch.promote_types(h.dtype, torch.float32)
+    y = torch.addmm(flat, inner, b, beta=own, alpha=factor)
+    return _with_norms_of(flat.to(wide), y.to(wide), rounding(h.dtype)).to(h.dtype).reshape(h.shape)
+
+
+def _with_norms_of(x: Tensor, y: Tensor, least: float) -> Tensor:
+    """y, (m, d), with the norms of x, (m, d); zero where its norm is at most this share of x's."""
+    norm, x_norm = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (y, x))
+    # Divided by infinity, what has no direction becomes zero, and its gradient too.
+    return y * (x_norm / norm.masked_fill(norm <= least * x_norm, float("inf")))
 
 
 def rounding(dtype: torch.dtype) -> float:
