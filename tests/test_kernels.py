@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from edits import EDITS, edited_model, layers_of
 
 from peft_edit.tuners import fusing
@@ -59,17 +60,27 @@ def factors_of(layer):
     return torch.cat(weights), torch.cat((weights[0], -weights[1]))
 
 
+def kept_by(layer, dtype=torch.float32):
+    return layer.sea_positive["default"].stacked_with(layer.sea_negative["default"], dtype)
+
+
 def test_kept_factors_are_those_of_the_adapter():
     layer = layers_of(edited_model(MLP))[0]
-    first = layer._stacked_factors("default", torch.float32)
+    first = kept_by(layer)
     assert all(map(torch.equal, first, factors_of(layer)))
-    assert layer._stacked_factors("default", torch.float32)[0] is first[0]
-    assert {factor.dtype for factor in layer._stacked_factors("default", torch.bfloat16)} == {torch.bfloat16}
+    assert kept_by(layer)[0] is first[0]
+    assert {factor.dtype for factor in kept_by(layer, torch.bfloat16)} == {torch.bfloat16}
     with torch.no_grad():
         layer.sea_negative["default"].weight.mul_(-1)
-    assert all(map(torch.equal, layer._stacked_factors("default", torch.float32), factors_of(layer)))
+    assert all(map(torch.equal, kept_by(layer), factors_of(layer)))
     layer.double()
-    assert layer._stacked_factors("default", torch.float64)[0].dtype == torch.float64
+    assert kept_by(layer, torch.float64)[0].dtype == torch.float64
     other = copy.deepcopy(layer)
     other.set_factors("default", *torch.eye(layer.features)[:2].split(1))
-    assert all(map(torch.equal, other._stacked_factors("default", torch.float32), factors_of(other)))
+    assert all(map(torch.equal, kept_by(other), factors_of(other)))
+
+
+def test_no_factors_are_kept_of_weights_that_come_and_go():
+    layer = layers_of(edited_model(MLP))[0]
+    cpu_offload(layer, execution_device=torch.device("cpu"))
+    assert kept_by(layer) is None

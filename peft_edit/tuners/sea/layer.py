@@ -50,16 +50,21 @@ class SEAProjection(FrozenWeight):
         self.check()
         return project(x, self.weight, columns)
 
-    def stacked_with(self, negative: SEAProjection, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B of `edit_at_once` in a dtype, kept until the weights are others."""
-        weights = (self.weight.detach(), negative.weight.detach())
-        # The weights themselves are kept too, so that no others come to lie at their addresses.
-        now = tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
-        if self._stacked is None or self._stacked[:2] != (dtype, now):
-            u_plus, u_minus = (w.to(dtype) for w in weights)
+    def stacked_with(self, negative: SEAProjection, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """A and B of `edit_at_once` in a dtype, kept until the weights are others; None where they are offloaded or
+        sharded."""
+        weights = (self.weight, negative.weight)
+        versions = tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
+        if self._stacked is None or self._stacked[0] != (dtype, versions):
+            if any(hasattr(p, "_hf_hook") or type(p.weight) not in (nn.Parameter, Tensor) for p in (self, negative)):
+                return None
+            for projection in (self, negative):
+                projection.check()
+            u_plus, u_minus = (w.detach().to(dtype) for w in weights)
             pair = torch.cat((u_plus, u_minus)), torch.cat((u_plus, -u_minus))
-            self._stacked = (dtype, now, weights, pair)
-        return self._stacked[3]
+            # The weights are kept too, so that no others come to lie at their addresses.
+            self._stacked = ((dtype, versions), pair, [w.detach() for w in weights])
+        return self._stacked[1]
 
     def damage(self, weight: Tensor) -> str | None:
         if found := super().damage(weight):
@@ -137,7 +142,7 @@ class SEALayer(EditLayer):
             return h
         mean_rescale = self._mean_rescale(config) if config.rescale == "mean" else 1.0
         if config.feature_map is None and config.projections in ("both", "exchanged") and fusing.values_alone(h):
-            stacked = self._stacked_factors(adapter_name, h.dtype)
+            stacked = self.sea_positive[adapter_name].stacked_with(self.sea_negative[adapter_name], h.dtype)
             if stacked is not None:
                 return edit_at_once(
                     h,
@@ -163,15 +168,6 @@ class SEALayer(EditLayer):
             mean_rescale=mean_rescale,
             strength=strength,
         )
-
-    def _stacked_factors(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """A and B of `edit_at_once` in a dtype; None where the factors are offloaded or sharded."""
-        projections = (self.sea_positive[adapter_name], self.sea_negative[adapter_name])
-        for projection in projections:
-            if hasattr(projection, "_hf_hook") or type(projection.weight) not in (nn.Parameter, Tensor):
-                return None
-            projection.check()
-        return projections[0].stacked_with(projections[1], dtype)
 
     def check_mergeable(self, adapter_name: str) -> None:
         """Raise ValueError, with the reason, for a fitted adapter that cannot be merged at this site."""

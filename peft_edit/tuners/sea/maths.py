@@ -234,7 +234,9 @@ def edit(
     if strength != 1:
         y = x + strength * (y - x)
     if rescale == "token":
-        y = _with_norms_of(x, y, rounding(h.dtype))
+        norm, x_norm = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (y, x))
+        # Divided by infinity, what has no direction becomes zero, and its gradient too.
+        y = y * (x_norm / norm.masked_fill(norm <= rounding(h.dtype) * x_norm, float("inf")))
     return y.to(h.dtype).reshape(shape)
 
 
@@ -273,15 +275,11 @@ def edit_at_once(
     if add is not None:
         return add(flat, inner @ b, own, factor, rounding(h.dtype)).reshape(h.shape)
     wide = torch.promote_types(h.dtype, torch.float32)
-    y = torch.addmm(flat, inner, b, beta=own, alpha=factor)
-    return _with_norms_of(flat.to(wide), y.to(wide), rounding(h.dtype)).to(h.dtype).reshape(h.shape)
-
-
-def _with_norms_of(x: Tensor, y: Tensor, least: float) -> Tensor:
-    """y, (m, d), with the norms of x, (m, d); zero where its norm is at most this share of x's."""
-    norm, x_norm = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (y, x))
-    # Divided by infinity, what has no direction becomes zero, and its gradient too.
-    return y * (x_norm / norm.masked_fill(norm <= least * x_norm, float("inf")))
+    y = torch.addmm(flat, inner, b, beta=own, alpha=factor).to(wide)
+    ratio, x_norm = (torch.linalg.vector_norm(v, dim=-1, keepdim=True, dtype=wide) for v in (y, flat))
+    # Divided by infinity, what has no direction becomes zero.
+    ratio = torch.threshold_(ratio.div_(x_norm.clamp_min_(torch.finfo(wide).tiny)), rounding(h.dtype), float("inf"))
+    return y.div_(ratio).to(h.dtype).reshape(h.shape)
 
 
 def rounding(dtype: torch.dtype) -> float:
