@@ -10,7 +10,8 @@ from pathlib import Path
 
 
 LAUNCHER = """
-import os, runpy, sys, peft_edit
+import os, runpy, sys
+from peft_edit import *
 processes, *sys.argv = sys.argv[1:]
 running = []
 for rank in map(str, range(int(processes))):

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-import typer
 from conftest import ASSETS
 from gguf_files import gguf_folder
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -111,8 +110,8 @@ def test_own_code_runs_when_it_is_trusted_and_never_else(own_code, run, tmp_path
 
 
 def test_every_command_with_a_model_can_trust_it_and_read_gguf():
-    for name, command in typer.main.get_command(cli.application()).commands.items():
-        options = {opt for parameter in command.params for opt in (parameter.name, *parameter.opts)}
+    for name, command in cli.application().commands.items():
+        options = {opt for parameter in command.load().params for opt in (parameter.name, *parameter.opts)}
         loads = {"model", "base"} & options
         assert bool(loads) == ("--trust-remote-code" in options) == ("--gguf-file" in options), name
 

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import typer
 
 from peft_edit import cli
 
@@ -17,8 +16,8 @@ ALL = {
     for path in (README, *PAGES, REPOSITORY / "model_cards" / "README.md")
 }
 COMMANDS = {
-    name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    for name, command in typer.main.get_command(cli.application()).commands.items()
+    name: {option for parameter in command.load().params for option in (*parameter.opts, *parameter.secondary_opts)}
+    for name, command in cli.application().commands.items()
 }
 OTHERS_OPTIONS = {"--help", "--max-lora-rank"}  # of every command, and of vLLM
 PASSED_ON = {"lm-eval"}  # commands whose options are those of another program
