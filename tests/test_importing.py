@@ -1,17 +1,24 @@
 """What imports what, in processes of their own: the command line starts without torch, and PEFT knows the methods in
 whatever order they are imported."""
 
+import importlib
 import json
 import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from edits import EDITS, edited_model
 from tiny import vivid_model
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+WAITING = sorted(
+    ".".join(file.relative_to(REPOSITORY).parts[:-1])
+    for file in REPOSITORY.glob("peft_edit/**/__init__.py")
+    if "on_first_use(__name__)" in file.read_text(encoding="utf-8")
+)
 
 
 def run(code: str, *arguments: object) -> list[str]:
@@ -129,3 +136,16 @@ def test_peft_knows_the_methods_in_whatever_order_they_are_imported(tmp_path):
     blob = pickle.dumps(EDITS["SEA at the MLP"]()).hex()
     orders = run(ORDERS, tmp_path / "adapters", blob)
     assert len(orders) == 13 and orders[-1] == "spawned"
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_names_that_wait_are_there(name):
+    package = importlib.import_module(name)
+    found = {name: getattr(package, name) for name in package.__all__}
+    assert found and found.keys() <= set(dir(package))
+    # One of a submodule's name would be the submodule where that is imported first.
+    assert not {path.stem for path in Path(package.__file__).parent.iterdir()} & found.keys()
+    with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'nothing'"):
+        package.nothing  # noqa: B018
+    with pytest.raises(ImportError):
+        exec(f"from {name} import nothing")

@@ -7,16 +7,18 @@ import io
 import sys
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import typer
 from safetensors import SafetensorError
 from typer.core import TyperCommand, TyperGroup
 
-from .listing import Listed, listed_commands
+from .listing import HARNESS, Listed, listed_commands
 
 
-# The command that takes another program's options.
-HARNESS = "cli.harness"
+if TYPE_CHECKING:
+    from .options import Option
+
 # Wide enough for most options to have one line.
 SETTINGS = {"max_content_width": 140}
 
@@ -51,7 +53,7 @@ def commands() -> dict[str, Callable]:
     return {listed.name: listed.load() for listed in listed_commands() if listed.module != HARNESS}
 
 
-def all_options() -> list:
+def all_options() -> list[Option]:
     """The options of all commands."""
     from .options import options_of
 

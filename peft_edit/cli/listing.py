@@ -11,12 +11,14 @@ from pathlib import Path
 from ..methods import METHODS
 
 
+# The module whose command takes another program's options.
+HARNESS = "cli.harness"
 # Modules of the package with commands, in the order of use.
 MODULES = (
     *("cli.demo", "cli.activations"),
     *(f"tuners.{name}.commands" for name in METHODS),
     *("cli.choose", "cli.evaluate", "cli.explain", "cli.generate", "cli.report", "cli.chat", "cli.ui"),
-    *("cli.convert", "cli.export", "cli.merge", "cli.hub", "cli.run", "cli.harness"),
+    *("cli.convert", "cli.export", "cli.merge", "cli.hub", "cli.run", HARNESS),
 )
 PACKAGE = Path(__file__).parents[1]
 

@@ -8,7 +8,7 @@ from ..arguments import ArgumentError
 from ..files import check_writable, locked
 from . import common
 from .config_file import spelling_in_files
-from .listing import listed_commands
+from .listing import HARNESS, listed_commands
 from .options import Run
 from .recipes.plan import TABLE, Planned, plan
 from .recipes.reading import read_recipe
@@ -16,7 +16,7 @@ from .recipes.records import Records
 
 
 # Modules whose commands are no steps of a recipe: this one, and those that talk to a person or have other options.
-NO_STEPS = ("cli.run", "cli.chat", "cli.ui", "cli.harness")
+NO_STEPS = ("cli.run", "cli.chat", "cli.ui", HARNESS)
 
 
 def run(
