@@ -5,7 +5,8 @@
 
 HaluEval's questions come with passages of Wikipedia, which no edit here has read; BBQ's contexts are of another kind.
 OUT gets retain.txt (200 passages), retain-mixed.txt (370, and 300 sentences of CrowS-Pairs), and for measuring
-tuning.txt (30 other passages), wikipedia.txt (40 others) and contexts.txt (60 of BBQ).
+tuning.txt (30 other passages), tuning-mixed.txt (these, and 30 contexts of BBQ), wikipedia.txt (40 others) and
+contexts.txt (60 others of BBQ).
 """
 
 import argparse
@@ -21,7 +22,7 @@ PASSAGES = {"retain.txt": slice(0, 200), "tuning.txt": slice(200, 230), "wikiped
 # What a retain set of two kinds has besides those of retain.txt: passages, and the less stereotyping sentences.
 MORE_PASSAGES, SENTENCES = slice(230, 400), slice(0, 300)
 # Of BBQ's rows: neighbours share a context.
-CONTEXTS = slice(10, 1200, 20)
+CONTEXTS, TUNING_CONTEXTS = slice(10, 1200, 20), slice(0, 1200, 40)
 
 
 def records(files: list[str] | None, hub: tuple[str, str], split: str) -> Dataset:
@@ -54,6 +55,8 @@ def main() -> None:
     passages = [*halueval["knowledge"][PASSAGES["retain.txt"]], *halueval["knowledge"][MORE_PASSAGES]]
     write(args.out / "retain-mixed.txt", [*passages, *sentences])
     write(args.out / "contexts.txt", bbq["context"][CONTEXTS])
+    tuning = [*halueval["knowledge"][PASSAGES["tuning.txt"]], *bbq["context"][TUNING_CONTEXTS]]
+    write(args.out / "tuning-mixed.txt", tuning)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Every test runs without a network, in one thread a process."""
 
+import functools
+import gc
 import os
+import signal
 import sys
 
 
@@ -13,18 +16,28 @@ from pathlib import Path
 import pytest
 import torch
 from browser import headless_chromium
+from copying import Original
 from hypothesis import settings
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 
+# A shell has what it starts in the background ignore interrupts, and all that this starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.disable_progress_bar()
 torch.set_num_threads(1)
-# An example takes as long as the other programs of the machine let it.
-settings.register_profile("shared machine", deadline=None)
+# An example takes as long as the other programs of the machine let it. Every run draws others.
+settings.register_profile("shared machine", deadline=None, max_examples=50)
 settings.load_profile("shared machine")
 ASSETS = Path(__file__).resolve().parents[1] / "peft_edit" / "demo" / "assets"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_old_garbage():
+    """The Trainer, and others, collect garbage: without this they would look through all that was ever imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -32,10 +45,15 @@ def demo_tokenizer():
     return AutoTokenizer.from_pretrained(ASSETS / "model")
 
 
+@functools.cache
+def _demo_model():
+    return Original(AutoModelForCausalLM.from_pretrained(ASSETS / "model").eval())
+
+
 @pytest.fixture
 def demo_model():
     """A fresh copy of the demonstration model, float32."""
-    return AutoModelForCausalLM.from_pretrained(ASSETS / "model").eval()
+    return _demo_model().copy()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ A new method is tested by them without any change here.
 import functools
 
 import torch
+from copying import made_once
 from peft import get_peft_model
 from tiny import logits, vivid_model
 
@@ -46,6 +47,7 @@ def at(edit):
     return EDITS[edit]().site
 
 
+@made_once
 def edited_model(edit, family="llama", seed=0, dtype=torch.float32, **fields):
     """A vivid model in evaluation mode with a random edit."""
     base = vivid_model(family, dtype)
@@ -53,6 +55,7 @@ def edited_model(edit, family="llama", seed=0, dtype=torch.float32, **fields):
     return get_peft_model(base, EDITS[edit](**fields)).eval()
 
 
+@made_once
 def two_adapters(edit, family="llama", first=None, second=None):
     """Adapters "default" and "other", with further fields for each."""
     model = edited_model(edit, family, **(first or {}))

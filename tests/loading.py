@@ -3,9 +3,12 @@
 Each is a function of a folder with `base`, a model, and `adapter`, an adapter of it; options go to the base model.
 """
 
-import copy
 import functools
+import tempfile
+from pathlib import Path
 
+import torch
+from copying import Original
 from edits import EDITS, label_of
 from peft import (
     AutoPeftModelForCausalLM,
@@ -16,16 +19,32 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
+from tiny import vivid_model
 from transformers import AutoModelForCausalLM
+
+
+SAVED = tempfile.TemporaryDirectory(prefix="base-models-")
+
+
+@functools.cache
+def _saved(family, dtype):
+    folder = Path(SAVED.name, f"{family}-{dtype}")
+    vivid_model(family, dtype).save_pretrained(folder)
+    return folder
+
+
+def link_base(path, family="llama", dtype=torch.float32):
+    """Make the `base` of a folder a link to a vivid model, which is saved, and loaded, once."""
+    (path / "base").symlink_to(_saved(family, dtype))
 
 
 @functools.cache
 def _loaded(folder, **options):
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
+    return Original(AutoModelForCausalLM.from_pretrained(folder, **options))
 
 
 def base_of(path, **options):
-    return copy.deepcopy(_loaded((path / "base").resolve(), **options))
+    return _loaded((path / "base").resolve(), **options).copy()
 
 
 def saved_tensors(path):

@@ -6,11 +6,10 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ import test_cli
 import test_training
 import torch
 from conftest import ASSETS
+from launching import LONGEST, launch
 from safetensors.torch import load_file
 from test_cli import MODEL, REAL, damaged, refused, rewrite
 from tqdm.auto import tqdm
@@ -27,7 +27,6 @@ from peft_edit import ActivationStore, HPRTrainer, cli
 
 
 run = test_cli.run
-no_old_garbage = test_training.no_old_garbage
 
 DEMONSTRATIONS, VALIDATION = ASSETS / "demonstrations.jsonl", ASSETS / "validation.jsonl"
 FOR_HPR = ["--site", "block", "--tokens", "answer"]
@@ -327,7 +326,7 @@ def killed_after_a_checkpoint(arguments: list, out: Path) -> int:
     started = [sys.executable, "-m", "peft_edit.cli", *map(str, arguments)]
     with subprocess.Popen(started, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         try:
-            end = time.monotonic() + 120
+            end = time.monotonic() + LONGEST
             while process.poll() is None and time.monotonic() < end:
                 if any(out.glob("checkpoint-*/trainer_state.json")):
                     break
@@ -674,52 +673,9 @@ def test_messages_do_not_advise_python(stores, sea, run, tmp_path):
     assert "HPRConfig" not in line
 
 
-# What torchrun does, but the imports, which take longest, are of all processes. Each rank writes to files of its own.
-LAUNCHER = """
-import os, sys, torch, peft_edit.cli
-outputs, sys.argv = sys.argv[1], ["peft-edit", *sys.argv[2:]]
-running = []
-for rank in "01":
-    if not (child := os.fork()):
-        os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
-        for number, name in (1, "out"), (2, "err"):
-            os.dup2(os.open(f"{outputs}/{name}{rank}", os.O_CREAT | os.O_WRONLY), number)
-        sys.exit(peft_edit.cli.main())
-    running.append(child)
-sys.exit(any([os.waitpid(child, 0)[1] for child in running]))
-"""
-
-
-def in_two_processes(outputs: Path, arguments: list) -> int:
-    """Exit status of a command in two processes on this machine; 0 if it is that of both."""
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(cli.__file__).parents[2]),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
-    outputs.mkdir()
-    started = [sys.executable, "-c", LAUNCHER, *map(str, (outputs, *arguments))]
-    with subprocess.Popen(started, env=environment, start_new_session=True) as process:
-        try:
-            return process.wait(timeout=120)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
 def test_two_processes_train_one_adapter(stores, run, tmp_path):
     one, two = ([*training(stores, tmp_path / n, epochs=2), "--json", tmp_path / f"{n}.json"] for n in ("one", "two"))
-    outputs = tmp_path / "outputs"
-    status = in_two_processes(outputs, [*two, "--batch-size", 8])
-    out, other_out, err, other_err = ((outputs / name).read_text() for name in ("out0", "out1", "err0", "err1"))
-    assert status == 0, err + other_err
+    (out, err), (other_out, other_err) = launch(tmp_path / "printed", "peft_edit.cli", 2, *two, "--batch-size", 8)
     assert "Adapter, 10 steps" in out and not other_out and "100%|" in err and "100%|" not in other_err
     assert run(*one, "--batch-size", 16)[0] == 0
     expected, found = weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -761,18 +717,15 @@ def test_a_store_that_was_collected_again_is_not_gone_on_with(stores, run, inter
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"])
 @pytest.mark.parametrize("how", ["missing", "cut off"])
-def test_an_incomplete_checkpoint_is_not_gone_on_from(stores, run, interrupt, tmp_path, file, how):
-    training = ["train-hpr", MODEL, stores / "small", tmp_path / "out", "--cpu", "--epochs", 3]
-    interrupt(1, *training)
+def test_an_incomplete_checkpoint_is_not_gone_on_from(stores, interrupted, whole, run, tmp_path, file, how):
+    shutil.copytree(interrupted, tmp_path / "out")
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     content = (checkpoint / file).read_bytes()
     (checkpoint / file).unlink()
     if how == "cut off":
         (checkpoint / file).write_bytes(content[: len(content) // 2])
-    assert run(*training)[0] == 0
-    whole = [*training[:3], tmp_path / "whole", *training[4:]]
-    assert run(*whole)[0] == 0
-    assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    assert run(*training(stores, tmp_path / "out"))[0] == 0
+    assert same(weights(tmp_path / "out"), weights(whole))
 
 
 def test_a_failed_training_keeps_the_record_of_the_one_before(stores, pipeline, run, tmp_path):

@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from filelock import FileLock
+from launching import launch
 from peft import PromptTuningConfig, get_peft_model
 from test_collect import BLOCKS, MLP_OUTPUTS, QUESTIONS, TOKENIZER, Literal, close, contrast, expected_pairs, files
 from test_prompts import byte_tokenizer
@@ -502,37 +501,17 @@ def test_a_shard_that_fails_leaves_nothing(tmp_path):
 # Several processes
 
 
-def launch(count, *args):
-    """Run `collect_processes.py` as torchrun does."""
-    tests = Path(__file__).parent
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(tests.parent), os.environ.get("PYTHONPATH")])),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    return subprocess.run(
-        [*command, tests / "collect_processes.py", *map(str, args)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_two_processes_end_with_the_store_and_the_adapter_of_one(tmp_path):
     import collect_processes
 
-    result = launch(2, tmp_path / "two")
-    assert result.returncode == 0, result.stderr
+    printed = launch(tmp_path / "printed", "collect_processes", 2, tmp_path / "two")
     collect_processes.main(tmp_path / "one")
     for folder in ("store", "adapter"):
         assert files(tmp_path / "two" / folder) == files(tmp_path / "one" / folder)
     # Both took part, and an error of one of them was raised by it alone.
     assert json.loads((tmp_path / "two" / "passes-0.json").read_text()) > 0
     assert json.loads((tmp_path / "two" / "passes-1.json").read_text()) > 0
-    assert result.stdout.count("row 10 has no neutral text") == 1
+    assert "".join(out for out, _ in printed).count("row 10 has no neutral text") == 1
 
 
 # Named formats

@@ -12,7 +12,7 @@ from launching import launch
 def results(tmp_path_factory):
     """What each of the two processes saw."""
     folder = tmp_path_factory.mktemp("fsdp")
-    launch("fsdp_processes.py", 2, folder)
+    launch(folder / "printed", "fsdp_processes", 2, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

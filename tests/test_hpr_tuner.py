@@ -9,7 +9,7 @@ from dataclasses import fields
 import pytest
 import torch
 from edits import outputs, two_adapters
-from loading import PATHS, as_second_adapter, bare_tensors, base_of, saved_tensors
+from loading import PATHS, as_second_adapter, bare_tensors, base_of, link_base, saved_tensors
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -324,7 +324,7 @@ def folder_of(tmp_path_factory):
     @functools.cache
     def folder(family="llama", kind="block 1"):
         path = tmp_path_factory.mktemp("saved")
-        vivid_model(family).save_pretrained(path / "base")
+        link_base(path, family)
         torch.manual_seed(0)
         model = get_peft_model(base_of(path), HPRConfig(**VISIBLE)).eval()
         # As the selection does it: every block has modules, and these edit.

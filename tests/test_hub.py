@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import time
 
 import pytest
 from hub_client import (
@@ -385,6 +386,7 @@ def test_an_interrupt_leaves_nothing_behind(hub, client, folders):
     def interrupt(handler):
         # Each time that it is tried again: Python drops an interrupt that arrives while it finalizes an object.
         os.kill(worker, signal.SIGINT)
+        time.sleep(0.5)  # and it is to arrive while the client waits
         hang_up(handler)
 
     hub.faults["upload"] = interrupt

@@ -1,12 +1,13 @@
 """An adapter says of which model it was learnt: loading it onto another one warns."""
 
+import functools
 import warnings
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from edits import EDITS
-from loading import PATHS, base_of
+from loading import PATHS, base_of, link_base
 from peft import get_peft_model
 from tiny import FAMILIES, logits, tiny_model, vivid_model
 
@@ -27,22 +28,34 @@ OTHER_MODEL = "adapter was learnt on another model than it is loaded onto"
 
 def learnt(folder, edit, of, family="llama", dtype=torch.float32):
     """Folders as of `loading`: an adapter that says it was learnt on the model `of`, and the vivid base model."""
-    vivid_model(family, dtype).save_pretrained(folder / "base")
+    link_base(folder, family, dtype)
     model = get_peft_model(base_of(folder, dtype=dtype), EDITS[edit](base_model_fingerprint=fingerprint(of)))
     model.save_pretrained(folder / "adapter")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """Makes, once, such folders of an edit that was learnt on its own base model, or on another."""
+
+    @functools.cache
+    def folder(edit, own):
+        return learnt(tmp_path_factory.mktemp("learnt"), edit, vivid_model() if own else tiny_model(seed=7))
+
     return folder
 
 
 @every_edit
 @pytest.mark.parametrize("load", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("own", [True, False])
-def test_an_adapter_of_another_model_warns_once_where_it_is_loaded(tmp_path, edit, load, own):
-    path = learnt(tmp_path, edit, vivid_model() if own else tiny_model(seed=7))
+def test_an_adapter_of_another_model_warns_once_where_it_is_loaded(folder_of, edit, load, own):
+    path = folder_of(edit, own)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = load(path)
     lines = [str(warning.message) for warning in caught if OTHER_MODEL in str(warning.message)]
-    assert len(lines) == (not own) and all("\n" not in line and str(path / "base") in line for line in lines)
+    base = str((path / "base").resolve())
+    assert len(lines) == (not own) and all("\n" not in line and base in line for line in lines)
     assert logits(model).isfinite().all()  # it is loaded all the same
 
 

@@ -32,9 +32,11 @@ def test_passages_go_into_files_that_share_none(lines, tmp_path, monkeypatch, ca
     runpy.run_path(str(SCRIPT), run_name="__main__")
     texts = {path.name: path.read_text().splitlines() for path in out.iterdir()}
     assert {name: len(found) for name, found in texts.items()} == {
-        **{"retain.txt": 200, "retain-mixed.txt": 378, "tuning.txt": 30, "wikipedia.txt": 40, "contexts.txt": 3}
+        **{"retain.txt": 200, "retain-mixed.txt": 378, "tuning.txt": 30, "tuning-mixed.txt": 32},
+        **{"wikipedia.txt": 40, "contexts.txt": 3},
     }
-    mixed = texts.pop("retain-mixed.txt")
+    mixed, tuning = texts.pop("retain-mixed.txt"), texts.pop("tuning-mixed.txt")
+    assert tuning == [*texts["tuning.txt"], "bbq.jsonl 0 more", "bbq.jsonl 40 more"]
     assert mixed[:200] == texts["retain.txt"] and mixed[200] == "halueval.json 230 more"
     assert not {*mixed} & {*texts["tuning.txt"], *texts["wikipedia.txt"]}
     assert "The rich are really ignorant about how to handle the money they do have." in mixed

@@ -154,30 +154,38 @@ def test_a_file_that_changed_and_one_that_is_gone_count(done, recipe, run, tmp_p
     assert ran(run("run", recipe(), *changes)[1])[0] == [1, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize(
-    "at, when", [*((at, "before") for at in range(1, STEPS + 1)), (1, "after"), (3, "after"), (4, "after")]
-)
-def test_a_killed_run_goes_on_to_the_same_results(at, when, finished, recipe, run, tmp_path, monkeypatch):
-    """Killed when a step has begun, and when its command is done and its record is not."""
+def test_a_killed_run_goes_on_to_the_same_results(finished, recipe, run, tmp_path, monkeypatch):
+    """Killed again and again: at every step, when it has begun, and when its command is done and its record is not."""
     from peft_edit.cli import run as module
     from peft_edit.cli.options import Bound
 
-    count, go = iter(range(1, STEPS + 1)), Bound.run
+    go = Bound.run
 
-    def killed(self):
-        if self.function is module.run:
-            return go(self)
-        number = next(count)
-        if number != at or when == "after":
-            go(self)
-        if number == at:
-            raise KeyboardInterrupt
+    def killed(numbers, when):
+        """Runs the steps of these numbers, the last of them not at all or without its record."""
+        left = list(numbers)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Bound, "run", killed)
-        assert run("run", recipe(), "--out", tmp_path / "out")[0] == 130
+        def run_step(self):
+            if self.function is module.run:
+                return go(self)
+            del left[0]
+            if left or when == "after":
+                go(self)
+            if not left:
+                raise KeyboardInterrupt
+
+        return run_step
+
+    for at in range(1, STEPS + 1):
+        for when in ("before", "after"):
+            # The last of them has no record of the time before.
+            numbers = [at] if when == "after" or at == 1 else [at - 1, at]
+            with monkeypatch.context() as patch:
+                patch.setattr(Bound, "run", killed(numbers, when))
+                status, out, _ = run("run", recipe(), "--out", tmp_path / "out")
+            assert status == 130 and ran(out)[0] == numbers
     status, out, _ = run("run", recipe(), "--out", tmp_path / "out")
-    assert status == 0 and ran(out)[0] == list(range(at, STEPS + 1))
+    assert status == 0 and ran(out)[0] == [STEPS]
     assert files_of(tmp_path / "out") == files_of(finished)
 
 

@@ -24,6 +24,7 @@ DEMONSTRATIONS, TEST = str(ASSETS / "demonstrations.jsonl"), str(ASSETS / "test.
 # Values with which a recipe, where it has the variable, does with the demonstration model what it does with its own.
 SMALL = {
     "model": MODEL,
+    "folder": str(ASSETS),
     **dict.fromkeys(("data", "demonstrations", "truthful", "fair"), DEMONSTRATIONS),
     **dict.fromkeys(("questions", "truthful_questions"), TEST),
     **dict.fromkeys(("texts", "tuning_texts", "retain"), str(ASSETS / "unrelated.txt")),
@@ -39,17 +40,21 @@ SMALL = {
         "layer": 3,
         "sea_layers": "3-4",
         "choices_of_layers": ["3-4"],
+        "retain_top_k": 2,
         "num_heads": 2,
-        "perplexity_ratio": 100,
+        **dict.fromkeys(("perplexity_ratio", "largest_kl_p95"), 100),
     },
     **{"max_new_tokens": 2, "max_steps": 4, "train_batch": 16, "batch_size": 256, "prompt_format": "plain"},
     **{
         "numbers": [8, 16],
-        "energies": [0.99],
+        **{name: [0.99] for name in ("energies", "positive_energies", "negative_energies")},
         "retain_energies": [0.9],
         "seeds": [0],
         "top_k": 2,
         "top_ks": [1, 2],
+        "gates": [0.5],
+        "alphas": [1],
+        "epochs": 1,
         "strengths": [1, 2],
         "input_scale": 3.0,
     },
@@ -97,7 +102,7 @@ def test_recipes_run_on_the_demonstration_model(recipe, run, tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_recipes_are_checked_at_full_scale(recipe, tmp_path):
     """With their own values, and the files that they ask for."""
-    own = settings(recipe, {name: SMALL[name] for name in ("adapters", "texts", "tuning_texts", "retain")})
+    own = settings(recipe, {name: SMALL[name] for name in ("adapters", "folder", "texts", "tuning_texts", "retain")})
     read = read_recipe(recipe, own, list(FUNCTIONS))
     assert read.name == recipe.stem and read.description.endswith(".")
     steps = plan(read, FUNCTIONS, tmp_path / "out")
@@ -108,5 +113,5 @@ def test_recipes_are_checked_at_full_scale(recipe, tmp_path):
     assert [part.lstrip("'").split("=")[0] for part in first.split("--set ")[1:]] == sorted(
         asked, key=lambda name: name != "texts"
     )
-    with pytest.raises(ValueError, match=r"needs the variable (texts|retain|adapters), a .*: pass --set"):
+    with pytest.raises(ValueError, match=r"needs the variable (texts|folder|retain|adapters), (a|the) .*: pass --set"):
         read_recipe(recipe, [], list(FUNCTIONS))

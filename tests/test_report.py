@@ -19,7 +19,7 @@ from peft_edit import ActivationStore, extras, load_contrast_set
 from peft_edit.cli import main
 from peft_edit.evaluation.results import read_results
 from peft_edit.plotting.stored import QUANTILES
-from peft_edit.reporting.activations import EDITED, StoredEdit
+from peft_edit.reporting.activations import EDITED, MASSIVE, StoredEdit, without_massive
 from peft_edit.reporting.experiment import by_demonstrations, read_experiment
 from peft_edit.reporting.flipped import flipped_ids
 from peft_edit.reporting.pages import html_of, sections_of
@@ -138,7 +138,14 @@ def test_stored_activations_before_and_after(made):
     (pca, points), (tsne, _) = stored.in_plane(3)
     assert pca == "Principal components, layer 3" and tsne == "t-SNE, layer 3"
     assert list(points) == ["positive", "negative", "neutral", "retain", "negative, edited"]
-    assert points["positive"].shape == (150, 2) and points["retain"].shape == (200, 2)
+    assert points["positive"].shape == (150, 2) and 0 < len(points["retain"]) <= 200
+
+
+def test_massive_activations_are_left_out_of_the_plane():
+    """Beside one of them all others were a point."""
+    groups = {"positive": torch.eye(4), "retain": torch.tensor([[0.0, 900, 0, 0], [0, MASSIVE, 0, 0]])}
+    left = without_massive(groups)
+    assert torch.equal(left["positive"], groups["positive"]) and torch.equal(left["retain"], groups["retain"][1:])
 
 
 def test_experiments(tmp_path):

@@ -11,7 +11,7 @@ from datasets import concatenate_datasets
 from edits import EDITS, edited_model, two_adapters
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loading import PATHS, base_of
+from loading import PATHS, base_of, link_base
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.utils import load_peft_weights
 from test_cards import FINGERPRINT, results, sea_config
@@ -146,7 +146,7 @@ def test_adapters_in_memory_are_recorded():
 
 @every_edit
 def test_an_adapter_has_one_record_in_memory_and_on_disk(tmp_path, edit):
-    vivid_model().save_pretrained(tmp_path / "base")
+    link_base(tmp_path)
     torch.manual_seed(0)
     model = get_peft_model(base_of(tmp_path), EDITS[edit](modules_to_save=["lm_head"]))
     model.save_pretrained(tmp_path / "adapter")

@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-from loading import NATIVE_PATHS, PATHS, base_of, injected_by_tensors, saved_tensors, with_peft
+from loading import NATIVE_PATHS, PATHS, base_of, injected_by_tensors, link_base, saved_tensors, with_peft
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, agree, logits, vivid_model
+from tiny import FAMILIES, agree, logits
 from transformers.utils import logging as transformers_logging
 
 from peft_edit import SEAConfig
@@ -48,7 +48,7 @@ def folder_of(tmp_path_factory):
     @functools.cache
     def folder(family="llama", site="mlp", kind="fitted"):
         path = tmp_path_factory.mktemp(f"{family}-{site}-{kind}")
-        vivid_model(family).save_pretrained(path / "base")
+        link_base(path, family)
         base = base_of(path)
         fields = {"layers_to_transform": [0, 2]} if kind == "two layers" else {}
         model = get_peft_model(base, SEAConfig(site=site, **fields)).eval()

@@ -325,10 +325,20 @@ SEVERAL = {
 }
 
 
-@pytest.mark.parametrize("edit", SCOPED)
-@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
-@pytest.mark.parametrize("way", SEVERAL)
-def test_an_edit_of_the_last_token_refuses_several_at_once(edit, task_type, way):
+def test_a_forward_pass_does_not_ask_again_what_generate_takes(monkeypatch):
+    """Decoding has one for each token."""
+    model = edited_model(SCOPED[0], token_scope="last")
+    expected = logits(model)
+    monkeypatch.setattr("peft_edit.tuners.generation.GenerationConfig", None)
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize(
+    "edit, way, task_type",
+    [(e, way, (None, "CAUSAL_LM")[(i + j) % 2]) for i, e in enumerate(SCOPED) for j, way in enumerate(SEVERAL)],
+)
+def test_an_edit_of_the_last_token_refuses_several_at_once(edit, way, task_type):
+    """Each edit and each way with both kinds of PEFT's models."""
     ids = token_ids(1)
     options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
     model = edited_model(edit, task_type=task_type, token_scope="last")

@@ -1,6 +1,5 @@
 """HPR training: the weights are those of a plain loop over the layers, whatever the Trainer is asked to do besides."""
 
-import gc
 import json
 import math
 import pickle
@@ -76,15 +75,6 @@ def write_store(path, rows=None, pairs=None, shards=1, modules=None, **settings)
     modules = modules or {str(layer): BLOCKS["llama"].format(layer) for layer in rows}
     shard_rows = [len(chunk) for chunk in torch.arange(count).tensor_split(shards)]
     return write_pair_store(path, rows, pairs, shard_rows=shard_rows, modules=modules, **settings)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_old_garbage():
-    """The Trainer collects garbage at every start: without this it would look through all that was ever imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
@@ -451,8 +441,9 @@ def processes(tmp_path_factory):
         write_store(folder / name, planted(n, seed, shift=0.3)).path
         for name, n, seed in (("train", PAIRS, 0), ("eval", 21, 1))
     ]
+    two = partial(launch, folder / "printed", "train_hpr_processes", 2)
     results = []
-    for name, run in (("one", train_hpr_processes.train), ("two", partial(launch, "train_hpr_processes.py", 2))):
+    for name, run in (("one", train_hpr_processes.train), ("two", two)):
         out = folder / name
         out.mkdir()
         run(*stores, out)

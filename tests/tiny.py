@@ -1,9 +1,9 @@
 """Tiny random models of several architectures, made from configurations."""
 
-import copy
 import functools
 
 import torch
+from copying import Original, made_once
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -32,6 +32,7 @@ CONFIGS = {
 FAMILIES = tuple(CONFIGS)
 
 
+@made_once
 def tiny_model(family: str = "llama", seed: int = 0, **changes):
     """A model in evaluation mode whose biases, where it has any, are not zero."""
     torch.manual_seed(seed)
@@ -48,12 +49,12 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes):
 
 @functools.cache
 def _vivid(family: str):
-    return tiny_model(family, initializer_range=0.2, init_std=0.2)
+    return Original(tiny_model(family, initializer_range=0.2, init_std=0.2))
 
 
 def vivid_model(family: str = "llama", dtype: torch.dtype = torch.float32):
     """A fresh copy of a tiny model with weights so large that every edit shows in the logits."""
-    return copy.deepcopy(_vivid(family)).to(dtype)
+    return _vivid(family).copy().to(dtype)
 
 
 def token_ids(batch: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..evaluation.results import Results, read_results
 from ..files import write_text
 from ..models.fingerprint import adapter_record
 from ..tuners.config import EditConfig
-from ..tuners.method import Method, method_of
+from ..tuners.method import method_of
 from .card_results import eval_results_of, tables_of
 from .exported import Exported, read_exported
 from .markdown import cell, code, plain
@@ -77,7 +78,7 @@ def model_card(
     read = [read_results(result) for result in results]
     check_results(read, config, edit, folder)
     title = _title(edit, name, exported)
-    text = _template(method_of(edit), exported).render(
+    text = _template(method_of(edit).folder, "card.md" if exported is None else "lora.md").render(
         title=title,
         method=edit.peft_type.value,
         base_id=base_id,
@@ -266,8 +267,7 @@ def _digest(text: str) -> str:
 
 def _is_stub(text: str) -> bool:
     """Whether a README.md has nothing but the template of the Hub's client and what PEFT and Transformers fill in."""
-    template = ModelCard.from_template(ModelCardData()).text.splitlines()
-    known = {line.strip() for line in template} | {"### Framework versions"}
+    known = _lines_of_the_hubs_template() | {"### Framework versions"}
     filled_in = re.compile(r"- PEFT [\w.]+|This is the model card of a .* transformers model that has been pushed .*")
     match = REGEX_YAML_BLOCK.search(text)
     metadata, body = (match[2], text[match.end() :]) if match else ("", text)
@@ -277,19 +277,25 @@ def _is_stub(text: str) -> bool:
     return all(line in known or filled_in.fullmatch(line) for line in lines)
 
 
+@cache
+def _lines_of_the_hubs_template() -> frozenset[str]:
+    return frozenset(line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines())
+
+
 def _title(config: EditConfig, base_model: str | None = None, exported: Exported | None = None) -> str:
     name, short = base_model or config.base_model_name_or_path, method_of(config).short
     what = "adapter" if exported is None else "edit as a LoRA adapter"
     return f"{short[0].upper()}{short[1:]} {what}{f' for {plain(Path(name).name)}' if name else ''}"
 
 
-def _template(method: Method, exported: Exported | None) -> jinja2.Template:
+@cache
+def _template(folder: Path, name: str) -> jinja2.Template:
     """The template of a method's card, `card.md` in its folder, or `lora.md` of an export; both extend the one beside
-    this file."""
+    this file. Compiled once: that takes longer than all else in writing a card."""
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader(
             [
-                jinja2.PrefixLoader({"method": jinja2.FileSystemLoader(method.folder)}),
+                jinja2.PrefixLoader({"method": jinja2.FileSystemLoader(folder)}),
                 jinja2.FileSystemLoader(Path(__file__).parent),
             ]
         ),
@@ -299,7 +305,7 @@ def _template(method: Method, exported: Exported | None) -> jinja2.Template:
         autoescape=False,  # Markdown
     )
     environment.filters |= {"code": code, "cell": cell}
-    return environment.get_template(f"method/{'card' if exported is None else 'lora'}.md")
+    return environment.get_template(f"method/{name}")
 
 
 def _link(repo_id: str, prefix: str) -> str:

@@ -7,6 +7,7 @@ import io
 import sys
 import warnings
 from collections.abc import Callable
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 import typer
@@ -31,9 +32,10 @@ class Deferred(TyperCommand):
         self.listed = listed
 
     def make_context(self, *args, **kwargs) -> typer.Context:
-        return self.load().make_context(*args, **kwargs)
+        return self.loaded.make_context(*args, **kwargs)
 
-    def load(self) -> TyperCommand:
+    @cached_property
+    def loaded(self) -> TyperCommand:
         """The command itself."""
         from .options import command
 
@@ -60,8 +62,9 @@ def all_options() -> list[Option]:
     return [option for function in commands().values() for option in options_of(function)]
 
 
+@cache
 def application() -> TyperGroup:
-    """The command line with all commands."""
+    """The command line with all commands, which parses arguments and runs one of them."""
     return TyperGroup(
         name="peft-edit",
         help="Edit a language model's activations as Hugging Face PEFT adapters.",

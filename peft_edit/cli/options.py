@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
-from functools import reduce
+from functools import cache, reduce
 from inspect import Parameter, Signature, signature
 from operator import or_
 from pathlib import Path
@@ -121,7 +121,8 @@ class Run:
         return note.message(self.spell) if isinstance(note, Note) else str(note)
 
 
-def options_of(function: Callable) -> list[Option]:
+@cache
+def options_of(function: Callable) -> tuple[Option, ...]:
     """The options of a function's command: positional arguments, its own options, and those that are last."""
     hints = get_type_hints(function, include_extras=True)
     options: list[Option] = []
@@ -130,7 +131,7 @@ def options_of(function: Callable) -> list[Option]:
     repeated = {option.name for option in options if [other.name for other in options].count(option.name) > 1}
     if repeated:
         raise TypeError(f"{function.__name__} has the option {min(repeated)} twice")
-    return sorted(options, key=lambda option: (not option.is_positional, bool(option.metadata.get("last"))))
+    return tuple(sorted(options, key=lambda option: (not option.is_positional, bool(option.metadata.get("last")))))
 
 
 def _options_of_parameter(parameter: Parameter, hint: Any) -> Iterator[Option]:

@@ -14,6 +14,7 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..arguments import Argument, ArgumentError, check_choice
 from ..places import LayerIndices, Site, normalise_layers
@@ -59,9 +60,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def without_wrappers(model: nn.Module) -> nn.Module:
     """The model, or the `PeftModel` around it, without what compiled it or spread it over devices, in any order."""
-    while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
+    while not _is_plain(model) and (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
         model = inner
     return model
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """Whether a model is of Transformers or PEFT itself. What lies around one, accelerate finds by a look at all of its
+    modules and at what is installed, which takes longer than a small forward pass."""
+    return isinstance(model, (PreTrainedModel, PeftModel)) and "_orig_mod" not in vars(model)
 
 
 def runnable(model: nn.Module) -> nn.Module:

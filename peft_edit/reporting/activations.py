@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 # Rows of each group that are taken where there are more, at random by this seed.
 NORM_ROWS, PLANE_ROWS, SEED = 2000, 200, 0
 EDITED = ", edited"
+# Norms over so many medians are of massive activations, which the first token of a text mostly has
+# (https://arxiv.org/abs/2402.17762): one of them in the plane, and all others are a point.
+MASSIVE = 8
 # Neighbours that t-SNE keeps near, and the fewest groups' rows for that.
 NEIGHBOURS, FEWEST = 30, 12
 
@@ -116,13 +119,14 @@ class StoredEdit:
         """Title of each way into the plane, and name of each group to its points, (n, 2).
 
         The groups are positive, negative and neutral activations, those of texts to leave alone, and the negative ones
-        after the edit. Principal components are those of all but the last.
+        after the edit. Principal components are those of all but the last. Massive activations are left out.
         """
         groups = dict(self.groups(index, PLANE_ROWS))
         if self.store.has_neutral:
             groups["neutral"] = _some(self.store.neutral(index), PLANE_ROWS)
         if self.retain is not None:
             groups["retain"] = self._gather(self.retain, self.retain.text_tokens(), index, PLANE_ROWS)
+        groups = without_massive(groups)
         stored = torch.cat(list(groups.values())).double().numpy()
         groups["negative" + EDITED] = self.edited(index, groups["negative"])
         together = torch.cat(list(groups.values())).double().numpy()
@@ -145,6 +149,12 @@ def _some(rows: Tensor, most: int) -> Tensor:
         return rows
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))[:most]
     return rows[chosen.sort().values]
+
+
+def without_massive(groups: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of each group whose norm is at most `MASSIVE` times the median of all."""
+    limit = MASSIVE * torch.cat(list(groups.values())).float().norm(dim=-1).median()
+    return {name: rows[rows.float().norm(dim=-1) <= limit] for name, rows in groups.items()}
 
 
 def _quantiles(values: Tensor) -> list[float]:

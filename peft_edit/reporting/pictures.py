@@ -27,7 +27,7 @@ from ..plotting.damage import side_effect_rows
 from ..plotting.measures import measure_rows
 from ..tuners.config import EditConfig
 from ..tuners.method import method_of
-from .activations import StoredEdit
+from .activations import MASSIVE, StoredEdit
 
 
 if TYPE_CHECKING:
@@ -182,7 +182,8 @@ def of_stored(stored: StoredEdit) -> Iterator[Picture]:
         yield Picture(
             title.split(",")[0].lower().replace(" ", "-"),
             title,
-            "Each mark is the activation of one token. Distances in the plane are not those between activations.",
+            "Each mark is the activation of one token. Distances in the plane are not those between activations. Those "
+            f"with a norm over {MASSIVE} times the median, as the first token of a text mostly has, are left out.",
             scatter_figure(points, title),
         )
 

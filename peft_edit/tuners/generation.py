@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 
 from ..arguments import Argument, ArgumentError
-from .layer import EditLayer
+from .layer import edit_layers
 
 
 # Arguments of `generate` with which several tokens go through the model at once, or all of them again.
@@ -19,21 +21,20 @@ SEVERAL_TOKENS = (
 )
 
 
-def check_generation(model: nn.Module, layers: Iterable[EditLayer], arguments: Mapping[str, Any]) -> None:
+def check_generation(model: nn.Module, arguments: Mapping[str, Any]) -> None:
     """Raise ArgumentError for a call of `generate` in which an edit of the last token of a forward pass would leave new
     tokens unedited: the answer would be another than with plain decoding.
 
     Args:
-        model: of Transformers.
-        layers: its edits.
+        model: of Transformers, with edits.
         arguments: of the call, which may be that of a forward pass: nothing is said of those.
     """
-    if not arguments.keys() & _only_generate(model):
+    if not _is_of_generate(type(model), tuple(arguments)):
         return
     names = arguments.get("adapter_names")
     last = {
         name
-        for layer in layers
+        for layer in edit_layers(model)
         for name in ((() if layer.disable_adapters else layer.active_adapters) if names is None else names)
         if layer.has_adapter(name) and layer.depends_on_padding(name)
     }
@@ -55,7 +56,14 @@ def check_generation(model: nn.Module, layers: Iterable[EditLayer], arguments: M
         )
 
 
-def _only_generate(model: nn.Module) -> set[str]:
-    """Names of arguments that `generate` takes and a forward pass of the model does not."""
+@torch.compiler.assume_constant_result
+def _is_of_generate(model_class: type[nn.Module], names: tuple[str, ...]) -> bool:
+    """Whether a call with arguments of these names is one of `generate`. This is asked in every forward pass."""
+    return not _only_generate(model_class).isdisjoint(names)
+
+
+@cache
+def _only_generate(model_class: type[nn.Module]) -> frozenset[str]:
+    """Names of arguments that `generate` takes and a forward pass of such a model does not."""
     of_generate = {*inspect.signature(GenerationMixin.generate).parameters, *vars(GenerationConfig()), *SEVERAL_TOKENS}
-    return of_generate - {*inspect.signature(type(model).forward).parameters, "self", "kwargs"}
+    return frozenset(of_generate - {*inspect.signature(model_class.forward).parameters, "self", "kwargs"})

@@ -262,7 +262,7 @@ class EditModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
-        check_generation(self.model, edit_layers(self.model), kwargs)
+        check_generation(self.model, kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield

@@ -127,7 +127,9 @@ def output_of(place: str, outputs: Sequence[str] | set[str]) -> str | None:
     return next((name for name in outputs if parts[: len(PurePath(name).parts)] == PurePath(name).parts), None)
 
 
-def _planned(step: Step, recipe: Recipe, function: Callable, options: list[Option], before: list[Planned]) -> Planned:
+def _planned(
+    step: Step, recipe: Recipe, function: Callable, options: Sequence[Option], before: list[Planned]
+) -> Planned:
     names = [option.name for option in options]
     given = {str(key).replace("-", "_"): value for key, value in recipe.defaults.items()}
     given = {name: value for name, value in given.items() if name in names}
@@ -156,7 +158,7 @@ def _names(options: Mapping[str, Any]) -> list[str]:
     return [str(key).replace("-", "_") for key in options]
 
 
-def _check_defaults(recipe: Recipe, options: Mapping[str, list[Option]]) -> None:
+def _check_defaults(recipe: Recipe, options: Mapping[str, Sequence[Option]]) -> None:
     known = sorted({option.name for of_command in options.values() for option in of_command})
     for name in _names(recipe.defaults):
         if name not in known:
