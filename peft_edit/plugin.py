@@ -20,9 +20,12 @@ def starts_command_line() -> bool:
     """Whether this process is `peft-edit`, or `python -m peft_edit.cli`, called `-m` until Python has found it.
 
     PEFT takes seconds to import. There a command registers the methods when it runs, so that help is shown at once.
+    A process that the command line starts has its `sys.argv`, but was not called so.
     """
-    name = PurePath(sys.argv[0]).name if sys.argv else ""
-    return name in ("peft-edit", "peft-edit.exe") or (name == "-m" and "peft_edit.cli" in sys.orig_argv)
+    called = sys.argv[0] if sys.argv else ""
+    if called == "-m":
+        return "peft_edit.cli" in sys.orig_argv
+    return PurePath(called).name in ("peft-edit", "peft-edit.exe") and called in sys.orig_argv
 
 
 def register() -> None:
