@@ -19,7 +19,7 @@ COMMANDS = {
     name: {option for parameter in command.loaded.params for option in (*parameter.opts, *parameter.secondary_opts)}
     for name, command in cli.application().commands.items()
 }
-OTHERS_OPTIONS = {"--help", "--max-lora-rank"}  # of every command, and of vLLM
+OTHERS_OPTIONS = {"--help", "--max-lora-rank", "--device", "--quick"}  # of every command, of vLLM, of the benchmarks
 PASSED_ON = {"lm-eval"}  # commands whose options are those of another program
 FENCED = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n\n", flags=re.DOTALL)  # of a Space

@@ -1,87 +1,112 @@
-"""Figures of merging a checkpoint: time against copying its files, and peak memory.
-
-    OMP_WAIT_POLICY=PASSIVE python examples/benchmarks/merge.py
-
-It makes a random checkpoint of 2.5 GB in several files, in bfloat16 with the widths of a 7-billion-parameter Llama,
-and a SEA adapter of rank 52 + 52 in every layer, below the folder given by --out; merges it in a process of its own;
-and removes all of it again. The copy reads, writes and syncs the same files. Merge and copy take turns; the ratio is of
-their medians. What to expect: a ratio of at most 1.5, and a peak below 4 times the largest tensor.
-"""
+"""Merging SEA: one weight against a dense product, a model in memory against LoRA, a checkpoint against a copy."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import multiprocessing
 import os
-import re
 import shutil
-import subprocess
-import sys
-import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
-from peft import get_peft_model
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from peft_edit import SEAConfig, merge_checkpoint
-from peft_edit.tuners.sea import SEALayer
+from peft_edit import merge_checkpoint
+from peft_edit.tuners.sea.maths import merge, project
+
+from . import published
+from .models import RANK, Shape, orthonormal, random_model, sharing, structure, with_lora, with_sea
+from .report import Bench, Case, Row
+from .timing import LIMIT, Elapsed, Samples, Timings, Work, clocked
 
 
-RANK = 52
+# Of each sign, in the checkpoint.
+CHECKPOINT_RANK = 52
 FILE_BYTES = 6e8
+COPY_BYTES = 2**23
 
 
-def structure(layers: int, hidden: int) -> torch.nn.Module:
-    """A Llama without weights."""
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=hidden * 43 // 16,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 128,
-        dtype="bfloat16",
+def cases(bench: Bench) -> Iterator[Case]:
+    for shape in bench.shapes[:2]:
+        name = f"one MLP output weight of {shape.name}, {shape.hidden} x {shape.intermediate}"
+        needs = (6 * shape.hidden * shape.intermediate + 4 * shape.hidden**2) * 4
+        yield Case(name, partial(one_weight, bench, name, shape), needs=needs)
+        layers = min(shape.layers, 4 if bench.device.type == "cpu" else shape.layers)
+        part = shape.of_layers(layers)
+        name = f"merge_and_unload, {part.name}"
+        needs = 2 * part.parameters * bench.element
+        yield Case(name, partial(in_memory, bench, name, part), needs=needs)
+    shape = bench.shapes[:2][-1]
+    shape = shape.of_layers(min(shape.layers, 5))
+    name = f"checkpoint of {shape.name}, bfloat16"
+    yield Case(name, partial(checkpoint, bench, name, shape, rounds=1 if bench.quick else 3))
+
+
+def one_weight(bench: Bench, case: str, shape: Shape) -> Iterator[Row]:
+    rank = min(RANK, shape.hidden // 4)
+    bases = [orthonormal(rank, shape.hidden, seed).to(bench.device) for seed in (0, 1)]
+    plus, minus = published.sea_projections(*bases)
+    positive, negative = (partial(project, basis=basis, columns=True) for basis in bases)
+    weight = torch.randn(shape.hidden, shape.intermediate, device=bench.device)
+    ours, dense = f"two thin products, ranks {rank} + {rank}", "dense (P+ + P-) W"
+    work = Work(bytes=2 * weight.nbytes, flops=8 * rank * weight.numel())
+    timings = bench.measure(
+        {
+            ours: lambda: merge(weight, positive, negative, rescale="none"),
+            dense: lambda: published.sea_merge(weight, plus, minus),
+        },
+        rounds=5,
+        work=work,
     )
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    yield from bench.rows(case, timings, ours, {dense: "published", LIMIT: "limit"})
 
 
-def write_checkpoint(model: torch.nn.Module, folder: Path) -> int:
-    """Write random weights, file by file; returns the bytes of the largest tensor."""
+def in_memory(bench: Bench, case: str, shape: Shape) -> Iterator[Row]:
+    base = random_model(shape, bench.device, bench.dtype)
+    rank, blocks = min(RANK, shape.hidden // 4), range(shape.layers)
+
+    def merged(make, *args, **fields) -> Elapsed:
+        adapted = make(sharing(base, own="down_proj"), blocks, *args, **fields)
+        with clocked(bench.device) as elapsed:
+            adapted.merge_and_unload()
+        return elapsed()
+
+    ours, lora = f"SEA {rank} + {rank}", f"LoRA of rank {2 * rank}"
+    calls = {
+        ours: lambda: merged(with_sea, rank, rescale="none"),
+        lora: lambda: merged(with_lora, 2 * rank),
+    }
+    timings = bench.measure(calls, rounds=3)
+    yield from bench.rows(case, timings, ours, {lora: "LoRA"})
+
+
+def write_checkpoint(model: nn.Module, folder: Path) -> int:
+    """Write random weights of a structure, in bfloat16, file by file; returns the bytes of the largest tensor."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    files: list[dict[str, torch.Size]] = [{}]
-    size = 0
-    for name, tensor in model.state_dict().items():
-        if size and size + 2 * tensor.numel() > FILE_BYTES:
-            files.append({})
-            size = 0
-        files[-1][name] = tensor.shape
-        size += 2 * tensor.numel()
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    sizes = {name: 2 * shape.numel() for name, shape in shapes.items()}
+    files: list[list[str]] = [[]]
+    for name in shapes:
+        if files[-1] and sum(sizes[n] for n in files[-1]) + sizes[name] > FILE_BYTES:
+            files.append([])
+        files[-1].append(name)
     weight_map = {}
-    for i, shapes in enumerate(files):
-        file = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
-        tensors = {name: (0.02 * torch.randn(shape)).bfloat16() for name, shape in shapes.items()}
+    for number, names in enumerate(files, 1):
+        file = f"model-{number:05}-of-{len(files):05}.safetensors"
+        tensors = {name: (0.02 * torch.randn(shapes[name])).bfloat16() for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shapes, file)
-    total = sum(2 * tensor.numel() for tensor in model.state_dict().values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2))
-    return max(2 * tensor.numel() for tensor in model.state_dict().values())
-
-
-def write_adapter(model: torch.nn.Module, folder: Path) -> None:
-    adapted = get_peft_model(model, SEAConfig(rescale="none"))
-    config = adapted.peft_config["default"]
-    for layer in adapted.modules():
-        if isinstance(layer, SEALayer):
-            factors = [torch.linalg.qr(torch.randn(layer.features, RANK)).Q.T.contiguous() for _ in range(2)]
-            layer.set_factors("default", *factors)
-            config.rank_pattern[layer.site] = [RANK, RANK]
-            config.fit_statistics[layer.site] = {"mean_rescale": 1.0, "relative_error": 0.0, "strength": 1.0}
-    adapted.save_pretrained(folder)
+    return max(sizes.values())
 
 
 def copy(source: Path, target: Path) -> None:
@@ -89,70 +114,56 @@ def copy(source: Path, target: Path) -> None:
     target.mkdir()
     for file in source.iterdir():
         with file.open("rb") as read, (target / file.name).open("wb") as write:
-            while data := read.read(2**23):
+            while data := read.read(COPY_BYTES):
                 write.write(data)
             write.flush()
             os.fsync(write.fileno())
 
 
-def child(base: str, adapter: str, out: str) -> None:
-    """Merge in this process, or copy where the adapter is ""; prints seconds and the growth of the peak memory, in
-    bytes."""
+def in_child(base: Path, adapter: Path | None, out: Path, device: str) -> tuple[Elapsed, int]:
+    """Merge, or copy where there is no adapter: how long it took, and by how many bytes the peak of this process's
+    memory grew."""
     before = peak_memory()
-    start = time.perf_counter()
-    if adapter:
-        merge_checkpoint(base, adapter, out, device="cpu")
+    cpu, start = time.process_time(), time.perf_counter()
+    if adapter is not None:
+        merge_checkpoint(base, adapter, out, device=device)
     else:
-        copy(Path(base), Path(out))
-    seconds = time.perf_counter() - start
-    print(json.dumps([seconds, peak_memory() - before]))
+        copy(base, out)
+    return Elapsed(time.perf_counter() - start, time.process_time() - cpu), peak_memory() - before
 
 
 def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes. `getrusage` would count that of its parent too."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+    """Largest resident memory of this process so far, in bytes. `getrusage` would count that of its parent too; where
+    there is no `/proc`, that of this moment."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+    return found[0] if found else psutil.Process().memory_info().rss
 
 
-def main(folder: Path, layers: int, hidden: int, repeats: int) -> None:
-    base, adapter, out = folder / "base", folder / "adapter", folder / "out"
+def checkpoint(bench: Bench, case: str, shape: Shape, rounds: int) -> Iterator[Row]:
+    """Each in a process of its own: how fast a virtual machine writes depends on what ran just before."""
+    base, adapter, out = (bench.folder / name for name in ("base", "adapter", "merged"))
     base.mkdir()
-    model = structure(layers, hidden)
+    model = structure(shape.config, torch.bfloat16)
     largest = write_checkpoint(model, base)
-    write_adapter(model, adapter)
-    os.sync()
+    rank = min(CHECKPOINT_RANK, shape.hidden // 4)
+    with_sea(model, range(shape.layers), rank, rescale="none").save_pretrained(adapter)
     files = [file.stat().st_size for file in base.glob("*.safetensors")]
-    print(f"Checkpoint: {sum(files) / 1e9:.2f} GB in {len(files)} files, the largest tensor has {largest / 1e6:.0f} MB")
-    merges, copies, peaks = [], [], []
-    for _ in range(repeats):
-        # Both in processes of their own: how fast a virtual machine writes depends on what ran just before.
-        for what, seconds in (("", copies), (str(adapter), merges)):
-            arguments = [sys.executable, __file__, "--child", str(base), what, str(out)]
-            result = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True)
-            took, peak = json.loads(result.stdout.splitlines()[-1])
-            seconds.append(took)
+    ours, copied = f"merge_checkpoint, ranks {rank} + {rank}", "reading, writing and syncing the files"
+    samples, spawn = {ours: Samples(), copied: Samples()}, multiprocessing.get_context("spawn")
+    for _ in range(rounds):
+        for name, given in ((copied, None), (ours, adapter)):
+            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                elapsed, peak = pool.submit(in_child, base, given, out, bench.device.type).result()
+            samples[name].elapsed.append(elapsed)
+            samples[name].peak = max(peak, samples[name].peak or 0)
             shutil.rmtree(out)
-        peaks.append(peak)
-    merge, copied = (sorted(seconds)[repeats // 2] for seconds in (merges, copies))
-    print(f"Merge of rank {RANK} + {RANK} in {layers} layers, {torch.get_num_threads()} threads, median of {repeats}")
-    print(f"  {merge:.1f} s, reading, writing and syncing the files {copied:.1f} s: ratio {merge / copied:.2f}")
-    print(f"  each ratio: {', '.join(f'{m / c:.2f}' for m, c in zip(merges, copies, strict=True))}")
-    print(
-        f"  peak memory above the imported package: {max(peaks) / 1e6:.0f} MB, {max(peaks) / largest:.2f} of the "
-        "largest tensor"
+    for folder in (base, adapter):
+        shutil.rmtree(folder)
+    peak = samples[ours].peak
+    note = (
+        f"{sum(files) / 1e9:.2f} GB in {len(files)} files; the peak of memory is {peak / largest:.2f} of the largest "
     )
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=".", help="where the checkpoints are made; takes 6 GB for a while")
-    parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        child(*arguments.child)
-    else:
-        with tempfile.TemporaryDirectory(dir=arguments.out, prefix="merge-benchmark-") as temporary:
-            main(Path(temporary), arguments.layers, arguments.hidden, arguments.repeats)
+    note += f"tensor, {largest / 1e6:,.0f} MB"
+    yield from bench.rows(case, Timings(samples), ours, {copied: "limit"}, note, clock="wall")

@@ -31,7 +31,9 @@ def as_written(tensor: Tensor) -> AbstractContextManager[None]:
 
     Edits rely on that: thresholds follow from the dtype, and inverses and differences amplify rounding.
     """
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+    if tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def safetensors_name(dtype: torch.dtype) -> str:

@@ -8,6 +8,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ...models.dtypes import as_written
+from .. import fusing
 from ..network import feed_forward
 from ..trained import TrainedLayer
 from .config import HPRConfig
@@ -17,6 +18,10 @@ from .maths import edit, positive_probability, reflection_angle
 # Why an adapter is no linear update.
 OWN_ANGLE = "it rotates each token by an angle of its own"
 NO_MERGE = f"{OWN_ANGLE}, which no weight of the model can do"
+
+# So many are edited at once on a GPU, all of them by one kernel: to ask which are negative, and run the angle network
+# on these alone, takes longer there than to run it on them all, as the host would wait for the device.
+MAX_FUSED_TOKENS = 256
 
 
 def angle_network(features: int, num_layers: int = 4, hidden_size: int | None = None) -> nn.Sequential:
@@ -56,9 +61,12 @@ class HPRLayer(TrainedLayer):
 
     def angles(self, a: Tensor, adapter_name: str) -> Tensor:
         """Predicted angles of activations (..., d), in radians in (0, pi), (...)."""
-        network = self.hpr_angle[adapter_name]
         with as_written(a):
-            return math.pi * torch.sigmoid(network(a.to(network[0].weight.dtype)).squeeze(-1))
+            return math.pi * torch.sigmoid(self._angle_logits(a, adapter_name))
+
+    def _angle_logits(self, a: Tensor, adapter_name: str) -> Tensor:
+        network = self.hpr_angle[adapter_name]
+        return network(a.to(network[0].weight.dtype)).squeeze(-1)
 
     def edit(self, h: Tensor, adapter_name: str) -> Tensor:
         config = self.configs[adapter_name]
@@ -69,6 +77,11 @@ class HPRLayer(TrainedLayer):
 
     def _rotate(self, h: Tensor, adapter_name: str, config: HPRConfig, alpha: float) -> Tensor:
         w = self._normal(adapter_name, h)
+        angles = config.rotation == "angle" and math.prod(h.shape[:-1]) <= MAX_FUSED_TOKENS
+        if angles and config.gate > 0 and fusing.applies(h):
+            from .kernels import edit as edit_fused
+
+            return edit_fused(h, w, self._angle_logits(h, adapter_name), config.gate, alpha)
 
         def angle(a: Tensor) -> Tensor:
             return reflection_angle(a, w) if config.rotation == "reflection" else self.angles(a, adapter_name)

@@ -113,9 +113,13 @@ def is_negative(a: Tensor, w: Tensor, gate: float = 0.5) -> Tensor:
     """
     if gate == 0:
         return torch.zeros(a.shape[:-1], dtype=torch.bool, device=a.device)
-    threshold = math.inf if gate == 1 else math.log(gate) - math.log1p(-gate)
     wide = _wide(a.dtype)
-    return _dot(a.to(wide), w.to(wide)) <= threshold
+    return _dot(a.to(wide), w.to(wide)) <= gate_logit(gate)
+
+
+def gate_logit(gate: float) -> float:
+    """The largest w . a at which a token is negative, see `is_negative`, for a gate above 0."""
+    return math.inf if gate == 1 else math.log(gate) - math.log1p(-gate)
 
 
 def edit(

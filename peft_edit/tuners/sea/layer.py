@@ -12,6 +12,7 @@ from ...arguments import Argument, ArgumentError
 from ...models.dtypes import as_written
 from ...models.outputs import OutputTensor, linear_outputs, mixture_outputs, why_inexact
 from ...models.parts import out_features
+from .. import fusing
 from ..block import BlockEditLayer, check_alone
 from ..frozen import FrozenWeight
 from ..layer import EditLayer
@@ -35,6 +36,9 @@ class SEAProjection(FrozenWeight):
     """Frozen orthogonal projection x -> U U^T x. Its weight, (k, d), holds U^T: k orthonormal rows."""
 
     shape_source = "rank_pattern and the model"
+    # Of a positive one: it and the negative one stacked, see `SEALayer._stacked_factors`, and of which weights that is.
+    stacked: tuple[Tensor, Tensor] | None = None
+    stacked_of: tuple | None = None
 
     def forward(self, x: Tensor, columns: bool = False) -> Tensor:
         self.check()
@@ -114,6 +118,14 @@ class SEALayer(EditLayer):
         strength = config.strength * self.strength_factor
         if strength == 0 or not self.is_fitted(adapter_name):
             return h
+        mean_rescale = self._mean_rescale(config) if config.rescale == "mean" else 1.0
+        if config.feature_map is None and config.projections in ("both", "exchanged") and fusing.applies(h):
+            factors = self._stacked_factors(adapter_name, h.dtype)
+            if factors is not None:
+                from .kernels import edit as edit_fused
+
+                options = (config.projections == "exchanged", config.rescale, mean_rescale, strength)
+                return edit_fused(h, *factors, *options)
         scale = 1.0
         if config.input_scale is not None:
             scale = config.input_scale * self.statistic(config, "rms")
@@ -126,9 +138,26 @@ class SEALayer(EditLayer):
             feature_space=config.feature_space,
             scale=scale,
             rescale=config.rescale,
-            mean_rescale=self._mean_rescale(config) if config.rescale == "mean" else 1.0,
+            mean_rescale=mean_rescale,
             strength=strength,
         )
+
+    def _stacked_factors(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """A and B, (k+ + k-, d) each in a dtype, with (h A^T) B = U+ U+^T h - U- U-^T h, made once; None where the
+        factors are offloaded."""
+        projections = (self.sea_positive[adapter_name], self.sea_negative[adapter_name])
+        if any(hasattr(projection, "_hf_hook") for projection in projections):
+            return None
+        for projection in projections:
+            projection.check()
+        weights = [projection.weight for projection in projections]
+        # Weights that were loaded, moved or cast since are others.
+        of = (dtype, *((w.data_ptr(), w.device, w.dtype, w.shape, w.is_inference() or w._version) for w in weights))
+        if projections[0].stacked_of != of:
+            positive, negative = (weight.detach().to(dtype) for weight in weights)
+            projections[0].stacked = (torch.cat((positive, negative)), torch.cat((positive, -negative)))
+            projections[0].stacked_of = of
+        return projections[0].stacked
 
     def check_mergeable(self, adapter_name: str) -> None:
         """Raise ValueError, with the reason, for a fitted adapter that cannot be merged at this site."""

@@ -58,6 +58,15 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
 }
 
 
+# Argument of `edit` to what it can be.
+CHOICES = {
+    "projections": get_args(Projections),
+    "feature_map": (None, *FEATURE_MAPS),
+    "feature_space": get_args(FeatureSpace),
+    "rescale": get_args(Rescale),
+}
+
+
 @dataclass(frozen=True)
 class Fit:
     """Result of `fit`: a thin factor for each sign, and how informative the site is."""
@@ -98,7 +107,7 @@ def fit(
     Departs from the published code: phi is applied (there it is thrown away), and an energy of 1 keeps the numerical
     rank (there it can keep nothing).
     """
-    check_choice("feature_map", feature_map, (None, *FEATURE_MAPS))
+    check_choice("feature_map", feature_map, CHOICES["feature_map"])
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be above 0 and finite, got {scale}: are all neutral activations zero?")
     shape = tuple(neutral.shape)
@@ -196,14 +205,13 @@ def edit(
     Departs from the published code: it takes the norm per feature over all tokens of all sequences of a batch, so
     that a token's output depends on later tokens and on its neighbours. That variant is not offered.
     """
-    for name, value, choices in (
-        ("projections", projections, get_args(Projections)),
-        ("feature_map", feature_map, (None, *FEATURE_MAPS)),
-        ("feature_space", feature_space, get_args(FeatureSpace)),
-        ("rescale", rescale, get_args(Rescale)),
-    ):
-        check_choice(name, value, choices)
+    given = {"projections": projections, "feature_map": feature_map, "feature_space": feature_space, "rescale": rescale}
+    for name, value in given.items():
+        if value not in CHOICES[name]:
+            check_choice(name, value, CHOICES[name])
     wide = torch.promote_types(h.dtype, torch.float32)
+    # As a matrix, which each product would make of it again.
+    shape, h = h.shape, h.reshape(-1, h.shape[-1])
     x = h.to(wide)
     if projections == "exchanged":
         positive, negative = negative, positive
@@ -226,13 +234,13 @@ def edit(
     if strength != 1:
         y = x + strength * (y - x)
     if rescale == "token":
-        norm, x_norm = y.norm(dim=-1, keepdim=True), x.norm(dim=-1, keepdim=True)
+        norm, x_norm = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (y, x))
         # Divided by infinity, what has no direction becomes zero, and its gradient too.
-        y = y * (x_norm / norm.masked_fill(norm <= _rounding(h.dtype) * x_norm, float("inf")))
-    return y.to(h.dtype)
+        y = y * (x_norm / norm.masked_fill(norm <= rounding(h.dtype) * x_norm, float("inf")))
+    return y.to(h.dtype).reshape(shape)
 
 
-def _rounding(dtype: torch.dtype) -> float:
+def rounding(dtype: torch.dtype) -> float:
     """Share of ||h|| below which y is zero or rounding, as for a token that is removed altogether: it has no direction
     to rescale. Products are rounded to h's dtype; sums over d, in float32 or wider, lose some bits more."""
     wide = torch.promote_types(dtype, torch.float32)
@@ -315,7 +323,7 @@ class RescaleStatistics:
 def rescale_statistics(neutral: Tensor, edited: Tensor) -> RescaleStatistics:
     """Statistics of ||h|| / ||y||; neutral h and unrescaled edit y are (n, d). Rows where one is zero have none."""
     h_norm, y_norm = neutral.double().norm(dim=1), edited.double().norm(dim=1)
-    defined = (h_norm > 0) & (y_norm > _rounding(torch.float64) * h_norm)
+    defined = (h_norm > 0) & (y_norm > rounding(torch.float64) * h_norm)
     if not defined.any():
         raise ArgumentError("the edit maps every neutral demonstration to zero: lower ", Argument("negative_energy"))
     ratio = h_norm[defined] / y_norm[defined]

@@ -8,7 +8,6 @@ min(n, d) squared is formed.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,8 +31,6 @@ RESOLUTION = 1e-12
 COPY_SHARE = 1e-6
 # The Krylov space grows by this factor from one look at its eigenvalues to the next.
 LOOK_GROWTH = 1.2
-# The Gram matrix is built in this many strips, so that its symmetric half costs little more than half.
-GRAM_STRIPS = 16
 
 
 @dataclass(frozen=True)
@@ -208,14 +205,12 @@ def _verified(
 
 
 def _gram(x: torch.Tensor) -> torch.Tensor:
-    """X X^T, (n, n), its lower half computed and mirrored."""
-    gram = x.new_empty(len(x), len(x))
-    edges = [round(i * len(x) / GRAM_STRIPS) for i in range(GRAM_STRIPS + 1)]
-    for low, high in itertools.pairwise(edges):
-        strip = x[low:] @ x[low:high].T
-        gram[low:, low:high] = strip
-        gram[low:high, low:] = strip.T
-    return gram
+    """X X^T, (n, n)."""
+    if x.device.type != "cpu":
+        return x @ x.T
+    # NumPy sees that both factors are one array, and computes half of the product (BLAS's syrk, which PyTorch lacks).
+    rows = x.numpy(force=True)
+    return torch.from_numpy(rows @ rows.T)
 
 
 def _orthonormalise(
@@ -229,14 +224,23 @@ def _orthonormalise(
     """
     whole = torch.eye(block.shape[1], dtype=block.dtype, device=block.device)
     # Of directions that are all but in the span the first pass leaves rounding; two more make it orthogonal, too.
-    for _ in range(3):
+    for _ in range(2):
         block = block - basis @ (metric_basis.T @ block)
-        metric_block = operator.metric(block)
-        gram = block.T @ metric_block
-        values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-        block, metric_block = block @ vectors, metric_block @ vectors
-        kept = values > RESOLUTION * operator.metric_norm * block.square().sum(dim=0)
-        lengths = values[kept].sqrt()
-        block, metric_block = block[:, kept] / lengths, metric_block[:, kept] / lengths
-        whole = (vectors[:, kept] * lengths).T @ whole
-    return block, metric_block, whole
+        block, metric_block, factor = _normalise(block, operator.metric(block), operator)
+        whole = factor @ whole
+    # What the last pass takes off is small, and so is what its metric is off by.
+    part = metric_basis.T @ block
+    block, metric_block, factor = _normalise(block - basis @ part, metric_block - metric_basis @ part, operator)
+    return block, metric_block, factor @ whole
+
+
+def _normalise(
+    block: torch.Tensor, metric_block: torch.Tensor, operator: _Operator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Q with Q^T metric(Q) = I, metric(Q), and C such that Q C is the block, given with its metric."""
+    gram = block.T @ metric_block
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    block, metric_block = block @ vectors, metric_block @ vectors
+    kept = values > RESOLUTION * operator.metric_norm * block.square().sum(dim=0)
+    lengths = values[kept].sqrt()
+    return block[:, kept] / lengths, metric_block[:, kept] / lengths, (vectors[:, kept] * lengths).T
