@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from .methods import METHODS
+from .tuners import METHODS
 
 
 if TYPE_CHECKING:

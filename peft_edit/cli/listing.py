@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from ..methods import METHODS
+from ..tuners import METHODS
 
 
 # The module whose command takes another program's options.

@@ -14,7 +14,7 @@ from typing import Any
 from peft import PeftConfig
 
 from ..arguments import choices_of, hints_of
-from ..methods import METHODS
+from . import METHODS
 from .config import EditConfig
 from .layer import EditLayer
 from .model import EditModel
