@@ -1,53 +1,39 @@
-"""Edit a language model's activations as Hugging Face PEFT adapters. Importing it registers every method with PEFT."""
+"""Edit a language model's activations as Hugging Face PEFT adapters. Importing it lets PEFT know every method.
 
-from .activations.collect import collect_activations
-from .activations.store import ActivationStore
-from .adapters.card import write_card_of_saved
-from .adapters.hub import push_to_hub
-from .adapters.save import replaced_adapters
-from .answering import generate_answers
-from .choosing import calibrate, sweep
-from .data import load_contrast_set
-from .evaluation import evaluate, evaluate_multiple_choice, perplexity, side_effects
-from .explaining import explain_edit
-from .merging import merge_checkpoint
-from .models.fingerprint import fingerprint
-from .tuners.config import EditConfig
-from .tuners.method import methods
-from .tuners.registration import save_into, write_cards_with
-from .tuners.strength import edit_strength
+All other names are imported when they are used.
+"""
+
+from typing import TYPE_CHECKING
+
+from . import plugin
+from .importing import on_first_use
 from .version import __version__
 
 
-# The methods, in the order in which they are shown: each line registers one and takes over its public names.
-# isort: off
-from .tuners.sea import *
-from .tuners.hpr import *
-from .tuners.mean_difference import *
-from .tuners.iti import *
-from .tuners.diff import *
-# isort: on
+if TYPE_CHECKING:
+    from .activations.collect import collect_activations
+    from .activations.store import ActivationStore
+    from .adapters.hub import push_to_hub
+    from .answering.generate import generate_answers
+    from .choosing.calibrate import calibrate
+    from .choosing.sweep import sweep
+    from .data import load_contrast_set
+    from .evaluation.measuring import evaluate
+    from .evaluation.multiple_choice import evaluate_multiple_choice
+    from .evaluation.perplexity import perplexity
+    from .evaluation.side_effects import side_effects
+    from .explaining import explain_edit
+    from .merging import merge_checkpoint
+    from .models.fingerprint import fingerprint
+    from .tuners.diff import DiffConfig, DiffModel, DiffTrainer, DiffTrainingArguments
+    from .tuners.hpr import HPRConfig, HPRModel, HPRTrainer, HPRTrainingArguments, convert_hpr, select_layers
+    from .tuners.iti import ITIConfig, ITIModel, fit_iti
+    from .tuners.mean_difference import MeanDifferenceConfig, MeanDifferenceModel, fit_mean_difference
+    from .tuners.sea import SEAConfig, SEAModel, combine_sea, convert_sea, fit_sea, sea_to_lora
+    from .tuners.strength import edit_strength
 
+__getattr__, __dir__, __all__ = on_first_use(__name__)
+__all__ = ["__version__", *__all__]
 
-write_cards_with(EditConfig, write_card_of_saved)
-save_into(EditConfig, replaced_adapters)
-
-__all__ = [
-    "ActivationStore",
-    "__version__",
-    "calibrate",
-    "collect_activations",
-    "edit_strength",
-    "evaluate",
-    "evaluate_multiple_choice",
-    "explain_edit",
-    "fingerprint",
-    "generate_answers",
-    "load_contrast_set",
-    "merge_checkpoint",
-    "perplexity",
-    "push_to_hub",
-    "side_effects",
-    "sweep",
-    *(name for method in methods().values() for name in method.public),
-]
+if not plugin.starts_command_line():
+    plugin.register()

@@ -47,7 +47,7 @@ def adapted(method: str, *names: str, base=ASSETS / "model"):
     import torch
     from peft import get_peft_model
 
-    from peft_edit import methods
+    from peft_edit.tuners.method import methods
 
     torch.manual_seed(0)
     config_cls = methods()[method].config

@@ -12,6 +12,7 @@ from pathlib import Path
 # Each process prints to files of its own.
 LAUNCHER = """
 import importlib, os, runpy, sys
+from peft_edit import *
 outputs, processes, *sys.argv = sys.argv[1:]
 importlib.import_module(sys.argv[0])
 running = []

@@ -111,7 +111,7 @@ def test_own_code_runs_when_it_is_trusted_and_never_else(own_code, run, tmp_path
 
 def test_every_command_with_a_model_can_trust_it_and_read_gguf():
     for name, command in cli.application().commands.items():
-        options = {opt for parameter in command.params for opt in (parameter.name, *parameter.opts)}
+        options = {opt for parameter in command.loaded.params for opt in (parameter.name, *parameter.opts)}
         loads = {"model", "base"} & options
         assert bool(loads) == ("--trust-remote-code" in options) == ("--gguf-file" in options), name
 

@@ -13,12 +13,13 @@ from markdown_it import MarkdownIt
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_model
 
-from peft_edit import ActivationStore, HPRConfig, SEAConfig, fit_sea, methods
+from peft_edit import ActivationStore, HPRConfig, SEAConfig, fit_sea
 from peft_edit.adapters.card import for_repository, index_card, is_generated, may_replace, model_card, write_card
 from peft_edit.adapters.save import save_adapter
 from peft_edit.cli import main
 from peft_edit.cli.hub import card
 from peft_edit.models.fingerprint import adapter_record, tensors_of
+from peft_edit.tuners.method import methods
 
 
 every_method = pytest.mark.parametrize("method", methods().values(), ids=list(methods()))

@@ -13,7 +13,7 @@ from tiny import FAMILIES, tiny_model
 
 from peft_edit import evaluate_multiple_choice, perplexity
 from peft_edit.data.prompts import encode_answers
-from peft_edit.evaluation import answer_log_likelihoods
+from peft_edit.evaluation.likelihood import answer_log_likelihoods
 
 
 # Small changes that exercise other caches and positions.

@@ -29,11 +29,11 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import load_peft_weights
 from test_cards import results
 
-from peft_edit import methods
 from peft_edit.adapters.card import is_generated
 from peft_edit.adapters.read import read_config
 from peft_edit.adapters.unfinished import UNFINISHED
 from peft_edit.models.fingerprint import adapter_record
+from peft_edit.tuners.method import methods
 
 
 TOKENS = {"hf_write": ("user", "write"), "hf_read": ("user", "read"), "hf_other": ("other", "write")}

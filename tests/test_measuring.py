@@ -15,7 +15,7 @@ from tiny import tiny_model, vivid_model
 
 from peft_edit import evaluate, evaluate_multiple_choice, load_contrast_set, perplexity, side_effects
 from peft_edit.data.in_context import with_examples
-from peft_edit.evaluation.metrics import SHIFT
+from peft_edit.evaluation.showing import SHIFT
 from peft_edit.evaluation.statistics import interval, resamples
 
 

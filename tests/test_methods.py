@@ -43,6 +43,7 @@ from peft_edit.arguments import choices_of
 from peft_edit.models.sites import find_sites
 from peft_edit.tuners.layer import edit_layers
 from peft_edit.tuners.method import methods
+from peft_edit.tuners.registration import register_with_peft
 
 
 HIDDEN = 32
@@ -97,6 +98,15 @@ def test_registering_again_changes_nothing():
     importlib.import_module("peft_edit")
     assert list(PeftType) == members and classes == PEFT_TYPE_TO_CONFIG_MAPPING and methods() == known
     assert all([member.value for member in members].count(name) == 1 for name in METHODS)
+
+
+@every_method
+def test_another_method_of_the_name_is_refused(method):
+    class Other(method.config):
+        pass
+
+    with pytest.raises(ValueError, match=rf"PEFT has a method {method.name} already \(peft_edit.tuners"):
+        register_with_peft(Other, method.model)
 
 
 @every_method

@@ -10,9 +10,7 @@ from test_contrast_known import FIXTURES, LOCAL
 from peft_edit import load_contrast_set
 from peft_edit.data import CONTRAST_FEATURES
 from peft_edit.evaluation.metrics import (
-    LABELS,
     METRICS,
-    SHIFT,
     bbq,
     check_columns,
     crows_pairs,
@@ -21,6 +19,7 @@ from peft_edit.evaluation.metrics import (
     suited,
 )
 from peft_edit.evaluation.multiple_choice import QuestionScore
+from peft_edit.evaluation.showing import LABELS, SHIFT
 
 
 def question(i, right, stereotyped, unknown, *others, **columns):

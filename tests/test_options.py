@@ -20,13 +20,13 @@ from test_cli import MODEL, TEST, refused
 from peft_edit import SEAConfig, cli
 from peft_edit.adapters import hub
 from peft_edit.arguments import Argument, ArgumentError, Note, check_options, renamed
-from peft_edit.cli.options import Fields, Run, command, command_name, options_of, spelling
-from peft_edit.models.sites import LayerIndices
+from peft_edit.cli.options import Fields, Run, command, options_of, spelling
+from peft_edit.places import LayerIndices
 
 
 run = test_cli.run
 fitted = test_cli.fitted
-COMMANDS = {command_name(function): function for function in cli.commands()}
+COMMANDS = cli.commands()
 
 
 @dataclass(kw_only=True)
@@ -67,7 +67,7 @@ made: list[SimpleNamespace] = []
 def call(*arguments):
     """What `brew` was called with, or the exception."""
     app = typer.Typer()
-    app.command()(command(brew, elsewhere=options_of(COMMANDS["collect"])))
+    app.command()(command(brew, elsewhere=lambda: options_of(COMMANDS["collect"])))
     app(list(map(str, arguments)), standalone_mode=False)
     return made.pop()
 

@@ -16,7 +16,7 @@ ALL = {
     for path in (README, *PAGES, REPOSITORY / "model_cards" / "README.md")
 }
 COMMANDS = {
-    name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    name: {option for parameter in command.loaded.params for option in (*parameter.opts, *parameter.secondary_opts)}
     for name, command in cli.application().commands.items()
 }
 OTHERS_OPTIONS = {"--help", "--max-lora-rank", "--device", "--quick"}  # of every command, of vLLM, of the benchmarks

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_cli import MODEL, refused
 
 from peft_edit import cli
-from peft_edit.cli.options import command_name, options_of
+from peft_edit.cli.options import options_of
 from peft_edit.cli.recipes.reading import read_recipe, substituted
 
 
@@ -355,10 +355,10 @@ def test_results_that_cannot_stand_side_by_side_are_refused(recipe, run, tmp_pat
 
 
 def test_every_command_says_what_it_writes():
-    for function in cli.commands():
+    for name, function in cli.commands().items():
         for option in options_of(function):
             writes = option.name in ("out", "json", "html", "figures")
-            assert option.is_output == writes, (command_name(function), option.name)
+            assert option.is_output == writes, (name, option.name)
 
 
 VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.text(), st.lists(st.integers(), max_size=2))
@@ -389,5 +389,5 @@ def test_repetitions_are_nested_and_combined(tmp_path):
 def test_a_run_is_for_one_process(recipe, run, monkeypatch, tmp_path):
     from peft_edit.processes import Processes
 
-    monkeypatch.setattr("peft_edit.cli.run.processes", lambda: Processes(0, 2))
+    monkeypatch.setattr("peft_edit.processes.processes", lambda: Processes(0, 2))
     assert "run is for one process" in refused(run, "run", recipe(), "--out", tmp_path / "out")

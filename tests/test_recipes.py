@@ -13,14 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from peft_edit import MeanDifferenceConfig, cli
 from peft_edit.adapters.save import save_adapter
-from peft_edit.cli.options import command_name
 from peft_edit.cli.recipes.plan import plan
 from peft_edit.cli.recipes.reading import read_recipe
 
 
 run = test_cli.run
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "examples" / "recipes").glob("*.yaml"))
-FUNCTIONS = {command_name(function): function for function in cli.commands()}
+FUNCTIONS = cli.commands()
 DEMONSTRATIONS, TEST = str(ASSETS / "demonstrations.jsonl"), str(ASSETS / "test.jsonl")
 # Values with which a recipe, where it has the variable, does with the demonstration model what it does with its own.
 SMALL = {

@@ -27,7 +27,7 @@ from peft_edit import (
 )
 from peft_edit.arguments import choices_of, hints_of
 from peft_edit.data.prompts import EncodedAnswer
-from peft_edit.evaluation import answer_log_likelihoods
+from peft_edit.evaluation.likelihood import answer_log_likelihoods
 from peft_edit.models.fingerprint import adapters_fingerprint
 from peft_edit.models.sites import decoder_blocks, find_sites, unwrap
 

@@ -84,16 +84,22 @@ def relative(actual, expected):
 
 
 class LargestNew(TorchDispatchMode):
-    """Largest tensor that an operation makes and that is no view of a parameter."""
+    """Most elements of a tensor that an operation makes and that is no view of a parameter.
 
-    def __init__(self, model):
+    Bytes of files, of which tensors are made, do not count.
+    """
+
+    def __init__(self, model, elements=torch.Tensor.numel):
         super().__init__()
         self.known = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+        self.elements = elements
         self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
-                self.largest = max(self.largest, tensor.numel())
+            if not isinstance(tensor, torch.Tensor) or tensor.dtype == torch.uint8:
+                continue
+            if tensor.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, self.elements(tensor))
         return out

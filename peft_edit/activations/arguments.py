@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from ..arguments import Argument, ArgumentError, check_options
-from ..data.prompts import PromptOptions
-from ..models.sites import LayerIndices, OutputSite, Site
-from .store.layout import EVERY_TOKEN, RowTokens
+from ..data.options import PromptOptions
+from ..places import EVERY_TOKEN, LayerIndices, OutputSite, RowTokens, Site
 
 
 @dataclass(kw_only=True)

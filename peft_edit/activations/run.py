@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..models.run import TokenProgress, cache_name, input_device, pad, prompt_cache, select_rows
+from ..places import EVERY_TOKEN
 from ..processes import Processes
 from .recorder import Recorder
-from .store.layout import EVERY_TOKEN, INDEX, StoreShape, is_whole, read_index, read_token_ids
+from .store.layout import INDEX, StoreShape, is_whole, read_index, read_token_ids
 from .store.shards import Shard
 
 

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from huggingface_hub import EvalResult
 
 from ..data.names import data_id, data_name
-from ..evaluation.metrics import LABELS, SHIFT
 from ..evaluation.results import Results
-from ..evaluation.showing import SIDE_EFFECTS, measure_cell, percent, side_effect_cells
+from ..evaluation.showing import LABELS, SHIFT, SIDE_EFFECTS, measure_cell, percent, side_effect_cells
 from .markdown import code
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..arguments import Argument, ArgumentError, check_options
-from ..data.prompts import PromptOptions
+from ..data.options import PromptOptions
 
 
 # Who answers: the model with its adapters disabled, and with them.

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..answering.options import BASE, EDITED
 from ..arguments import renamed
 from ..explaining import Explanation
-from ..models.sites import format_layers, parse_layers
+from ..places import format_layers, parse_layers
 from ..tuners.method import methods
 from .chat import Chat, Conversation
 from .models import Dial, told_layers

@@ -17,7 +17,7 @@ from ..adapters.match import give_config, replace_config
 from ..adapters.read import load_adapter
 from ..answering.options import BASE, EDITED
 from ..arguments import Argument, ArgumentError, nearest
-from ..models.sites import format_layers
+from ..places import format_layers
 from ..tuners.config import EditConfig
 from ..tuners.layer import edit_layers
 from ..tuners.method import method_of

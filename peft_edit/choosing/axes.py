@@ -20,7 +20,8 @@ from torch import nn
 
 from ..activations.store import ActivationStore
 from ..arguments import Argument, ArgumentError, check_value, hints_of, nearest
-from ..models.sites import decoder_blocks, format_layers, normalise_layers, parse_layers
+from ..models.sites import decoder_blocks
+from ..places import format_layers, normalise_layers, parse_layers
 
 
 # "each" and "windows of N" stand for several values.

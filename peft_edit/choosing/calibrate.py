@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from datasets import Dataset
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..adapters.match import find_config, replace_config
-from ..arguments import Argument, ArgumentError, check_options, nearest, takes
+from ..arguments import Argument, ArgumentError, nearest, takes
 from ..data.texts import load_texts
 from ..evaluation.side_effects import SideEffects, check_active
 from ..evaluation.texts import NotFiniteError
@@ -24,6 +24,7 @@ from ..models.fingerprint import active_adapters
 from ..models.sites import decoder_blocks, layer_index, unwrap
 from ..tuners.config import EditConfig
 from ..tuners.layer import edit_layers
+from .options import CalibrationOptions
 from .texts import SharedTexts
 from .trial import GIB
 
@@ -33,56 +34,6 @@ logger = logging.getLogger(__name__)
 LEAST = 2.0**-10
 # Of which a twentieth is one.
 LEAST_TOKENS = 20
-
-
-@dataclass(kw_only=True)
-class CalibrationOptions:
-    """
-    Options of a calibration.
-
-    Args:
-        kl_p95 (`float`):
-            The budget: largest 95th percentile of KL(base || edited) over the tokens, in nats.
-        dial (`str`, *optional*):
-            Field of the configuration that is set, by default the strength, of HPR and ITI `alpha`. Of HPR also "gate".
-        maximum (`float`):
-            Largest value that is tried, as a multiple of the configured one. 1 never makes an edit stronger.
-        tolerance (`float`):
-            Relative distance of the value that is found to one that is known to be too large.
-        batch_size (`int`):
-            Most texts in a forward pass.
-        memory (`float`):
-            GiB for the base model's logits, and as much for what enters its blocks.
-    """
-
-    kl_p95: float = field(
-        default=0.5, metadata={"help": "Budget, in nats.", "above": 0, "allowed": "above 0 and finite"}
-    )
-    dial: str | None = field(
-        default=None, metadata={"help": "Field that is set: strength, of HPR and ITI alpha, of HPR also gate."}
-    )
-    maximum: float = field(
-        default=1.0,
-        metadata={"help": "Largest multiple of the configured value.", "above": 0, "allowed": "above 0 and finite"},
-    )
-    tolerance: float = field(
-        default=0.01,
-        metadata={
-            "help": "Relative distance to a value that is too large.",
-            "minimum": 1e-6,
-            "allowed": "in [1e-6, 0.5]",
-            "maximum": 0.5,
-        },
-    )
-    batch_size: int = field(
-        default=16, metadata={"help": "Most texts in a forward pass.", "minimum": 1, "allowed": "of at least 1"}
-    )
-    memory: float = field(
-        default=2.0, metadata={"help": "GiB for the base model's logits.", "minimum": 0, "allowed": "of 0 or more"}
-    )
-
-    def __post_init__(self):
-        check_options(self)
 
 
 @dataclass(frozen=True)

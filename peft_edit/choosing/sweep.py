@@ -7,10 +7,10 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset
 from torch import nn
@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..activations.store import Store, open_store
 from ..adapters.save import check_adapter_folder, save_adapter
-from ..arguments import Argument, ArgumentError, check_options, nearest, takes
+from ..arguments import Argument, ArgumentError, nearest, takes
 from ..data import check_contrast_set
-from ..data.prompts import PromptOptions, prompt_record, settled
+from ..data.prompts import prompt_record, settled
 from ..data.source import rows_digest
 from ..data.texts import load_texts
 from ..evaluation.results import versions
@@ -31,58 +31,12 @@ from ..tuners.method import Method, methods
 from .axes import Setting, Settings, Sources, check_bare, settings_of
 from .budget import DEFAULT, Budget, choose, front
 from .journal import JOURNAL, journal_in
+from .options import SweepOptions
 from .trial import Base, Found, Trials
 
 
 # Beside the adapter: what was tried, and the choice.
 RECORD = "sweep.json"
-
-
-@dataclass(kw_only=True)
-class SweepOptions(PromptOptions):
-    """
-    Options of a sweep.
-
-    Args:
-        method (`str`):
-            Name of the method.
-        criterion (`str`):
-            The benefit: "mc2", the probability of the positive answers, or "mc1", the share of questions whose correct
-            answer is the likeliest. Of a few dozen questions MC1 has as many values; MC2 is less coarse.
-        budget (`dict[str, float]`, *optional*):
-            Measure of damage to its largest value. By default a perplexity ratio of 1.05, and a 95th percentile of the
-            divergence of 0.5 nats.
-        hopeless (`float`):
-            A setting whose damage is more than so many budgets is not asked for its benefit. The budget of a perplexity
-            ratio counts from 1.
-        batch_size (`int`):
-            Most answers, and most texts, in a forward pass.
-        memory (`float`):
-            GiB for what is kept of the base model: its logits on the texts as much, and what enters its blocks, for
-            texts and for questions as much each.
-    """
-
-    method: str = field(default="SEA", metadata={"help": "Name of the method, such as SEA, HPR, MEAN_DIFFERENCE."})
-    criterion: Literal["mc2", "mc1"] = field(default="mc2", metadata={"help": "The benefit: mc2 (less coarse) or mc1."})
-    budget: dict[str, float] | None = field(
-        default=None,
-        metadata={"help": 'Limits of damage as JSON. Default: \'{"perplexity_ratio": 1.05, "kl_p95": 0.5}\'.'},
-    )
-    hopeless: float = field(
-        default=2.0,
-        metadata={"help": "Settings over so many budgets stop early.", "minimum": 1, "allowed": "of 1 or more"},
-    )
-    batch_size: int = field(
-        default=16, metadata={"help": "Most answers or texts in a pass.", "minimum": 1, "allowed": "of at least 1"}
-    )
-    memory: float = field(
-        default=2.0,
-        metadata={"help": "GiB for what is shared.", "minimum": 0, "allowed": "of 0 or more and finite"},
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_options(self, tuple(f.name for f in fields(SweepOptions)))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..data.prompts import PromptOptions
+from ..data.options import PromptOptions
 from ..evaluation.multiple_choice import MultipleChoiceResult
 from ..evaluation.texts import NotFiniteError
 from .axes import Setting, Settings

@@ -7,69 +7,71 @@ import io
 import sys
 import warnings
 from collections.abc import Callable
-from functools import cache
-from importlib import import_module
+from functools import cache, cached_property
+from typing import TYPE_CHECKING
 
 import typer
 from safetensors import SafetensorError
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from . import common
-
-
-def method_commands() -> list[Callable]:
-    """The functions of the methods' own commands."""
-    from ..tuners.method import methods
-
-    return [function for method in methods().values() for function in import_module(method.commands).COMMANDS]
+from .listing import HARNESS, Listed, listed_commands
 
 
-def commands() -> list[Callable]:
-    """The functions of all commands, in the order of use."""
-    from . import (
-        activations,
-        chat,
-        choose,
-        convert,
-        demo,
-        evaluate,
-        explain,
-        export,
-        generate,
-        hub,
-        merge,
-        report,
-        run,
-        ui,
-    )
+if TYPE_CHECKING:
+    from .options import Option
 
-    first = [demo.demo, activations.collect, activations.inspect]
-    moving_on = [convert.convert, export.export_lora, merge.merge, hub.card, hub.push]
-    looking = [evaluate.evaluate, explain.explain, generate.generate, report.report, *chat.COMMANDS, *ui.COMMANDS]
-    return [*first, *method_commands(), *choose.COMMANDS, *looking, *moving_on, run.run]
+# Wide enough for most options to have one line.
+SETTINGS = {"max_content_width": 140}
+
+
+class Deferred(TyperCommand):
+    """A command in the list of all, whose function and options are imported when it is called."""
+
+    def __init__(self, listed: Listed):
+        super().__init__(listed.name, help=listed.help, rich_markup_mode=None)
+        self.listed = listed
+
+    def make_context(self, *args, **kwargs) -> typer.Context:
+        return self.loaded.make_context(*args, **kwargs)
+
+    @cached_property
+    def loaded(self) -> TyperCommand:
+        """The command itself."""
+        from .options import command
+
+        app = typer.Typer(rich_markup_mode=None, add_completion=False)
+        function = self.listed.load()
+        if self.listed.module == HARNESS:
+            from .harness import Untouched
+
+            app.command(self.name, cls=Untouched)(function)
+        else:
+            app.command(self.name, context_settings=SETTINGS)(command(function, elsewhere=all_options))
+        return typer.main.get_command(app)
+
+
+def commands() -> dict[str, Callable]:
+    """Name to function of all commands that have options of this package, in the order of use."""
+    return {listed.name: listed.load() for listed in listed_commands() if listed.module != HARNESS}
+
+
+def all_options() -> list[Option]:
+    """The options of all commands."""
+    from .options import options_of
+
+    return [option for function in commands().values() for option in options_of(function)]
 
 
 @cache
 def application() -> TyperGroup:
     """The command line with all commands, which parses arguments and runs one of them."""
-    from . import harness
-    from .options import command, command_name, options_of
-
-    app = typer.Typer(
+    return TyperGroup(
         name="peft-edit",
         help="Edit a language model's activations as Hugging Face PEFT adapters.",
+        commands={listed.name: Deferred(listed) for listed in listed_commands()},
         rich_markup_mode=None,
-        add_completion=False,
-        pretty_exceptions_enable=False,
+        context_settings=SETTINGS,
     )
-    functions = commands()
-    options = [option for function in functions for option in options_of(function)]
-    for function in functions:
-        # Wide enough for most options to have one line.
-        settings = {"max_content_width": 140}
-        app.command(command_name(function), context_settings=settings)(command(function, elsewhere=options))
-    app.command(command_name(harness.lm_eval), cls=harness.Untouched)(harness.lm_eval)
-    return typer.main.get_command(app)
 
 
 # What typer raises for what cannot be parsed; it says so in its own words.
@@ -89,7 +91,9 @@ def main() -> None:
         program = error.ctx.command_path if error.ctx is not None else "peft-edit"
         _fail(f"{error.format_message().rstrip('.')}: see {program} --help")
     except (ValueError, OSError, SafetensorError) as error:
-        _fail(common.told_error(error))
+        from .common import told_error
+
+        _fail(told_error(error))
     except typer.Abort:
         sys.exit(130)
     sys.exit(status if isinstance(status, int) else 0)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from ..activations.arguments import CollectArguments
 from ..arguments import Argument, ArgumentError
-from ..models.sites import format_layers
+from ..places import format_layers
 from . import common
 from .options import Fields, Run
 
@@ -173,3 +173,6 @@ def _describe_data(source: dict) -> str | None:
 def _what(store) -> str:
     """What the length of a store counts."""
     return store.counted.replace(" ", "_")
+
+
+COMMANDS = [collect, inspect]

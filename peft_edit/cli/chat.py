@@ -8,7 +8,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Annotated
 
 from ..chatting.settings import Sampling
-from ..data.prompts import PromptOptions
+from ..data.options import PromptOptions
 from . import common
 from .explain import PROMPTS
 from .options import Run

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..arguments import Argument, ArgumentError
-from ..choosing.calibrate import CalibrationOptions
-from ..choosing.sweep import SweepOptions
+from ..choosing.options import CalibrationOptions, SweepOptions
 from . import common
 from .options import Run
 
@@ -46,8 +45,8 @@ def sweep(
 
     Example: peft-edit sweep MODEL valid.jsonl sea --store store --texts other.txt --grid '{"energy": [0.99, 0.998]}'
     """
-    from ..choosing import sweep as sweep_settings
-    from ..evaluation.metrics import LABELS
+    from ..choosing.sweep import sweep as sweep_settings
+    from ..evaluation.showing import LABELS
 
     if grid is None:
         raise ArgumentError(Argument("grid"), ' is missing: pass axes and their values, \'{"layers": ["last 3"]}\'')
@@ -128,7 +127,7 @@ def calibrate(
     """
     from ..adapters.read import load_adapter_config
     from ..adapters.save import check_adapter_folder, save_adapter
-    from ..choosing import calibrate as find_strength
+    from ..choosing.calibrate import calibrate as find_strength
 
     check_adapter_folder(out, load_adapter_config(adapter).peft_type.value)
     base, tokenizer = common.load_model(model)

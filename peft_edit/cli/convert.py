@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ..arguments import Argument, ArgumentError
-from ..models.sites import LayerIndices
-from ..tuners.method import methods, names
+from ..places import LayerIndices
 from . import common
 from .options import Fields, Run
 
@@ -34,6 +33,7 @@ def convert(
     Example: peft-edit convert meta-llama/Llama-2-7b-hf projections/truthful sea-truthful --layers 11-31
     """
     from ..adapters import conversion
+    from ..tuners.method import methods, names
 
     model.base.check_local()
     if not source.is_dir():
@@ -60,3 +60,6 @@ def convert(
     for note in converted.notes:
         print(f"Note: {run.tell(note)}.")
     print(f"{method.short} adapter, {common.size_of(out)}: {out}")
+
+
+COMMANDS = [convert]

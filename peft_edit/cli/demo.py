@@ -48,3 +48,6 @@ def demo(
     print(f"{results['demonstrations']} demonstrations, {results['questions']} held-out questions")
     print(common.table(["model", "MC1 %", "change", "MC2 %", "change", "perplexity", "ratio"], rows))
     print("\n".join(results["lines"]))
+
+
+COMMANDS = [demo]

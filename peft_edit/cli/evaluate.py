@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import Argument, ArgumentError
-from ..evaluation.metrics import LABELS, SHIFT
 from ..evaluation.options import EvaluationOptions
-from ..evaluation.showing import SIDE_EFFECTS, percent, side_effect_cells
+from ..evaluation.showing import LABELS, SHIFT, SIDE_EFFECTS, percent, side_effect_cells
 from . import common
 from .options import Run
 
@@ -178,3 +177,6 @@ def _side_effects(results: dict[str, Any]) -> str:
 
 def _interval(low: float | None, high: float | None, sign: str = "") -> str:
     return "" if None in (low, high) else f"{percent(low, sign, 2)} to {percent(high, sign, 2)}"
+
+
+COMMANDS = [evaluate]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from .. import files
 from ..arguments import Argument, ArgumentError
-from ..data.prompts import PromptOptions
+from ..data.options import PromptOptions
 from . import common
 from .options import Fields, Run
 
@@ -85,3 +85,6 @@ def _check_page(html: Path) -> None:
             raise ValueError(f"{html} is a folder: choose a file")
     except ValueError as error:
         raise ArgumentError(Argument("html"), f" {error}") from error
+
+
+COMMANDS = [explain]

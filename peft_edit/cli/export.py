@@ -42,3 +42,6 @@ def export_lora(
         print(f"Note: {run.tell(note)}.")
     exact = ", exact" if export.exact else ""
     print(f"LoRA adapter of rank {export.rank}{exact}, {common.size_of(out)}: {out}")
+
+
+COMMANDS = [export_lora]

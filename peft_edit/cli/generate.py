@@ -43,7 +43,7 @@ def generate(
 
     Example: peft-edit generate meta-llama/Llama-2-7b-chat-hf truthful_qa answers.jsonl --adapter hpr-truthful
     """
-    from ..answering import generate_answers
+    from ..answering.generate import generate_answers
     from ..answering.rows import summary
     from ..tuners.strength import edit_strength
 
@@ -73,3 +73,6 @@ def _table(found: dict[str, dict[str, Any]]) -> str:
     names = [name for name in COLUMNS if any(name in means for means in found.values())]
     rows = [[who, *(format(means[name], COLUMNS[name][1]) for name in names)] for who, means in found.items()]
     return common.table(["model", *(COLUMNS[name][0] for name in names)], rows)
+
+
+COMMANDS = [generate]

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..extras import import_extra
+from ..plugin import register
 
 
 class Untouched(TyperCommand):
@@ -27,6 +28,7 @@ def lm_eval(context: typer.Context) -> None:
 
     Example: peft-edit lm-eval --model hf --model_args pretrained=NAME,peft=sea-truthful --tasks truthfulqa_mc1
     """
+    register()
     harness = import_extra("lm_eval.__main__", "eval", "lm-eval")
     with _arguments(context.args), _no_edit_of_padding():
         harness.cli_evaluate()
@@ -62,3 +64,6 @@ def _no_edit_of_padding() -> Iterator[None]:
         yield
     finally:
         HFLM._loglikelihood_tokens = unchecked
+
+
+COMMANDS = [lm_eval]

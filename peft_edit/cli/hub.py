@@ -62,3 +62,6 @@ def push(
     results = {"repository": str(commit.repo_url.repo_id), "commit": commit.oid, "url": commit.commit_url}
     output.write(run.record(results | {"pull_request": commit.pr_url}))
     print(f"Pull request: {commit.pr_url}" if commit.pr_url else f"Commit: {commit.commit_url}")
+
+
+COMMANDS = [card, push]

@@ -49,3 +49,6 @@ def merge(
     )
     if push is not None:
         print(f"Uploaded: {hub.push_checkpoint(out, push, private=private)}")
+
+
+COMMANDS = [merge]

@@ -17,6 +17,8 @@ import typer
 
 from ..arguments import Argument, ArgumentError, Note, alternatives, check_value, choices_of, hints_of
 from ..files import resolved
+from ..plugin import register
+from .listing import command_name
 from .values import NONE, help_of, kind_of, parse, shown_type, to_json, to_text
 
 
@@ -224,7 +226,7 @@ def bind(
         if values[o.name] != o.default:
             o.check(values[o.name], o.field or o.parameter)
     _check_apart(options, values)
-    run = Run(command_name(function), as_recorded(options, texts), spell)
+    run = Run(command_name(function.__name__), as_recorded(options, texts), spell)
     return Bound(function, _arguments(function, options, values, run))
 
 
@@ -245,25 +247,27 @@ def default_text(option: Option) -> Any:
     return default if default in (MISSING, None) or kind_of(option.hint) is bool else to_text(default)
 
 
-def command(function: Callable, elsewhere: Sequence[Option] = ()) -> Callable:
+def command(function: Callable, elsewhere: Callable[[], Sequence[Option]] = tuple) -> Callable:
     """What typer makes the command of a function of: it parses the options, and calls the function with them.
 
     Args:
         function: each parameter is a dataclass (or some of its `Fields`), a `Run`, or a value that is annotated with
             metadata as those of fields, `Annotated[Path, {"help": "Folder.", "positional": True}]`.
-        elsewhere: options of other commands. An error that advises one of their values, which this command lacks, is
-            about them: `collect with --tokens answer`.
+        elsewhere: gives the options of other commands. An error that advises one of their values, which this command
+            lacks, is about them: `collect with --tokens answer`.
     """
     options = options_of(function)
-    own, others = spelling(options), spelling(elsewhere)
+    own = spelling(options)
 
     def spell(argument: Argument) -> str:
         spelt = own(argument)
-        return others(argument) if spelt == str(argument) and argument.has_value else spelt
+        return spelling(elsewhere())(argument) if spelt == str(argument) and argument.has_value else spelt
 
     def run(context: typer.Context, config: str | None = None, **texts: Any) -> None:
         try:
-            bind(function, options, texts, spell).run()
+            bound = bind(function, options, texts, spell)
+            register()
+            bound.run()
         except ArgumentError as error:
             raise ValueError(error.message(spell)) from error
 
@@ -290,10 +294,6 @@ def _check_apart(options: Sequence[Option], values: Mapping[str, Any]) -> None:
                     Argument("json"),
                     f" {results} is, or lies in, the {option.name} {values[option.name]}: choose another path",
                 )
-
-
-def command_name(function: Callable) -> str:
-    return function.__name__.replace("_", "-")
 
 
 def _arguments(function: Callable, options: Sequence[Option], values: Mapping[str, Any], run: Run) -> dict[str, Any]:

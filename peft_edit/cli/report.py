@@ -164,3 +164,6 @@ def _flipped(adapter, model, data, material: Material, most: int, allow_fingerpr
     base, tokenizer = common.load_model(common.base_of(model, adapter))
     adapted = common.load_adapter(base, adapter, allow_fingerprint_mismatch)
     return flipped_questions(adapted, tokenizer, contrast, found, most)
+
+
+COMMANDS = [report]

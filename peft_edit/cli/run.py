@@ -1,20 +1,22 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from ..arguments import ArgumentError
 from ..files import check_writable, locked
-from ..processes import processes
 from . import common
 from .config_file import spelling_in_files
-from .evaluate import evaluate
-from .options import Run, command_name
+from .listing import HARNESS, listed_commands
+from .options import Run
 from .recipes.plan import TABLE, Planned, plan
 from .recipes.reading import read_recipe
 from .recipes.records import Records
-from .recipes.table import write_table
+
+
+# Modules whose commands are no steps of a recipe: this one, and those that talk to a person or have other options.
+NO_STEPS = ("cli.run", "cli.chat", "cli.ui", HARNESS)
 
 
 def run(
@@ -36,14 +38,19 @@ def run(
 
     Example: peft-edit run examples/recipes/sea-truthfulqa.yaml --set model=meta-llama/Llama-2-7b-chat-hf --out sea
     """
+    from ..processes import processes
+    from .evaluate import evaluate
+    from .recipes.table import write_table
+
     if processes().count > 1:
         raise ValueError("run is for one process: start it without a launcher, and its single commands with one")
-    functions = {command_name(function): function for function in _functions()}
-    read = read_recipe(recipe, settings or (), list(functions))
+    known = {listed.name: listed for listed in listed_commands() if listed.module not in NO_STEPS}
+    read = read_recipe(recipe, settings or (), list(known))
     folder = Path(read.name) if out is None else out
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose a folder for the run")
     check_writable(folder)
+    functions = {name: known[name].load() for name in {step.command for step in read.steps}}
     steps = plan(read, functions, folder)
     results = [_results(planned) for planned in steps if planned.function is evaluate]
     if dry_run:
@@ -54,13 +61,6 @@ def run(
         shown, values = write_table(read, folder, results)
     output.write(run.record(values))
     print(f"{shown}\nTable: {folder / TABLE}" if results else f"Folder: {folder}")
-
-
-def _functions() -> list[Callable]:
-    """The functions of the commands that a recipe may run: all but this one, and those that talk to a person."""
-    from . import chat, commands, ui
-
-    return [function for function in commands() if function not in (run, *chat.COMMANDS, *ui.COMMANDS)]
 
 
 def _results(planned: Planned) -> str:
@@ -104,3 +104,6 @@ def _run_step(planned: Planned, folder: Path) -> None:
         raise ValueError(f"{where}: {error.message(spelling_in_files(planned.options))}") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+COMMANDS = [run]

@@ -11,7 +11,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin
 
 from ..arguments import alternatives, choices_of
-from ..models.sites import format_layers, parse_layers
+from ..places import format_layers, parse_layers
 
 
 # Types of several values.

@@ -19,9 +19,9 @@ from ..models.fingerprint import active_adapters
 from ..tuners.layer import edit_layers
 from ..tuners.strength import edit_strength
 from .comparing import check_comparable
-from .metrics import Scores
+from .metrics import Scores, wanted_metrics
 from .multiple_choice import QuestionScore, evaluate_multiple_choice
-from .options import OF_EDITS, OF_TEXTS, EvaluationOptions, wanted_metrics
+from .options import OF_EDITS, OF_TEXTS, EvaluationOptions
 from .perplexity import perplexity
 from .results import read_results, record, texts_record
 from .side_effects import check_active, disabled_adapters, side_effects

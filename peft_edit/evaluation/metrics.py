@@ -13,6 +13,7 @@ from datasets import Dataset
 from ..arguments import Argument, ArgumentError
 from ..data.source import source_of
 from .multiple_choice import QuestionScore
+from .options import ALL_METRICS, OF_ANSWERS, OF_TEXTS, OF_TWO, EvaluationOptions
 from .statistics import Statistic, mean, share
 
 
@@ -125,26 +126,7 @@ def check_columns(data: Dataset, metrics: Sequence[str]) -> None:
 
 
 # Name to the metric of one model's scores; `shift` is of two models.
-METRICS: Mapping[str, Metric] = {"mc": multiple_choice, "bbq": bbq, "crows_pairs": crows_pairs}
-# Measures as tables call them, in percent.
-LABELS = {
-    "mc1": "MC1",
-    "mc2": "MC2",
-    "bbq_accuracy": "BBQ accuracy",
-    "bbq_unknown_rate": "BBQ unknown answers",
-    "bbq_stereotype_rate": "BBQ stereotyped answers",
-    "bbq_bias_disambiguated": "BBQ bias, disambiguated",
-    "bbq_bias_ambiguous": "BBQ bias, ambiguous",
-    "crows_stereotype_rate": "CrowS-Pairs stereotyping sentences",
-    "false_to_true": "false to true",
-    "true_to_false": "true to false",
-    "remains_true": "remains true",
-    "remains_false": "remains false",
-    "corrected_rate": "corrected of the wrong ones",
-    "corrupted_rate": "corrupted of the right ones",
-}
-# Of these, the shift from the base model's answers.
-SHIFT = ("false_to_true", "true_to_false", "remains_true", "remains_false", "corrected_rate", "corrupted_rate")
+METRICS: Mapping[str, Metric] = dict(zip(OF_ANSWERS, (multiple_choice, bbq, crows_pairs), strict=True))
 # The least value of a measure, where that is not 0; the greatest is 1.
 LEAST = {"bbq_bias_disambiguated": -1.0, "bbq_bias_ambiguous": -1.0}
 
@@ -157,3 +139,41 @@ def suited(data: Dataset) -> list[str]:
     if source_of(data)["name"] == "crows_pairs":
         names.append("crows_pairs")
     return names
+
+
+def wanted_metrics(options: EvaluationOptions, data: Dataset, has_adapters: bool, has_texts: bool) -> list[str]:
+    """Names of the metrics, in the order of `ALL_METRICS`.
+
+    Args:
+        options: as given.
+        data: a contrast set.
+        has_adapters: whether adapters are active.
+        has_texts: whether there are texts for side effects.
+
+    Raises:
+        ValueError: a metric is unknown, or lacks the columns, the texts, the adapter or the base model that it needs.
+    """
+    if options.metrics is None:
+        found = [*suited(data), "shift", *(OF_TEXTS if has_texts else ())]
+        compares = has_adapters and options.base
+        return [name for name in ALL_METRICS if name in found and (compares or name not in OF_TWO)]
+    if not options.metrics:
+        raise ArgumentError(Argument("metrics"), f" must be some of {', '.join(ALL_METRICS)}, got none")
+    for name in options.metrics:
+        if name not in ALL_METRICS:
+            raise ArgumentError(Argument("metrics"), f" must be of {', '.join(ALL_METRICS)}, got {name!r}")
+        if name in OF_TEXTS and not has_texts:
+            raise ArgumentError(
+                Argument("metrics"), f": {name} needs ", Argument("texts"), ": pass some, or leave it out"
+            )
+        if name in OF_TWO and not has_adapters:
+            raise ArgumentError(
+                Argument("metrics"), f": {name} compares an edited model with its base model, and no adapter is active"
+            )
+        if name in OF_TWO and not options.base:
+            raise ArgumentError(
+                *(Argument("metrics"), f": {name} needs the base model: leave out "),
+                Argument("base", False),
+            )
+    check_columns(data, options.metrics)
+    return [name for name in ALL_METRICS if name in options.metrics]

@@ -7,6 +7,25 @@ from collections.abc import Mapping
 from typing import Any
 
 
+# Measures as tables call them, in percent.
+LABELS = {
+    "mc1": "MC1",
+    "mc2": "MC2",
+    "bbq_accuracy": "BBQ accuracy",
+    "bbq_unknown_rate": "BBQ unknown answers",
+    "bbq_stereotype_rate": "BBQ stereotyped answers",
+    "bbq_bias_disambiguated": "BBQ bias, disambiguated",
+    "bbq_bias_ambiguous": "BBQ bias, ambiguous",
+    "crows_stereotype_rate": "CrowS-Pairs stereotyping sentences",
+    "false_to_true": "false to true",
+    "true_to_false": "true to false",
+    "remains_true": "remains true",
+    "remains_false": "remains false",
+    "corrected_rate": "corrected of the wrong ones",
+    "corrupted_rate": "corrupted of the right ones",
+}
+# Of these, the shift from the base model's answers.
+SHIFT = ("false_to_true", "true_to_false", "remains_true", "remains_false", "corrected_rate", "corrupted_rate")
 # What is told of side effects: its name in tables, the factor there and the decimals.
 SIDE_EFFECTS = {
     "perplexity": ("perplexity", 1, 3),

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..arguments import Argument, ArgumentError
+from .options import RESAMPLES, SEED
 
 
-RESAMPLES, CONFIDENCE, SEED = 2000, 0.95, 0
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import Argument, ArgumentError
 from ..evaluation.comparing import check_comparable
-from ..evaluation.metrics import LABELS, SHIFT
 from ..evaluation.results import Results
-from ..evaluation.showing import percent
+from ..evaluation.showing import LABELS, SHIFT, percent
 from .style import INK, as_series, drawn, legend_below, new_figure
 
 

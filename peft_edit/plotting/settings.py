@@ -10,8 +10,8 @@ import numpy as np
 
 from ..choosing.sweep import Sweep
 from ..choosing.trial import Found
-from ..evaluation.metrics import LABELS
-from ..models.sites import parse_layers
+from ..evaluation.showing import LABELS
+from ..places import parse_layers
 from ..tuners.method import methods
 from .style import GREY, INK, SERIES, drawn, legend_below, new_figure, whole_ticks
 

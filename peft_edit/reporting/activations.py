@@ -11,12 +11,13 @@ from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..activations.store import ROW_TOKENS, ActivationStore, Store, open_store
+from ..activations.store import ActivationStore, Store, open_store
 from ..adapters.match import check_retain, check_store
 from ..arguments import Argument, ArgumentError
 from ..choosing.probe import probe_accuracy
 from ..extras import import_extra
 from ..models.sites import layer_index
+from ..places import ROW_TOKENS
 from ..plotting.stored import QUANTILES
 from ..tuners.layer import EditLayer, edit_layers
 from ..tuners.method import method_of

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..choosing.sweep import Sweep
-from ..evaluation.metrics import LABELS, SHIFT
 from ..evaluation.results import Results
+from ..evaluation.showing import LABELS, SHIFT
 from ..plotting import (
     category_figure,
     curve_figure,

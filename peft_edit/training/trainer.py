@@ -26,6 +26,7 @@ from .arguments import EditTrainingArguments
 from .checkpoint import load_checkpoint
 from .pairs import TokenPairs
 from .stacked import StackedModules
+from .watching import WatchedLosses
 
 
 class EditTrainer(Trainer, ABC):
@@ -115,9 +116,7 @@ class EditTrainer(Trainer, ABC):
         self.layers = {index: layer for index, layer in layers.items() if self.trains(index)}
         self._check_adapter()
         self.allow_fingerprint_mismatch = allow_fingerprint_mismatch
-        # Since the last log: sums of loss terms and scores over micro-batches, (terms, blocks), and their number.
-        self._sums: Tensor | float = 0.0
-        self._summed = 0
+        self._begin()
         train_pairs, eval_pairs = self._dataset(train_dataset), self._dataset(eval_dataset)
         if retain_dataset is not None:
             train_pairs = self._with_retain(train_pairs, retain_dataset, args.seed)
@@ -185,9 +184,16 @@ class EditTrainer(Trainer, ABC):
         )
         return TokenPairs(pairs.store, self.layers, store, seed)
 
+    def _begin(self) -> None:
+        # Since the last log: sums of loss terms and scores over micro-batches, (terms, blocks), and their number.
+        self._sums: Tensor | float = 0.0
+        self._summed = 0
+        # Whether of the training, to its losses.
+        self._watched = {True: WatchedLosses("training"), False: WatchedLosses("evaluation")}
+
     def train(self, *args, **kwargs):
         self._check_adapter()
-        self._sums, self._summed = 0.0, 0
+        self._begin()
         result = super().train(*args, **kwargs)
         self._copy_to_adapter()
         return result
@@ -201,14 +207,7 @@ class EditTrainer(Trainer, ABC):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
         losses = self.losses(outputs, self.args.retain_weight)
-        finite = torch.isfinite(losses.total)
-        if not finite.all():
-            bad = list(self.layers)[int((~finite).nonzero()[0])]
-            what, value = "training" if model.training else "evaluation", losses.total[~finite][0].item()
-            raise ValueError(
-                f"the {what} loss of layer {bad} ({self.layers[bad].site}) is {value} at step "
-                f"{self.state.global_step}: lower the learning rate, or check the activations of that layer"
-            )
+        self._watched[model.training].add(losses.total, self.state.global_step)
         if model.training:
             measured = self.measures(losses, outputs)
             self._measured = list(measured)
@@ -226,7 +225,19 @@ class EditTrainer(Trainer, ABC):
         *predictions, target = outputs[: self.stacked_class.of_pairs]
         return (value, None, None) if prediction_loss_only else (None, tuple(predictions), target)
 
+    def _check_losses(self) -> None:
+        """Raise ValueError where a loss was not finite. What is logged, evaluated or saved has been looked at."""
+        for losses in self._watched.values():
+            losses.check(self.layers)
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._check_losses()
+        output = super().evaluation_loop(*args, **kwargs)
+        self._check_losses()
+        return output
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        self._check_losses()
         if "loss" in logs and self._summed:
             means = self.accelerator.reduce(self._sums / self._summed, reduction="mean")
             logs = {**logs, **self._named(dict(zip(self._measured, means.cpu(), strict=True)))}
@@ -296,6 +307,7 @@ class EditTrainer(Trainer, ABC):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _copy_to_adapter(self) -> None:
+        self._check_losses()
         kept = [layer if layer.has_adapter(self.adapter_name) else None for layer in self.layers.values()]
         self.accelerator.unwrap_model(self.model).copy_to(kept, self.adapter_name)
         if self.train_dataset is not None:

@@ -12,7 +12,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from ..arguments import Argument, ArgumentError, check_options
 from ..files import give_usual_permissions
 from ..json_files import mismatch
-from ..models.sites import LayerIndices, check_names, normalise_layers
+from ..models.sites import check_names
+from ..places import LayerIndices, normalise_layers
 from .registration import peft_type
 
 

@@ -1,27 +1,31 @@
-"""What a method says of itself, and the registry of all methods: the rest of the package asks here and names none."""
+"""What a method says of itself, and all methods: the rest of the package asks here and names none."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from peft import PeftConfig
 
 from ..arguments import choices_of, hints_of
+from . import METHODS
 from .config import EditConfig
 from .layer import EditLayer
 from .model import EditModel
-from .registration import register_with_peft
 from .shown import LayerCurve, LayerSpectra
 
 
 @dataclass(frozen=True)
 class Method:
     """An editing method. Everything of it is in one folder, that of its configuration.
+
+    Its folder also has `commands.py`, see `peft_edit.cli`.
 
     Attributes:
         short: its short name in a sentence, "SEA".
@@ -30,7 +34,6 @@ class Method:
         layer: class of its layers.
         tokens: what of a store it learns from, values of `ActivationStore.tokens`, the usual one first.
         learnt_by: the command that makes an adapter of it, "fit-sea", for messages.
-        commands: module with its commands, see `peft_edit.cli`; it is imported when the command line is.
         card_settings: configuration to the names of the fields that its model card shows.
         card_layers: configuration to what the card's template `card.md` in the method's folder shows of each layer.
         no_merge: why it never merges into weights, None where it can: "it rotates each token by ...".
@@ -59,7 +62,6 @@ class Method:
     layer: type[EditLayer]
     tokens: tuple[str, ...]
     learnt_by: str
-    commands: str
     card_settings: Callable[[Any], list[str]]
     card_layers: Callable[[Any], list[dict[str, Any]]]
     no_merge: str | None = None
@@ -91,34 +93,17 @@ class Method:
     def folder(self) -> Path:
         return Path(inspect.getfile(self.config)).parent
 
-    @property
-    def public(self) -> list[str]:
-        """Names that `peft_edit` offers to users: those of the method's folder."""
-        return importlib.import_module(self.config.__module__.rpartition(".")[0]).__all__
 
-
-_METHODS: dict[str, Method] = {}
-
-
-def register(method: Method) -> None:
-    """Make a method known to this package and to PEFT. Registering it again changes nothing.
-
-    Raises:
-        ValueError: another method has the name.
-    """
-    if _METHODS.setdefault(method.name, method).config is not method.config:
-        raise ValueError(f"there is a method {method.name} already: give this one another name")
-    register_with_peft(method.name.lower(), method.config, method.model)
-
-
+@cache
 def methods() -> Mapping[str, Method]:
-    """All methods by their names, in the order in which they were registered."""
-    return dict(_METHODS)
+    """All methods by their names, in the order in which they are shown."""
+    found = (import_module(f"{__package__}.{name}.method").METHOD for name in METHODS)
+    return MappingProxyType({method.name: method for method in found})
 
 
 def method_of(config: PeftConfig) -> Method | None:
     """The method of an adapter; None for one of PEFT's own."""
-    return _METHODS.get(config.peft_type)
+    return methods().get(config.peft_type)
 
 
 def lora_method_of(config: PeftConfig) -> Method:
@@ -135,5 +120,5 @@ def lora_method_of(config: PeftConfig) -> Method:
 
 def names(having: Callable[[Method], object] = lambda method: True) -> str:
     """Short names of all methods, or of those that have something, for messages: "SEA or HPR"."""
-    found = [method.short for method in _METHODS.values() if having(method)]
+    found = [method.short for method in methods().values() if having(method)]
     return " or ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)

@@ -10,7 +10,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
@@ -36,10 +36,18 @@ def peft_type(name: str) -> PeftType:
     return PeftType(name)
 
 
-def register_with_peft(name: str, config_cls: type[PeftConfig], model_cls: type) -> None:
-    """Register a method with PEFT under its lower-case name. Registering it again changes nothing."""
-    if peft_type(name.upper()) not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+def register_with_peft(config_cls: type[EditConfig], model_cls: type) -> None:
+    """Register a method with PEFT under its lower-case name. Registering it again changes nothing.
+
+    Raises:
+        ValueError: another method has the name.
+    """
+    name = config_cls.method
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type(name))
+    if known is None:
+        register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls)
+    elif known is not config_cls:
+        raise ValueError(f"PEFT has a method {name} already ({known.__module__}): give this one another name")
 
 
 def write_cards_with(config_cls: type[EditConfig], writer: Callable) -> None:

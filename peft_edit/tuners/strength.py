@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..arguments import Argument, ArgumentError
-from ..models.sites import LayerIndices, format_layers, layer_index, normalise_layers
+from ..models.sites import layer_index
+from ..places import LayerIndices, format_layers, normalise_layers
 from .layer import EditLayer, StrengthScope, edit_layers
 
 

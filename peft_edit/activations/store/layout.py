@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,18 +19,13 @@ from ... import files
 from ...arguments import Argument, ArgumentError
 from ...json_files import mismatch, read_json
 from ...models.dtypes import FLOATING, dtype_name
-from ...models.sites import Site
+from ...places import Site
 from .disk import reporting_full_disk
 from .format import UNKNOWN_DIGEST, header
 
 
 FORMAT_VERSION = 2
 META, INDEX = "meta.json", "index.safetensors"
-# Tokens of an answer that make one row of it.
-RowTokens = Literal["last", "mean", "random"]
-ROW_TOKENS = get_args(RowTokens)
-# Tokens of which each is a row: those of the answers, and those of plain texts.
-EVERY_TOKEN = ("answer", "all")
 DTYPES = tuple(map(dtype_name, FLOATING.values()))
 # Index of a decoder block as JSON's keys and names of tensors have it.
 LAYER = re.compile(r"0|[1-9][0-9]*")

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ...arguments import Argument, ArgumentError, check_choice
 from ...models.dtypes import FLOATING, dtype_name, is_quantised
-from ...models.sites import Site, normalise_layers
+from ...places import ROW_TOKENS, Site, normalise_layers
 from .folder import begin, locked
 from .index import write_index
-from .layout import ROW_TOKENS
 from .shards import Shard
 from .writer import StoreWriter
 

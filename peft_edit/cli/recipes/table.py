@@ -9,9 +9,8 @@ from typing import Any
 
 from ... import files
 from ...evaluation.comparing import check_comparable
-from ...evaluation.metrics import LABELS, SHIFT
 from ...evaluation.results import Results, read_results
-from ...evaluation.showing import SIDE_EFFECTS, measure_cell, side_effect_cells
+from ...evaluation.showing import LABELS, SHIFT, SIDE_EFFECTS, measure_cell, side_effect_cells
 from ..common import table
 from .plan import TABLE, TABLE_JSON
 from .reading import Recipe

@@ -1,14 +1,15 @@
 """Diff, the baseline of the HPR paper (2024.emnlp-main.761, section 4.1). `method.py` says what it has."""
 
-from ..method import register
-from .arguments import DiffTrainingArguments
-from .config import DiffConfig
-from .layer import DiffLayer  # noqa: F401
-from .method import METHOD
-from .model import DiffModel
-from .train import DiffTrainer
+from typing import TYPE_CHECKING
+
+from ...importing import on_first_use
 
 
-__all__ = ["DiffConfig", "DiffModel", "DiffTrainer", "DiffTrainingArguments"]
+if TYPE_CHECKING:
+    from .arguments import DiffTrainingArguments
+    from .config import DiffConfig
+    from .layer import DiffLayer
+    from .model import DiffModel
+    from .train import DiffTrainer
 
-register(METHOD)
+__getattr__, __dir__, __all__ = on_first_use(__name__)

@@ -26,7 +26,6 @@ METHOD = Method(
     layer=DiffLayer,
     tokens=("answer",),
     learnt_by="train-diff",
-    commands="peft_edit.tuners.diff.commands",
     card_settings=card_settings,
     card_layers=card_layers,
     no_merge=NO_MERGE,

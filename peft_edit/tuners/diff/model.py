@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from ..model import EditModel
+from ..registration import register_with_peft
+from .config import DiffConfig
 from .layer import DiffLayer
 
 
@@ -41,3 +43,6 @@ class DiffModel(EditModel):
     prefix: str = "diff_"
     tuner_layer_cls = DiffLayer
     block_layer_cls = DiffLayer
+
+
+register_with_peft(DiffConfig, DiffModel)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from ...arguments import Argument, ArgumentError
-from ...models.sites import layer_index, normalise_layers
+from ...models.sites import layer_index
+from ...places import normalise_layers
 from ..config import EditConfig
 
 

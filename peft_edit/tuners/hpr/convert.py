@@ -12,7 +12,8 @@ from ...adapters.conversion import Conversion, finish, read_json
 from ...adapters.save import check_adapter_folder, save_adapter
 from ...arguments import Argument, Note
 from ...models.load import BaseModel, load_structure
-from ...models.sites import normalise_layers, text_config
+from ...models.sites import text_config
+from ...places import normalise_layers
 from .config import HPRConfig
 from .layer import HPRLayer
 

@@ -34,7 +34,6 @@ METHOD = Method(
     layer=HPRLayer,
     tokens=("answer",),
     learnt_by="train-hpr",
-    commands="peft_edit.tuners.hpr.commands",
     settings="peft_edit.tuners.hpr.settings",
     card_settings=card_settings,
     card_layers=card_layers,

@@ -7,6 +7,7 @@ from torch import nn
 from ...arguments import Argument, ArgumentError
 from ...models.sites import find_sites, layer_index
 from ..model import EditModel
+from ..registration import register_with_peft
 from .config import HPRConfig
 from .layer import HPRLayer
 
@@ -88,3 +89,6 @@ class HPRModel(EditModel):
     ) -> dict[str, torch.Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
         return {key: value for key, value in tensors.items() if config.edits(layer_index(key))}
+
+
+register_with_peft(HPRConfig, HPRModel)

@@ -1,13 +1,14 @@
 """ITI, Inference-Time Intervention (NeurIPS 2023, arXiv 2306.03341). `method.py` says what it has."""
 
-from ..method import register
-from .config import ITIConfig
-from .fit import fit_iti
-from .layer import ITILayer  # noqa: F401
-from .method import METHOD
-from .model import ITIModel
+from typing import TYPE_CHECKING
+
+from ...importing import on_first_use
 
 
-__all__ = ["ITIConfig", "ITIModel", "fit_iti"]
+if TYPE_CHECKING:
+    from .config import ITIConfig
+    from .fit import fit_iti
+    from .layer import ITILayer
+    from .model import ITIModel
 
-register(METHOD)
+__getattr__, __dir__, __all__ = on_first_use(__name__)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...activations.store import ROW_TOKENS
 from ...models.sites import by_layer, layer_index
+from ...places import ROW_TOKENS
 from ..method import Method
 from ..shown import LayerCurve
 from .config import ITIConfig
@@ -31,7 +31,6 @@ METHOD = Method(
     layer=ITILayer,
     tokens=ROW_TOKENS,
     learnt_by="fit-iti",
-    commands="peft_edit.tuners.iti.commands",
     card_settings=card_settings,
     card_layers=card_layers,
     no_lora="it adds a vector, which is a bias and no low-rank update of a weight; merge it where it merges",

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from ..model import EditModel
+from ..registration import register_with_peft
+from .config import ITIConfig
 from .layer import ITILayer
 
 
@@ -41,3 +43,6 @@ class ITIModel(EditModel):
     prefix: str = "iti_"
     tuner_layer_cls = ITILayer
     block_layer_cls = ITILayer
+
+
+register_with_peft(ITIConfig, ITIModel)

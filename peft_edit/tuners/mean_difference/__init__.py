@@ -1,13 +1,14 @@
 """Mean-difference steering, also known as CAA (arXiv 2312.06681) and DiffMean. `method.py` says what it has."""
 
-from ..method import register
-from .config import MeanDifferenceConfig
-from .fit import fit_mean_difference
-from .layer import MeanDifferenceLayer  # noqa: F401
-from .method import METHOD
-from .model import MeanDifferenceModel
+from typing import TYPE_CHECKING
+
+from ...importing import on_first_use
 
 
-__all__ = ["MeanDifferenceConfig", "MeanDifferenceModel", "fit_mean_difference"]
+if TYPE_CHECKING:
+    from .config import MeanDifferenceConfig
+    from .fit import fit_mean_difference
+    from .layer import MeanDifferenceLayer
+    from .model import MeanDifferenceModel
 
-register(METHOD)
+__getattr__, __dir__, __all__ = on_first_use(__name__)

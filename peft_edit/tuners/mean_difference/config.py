@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, TypedDict
 
-from ...models.sites import OutputSite
+from ...places import OutputSite
 from ..config import EditConfig
 
 

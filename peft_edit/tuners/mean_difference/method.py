@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...activations.store import ROW_TOKENS
 from ...models.sites import by_layer, layer_index
+from ...places import ROW_TOKENS
 from ..method import Method
 from ..shown import LayerCurve
 from .config import MeanDifferenceConfig
@@ -30,7 +30,6 @@ METHOD = Method(
     layer=MeanDifferenceLayer,
     tokens=(*ROW_TOKENS, "answer"),
     learnt_by="fit-mean-difference",
-    commands="peft_edit.tuners.mean_difference.commands",
     settings="peft_edit.tuners.mean_difference.settings",
     card_settings=card_settings,
     card_layers=card_layers,

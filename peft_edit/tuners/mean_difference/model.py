@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from ..model import EditModel
+from ..registration import register_with_peft
+from .config import MeanDifferenceConfig
 from .layer import MeanDifferenceLayer
 
 
@@ -41,3 +43,6 @@ class MeanDifferenceModel(EditModel):
     prefix: str = "mean_difference_"
     tuner_layer_cls = MeanDifferenceLayer
     block_layer_cls = MeanDifferenceLayer
+
+
+register_with_peft(MeanDifferenceConfig, MeanDifferenceModel)

@@ -9,11 +9,11 @@ from typing import Any
 
 from peft import PeftModel, TaskType
 
-from ...activations.store import ROW_TOKENS
 from ...adapters.match import find_adapter, replace_config
 from ...arguments import Argument, ArgumentError
 from ...choosing.axes import Setting, Settings, Sources, declared, with_adapter
 from ...choosing.probe import probe_accuracy
+from ...places import ROW_TOKENS
 from .config import MeanDifferenceConfig
 from .fit import fit_mean_difference
 from .layer import MeanDifferenceLayer

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from ...arguments import Argument, ArgumentError
-from ...models.sites import OutputSite
+from ...places import OutputSite
 from ..config import EditConfig
 from .maths import FeatureSpace, Projections, Rescale, check_energy
 

@@ -14,7 +14,8 @@ from ...adapters.conversion import Conversion, finish, read_json
 from ...adapters.save import check_adapter_folder, save_adapter
 from ...arguments import Argument, Note, check_choice
 from ...models.load import BaseModel, load_structure
-from ...models.sites import LayerIndices, find_sites, layer_index, normalise_layers, text_config
+from ...models.sites import find_sites, layer_index, text_config
+from ...places import LayerIndices, normalise_layers
 from .config import SEAConfig
 from .layer import SEALayer
 from .subspaces import factor_projection

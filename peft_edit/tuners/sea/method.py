@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...activations.store import ROW_TOKENS
 from ...models.sites import by_layer, layer_index
+from ...places import ROW_TOKENS
 from ..method import Method
 from ..shown import LayerCurve
 from .config import FIT_SETTINGS, SEAConfig
@@ -52,7 +52,6 @@ METHOD = Method(
     layer=SEALayer,
     tokens=ROW_TOKENS,
     learnt_by="fit-sea",
-    commands="peft_edit.tuners.sea.commands",
     settings="peft_edit.tuners.sea.settings",
     card_settings=card_settings,
     card_layers=card_layers,

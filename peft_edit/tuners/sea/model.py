@@ -8,6 +8,7 @@ from torch import nn
 from ...arguments import Argument, Note
 from ...models.parts import is_linear
 from ..model import EditModel
+from ..registration import register_with_peft
 from .config import SEAConfig
 from .layer import SEABlock, SEALayer, SEALinear
 
@@ -82,3 +83,6 @@ class SEAModel(EditModel):
             "demonstrations. Adapters that are fitted with ",
             *(Argument("rescale", "none"), " or 'mean' merge exactly."),
         )
+
+
+register_with_peft(SEAConfig, SEAModel)
