@@ -8,6 +8,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 
 # Each process prints to files of its own.
 LAUNCHER = """
@@ -49,6 +51,8 @@ def launch(outputs, module, processes, *args):
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
     }
+    if processes > torch.cuda.device_count():
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # each needs one of its own
     outputs.mkdir()
     started = [sys.executable, "-c", LAUNCHER, *map(str, (outputs, processes, module, *args))]
     with subprocess.Popen(started, env=environment, start_new_session=True) as process:

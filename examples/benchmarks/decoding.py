@@ -32,8 +32,10 @@ from .timing import LIMIT, Work
 
 
 BASE = "the model without an edit"
-# Tokens in the cache before the first that is decoded, and tokens of the prefill.
-PROMPT = {"cpu": 64, "cuda": 512}
+# Tokens in the cache of each row before the first that is decoded: each edit has a cache of its own.
+PROMPT = 64
+# Tokens of the prefill.
+PREFILL = {"cpu": 64, "cuda": 512}
 BATCHES = {"cpu": (1, 8), "cuda": (1, 32)}
 # Blocks of a model that does not fit.
 PART_LAYERS = 4
@@ -53,7 +55,7 @@ def cases(bench: Bench) -> Iterator[Case]:
         part = bench.shapes[0] if bench.quick else bench.shapes[:2][-1].of_layers(COMPILED_LAYERS)
         case = f"compiled decoding, batch 1, {part.name}"
         make = partial(random_model, part, bench.device, bench.dtype)
-        yield Case(case, partial(compiled_decoding, bench, case, make, PROMPT["cuda"]), needed(bench, part))
+        yield Case(case, partial(compiled_decoding, bench, case, make, PROMPT), needed(bench, part))
     if bench.model is not None:
         load = partial(load_model, bench)
         yield from cases_of_model(bench, bench.model.name, load, needs=4 * size_of(bench))
@@ -72,12 +74,13 @@ def cases_of_shape(bench: Bench, shape: Shape) -> Iterator[Case]:
 
 
 def cases_of_model(bench: Bench, name: str, make: Callable[[], nn.Module], needs: float) -> Iterator[Case]:
-    device, prompt = bench.device.type, 8 if bench.quick else PROMPT[bench.device.type]
+    device, prompt = bench.device.type, 8 if bench.quick else PROMPT
     for batch in (2,) if bench.quick else BATCHES[device]:
         case = f"decoding, batch {batch}, {name}"
         yield Case(case, partial(decoding, bench, case, make, batch, prompt), needs)
-    case = f"prefill of {prompt} tokens, {name}"
-    yield Case(case, partial(prefill, bench, case, make, prompt), needs)
+    length = 8 if bench.quick else PREFILL[device]
+    case = f"prefill of {length} tokens, {name}"
+    yield Case(case, partial(prefill, bench, case, make, length), needs)
 
 
 def size_of(bench: Bench) -> int:
