@@ -114,8 +114,8 @@ def parser() -> Parser:
     made.add_argument("--json", type=output, help="write the results to this file, after each row")
     made.add_argument("--model", type=model_folder, help="folder of a real model, to be measured too")
     names = [shape.name for shape in SHAPES]
-    sizes = f"shape of a model with random weights, may be repeated; by default all: {', '.join(names)}"
-    made.add_argument("--shape", action="append", type=lambda v: known("shape", v, names), help=sizes)
+    sizes = f"shape of a model with random weights, may be repeated; by default all: {', '.join(names)}; or none"
+    made.add_argument("--shape", action="append", type=lambda v: known("shape", v, [*names, "none"]), help=sizes)
     made.add_argument("--plot", type=plot_file, help="write the curves of `scaling` to this .png or .svg file")
     made.add_argument("--minutes", type=positive, default=math.inf, help="begin nothing more after so many minutes")
     made.add_argument("--quick", action="store_true", help="everything small: tries the benchmarks, measures nothing")

@@ -51,8 +51,8 @@ def cases(bench: Bench) -> Iterator[Case]:
         yield from cases_of_shape(bench, shape)
         if not bench.quick and needed(bench, shape) > USABLE * free_memory(bench.device):
             yield from cases_of_shape(bench, shape.of_layers(PART_LAYERS))
-    if bench.device.type == "cuda":
-        part = bench.shapes[0] if bench.quick else bench.shapes[:2][-1].of_layers(COMPILED_LAYERS)
+    for shape in bench.shapes[:2][-1:] if bench.device.type == "cuda" else ():
+        part = shape if bench.quick else shape.of_layers(COMPILED_LAYERS)
         case = f"compiled decoding, batch 1, {part.name}"
         make = partial(random_model, part, bench.device, bench.dtype)
         yield Case(case, partial(compiled_decoding, bench, case, make, PROMPT), needed(bench, part))
