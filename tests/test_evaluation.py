@@ -1,7 +1,9 @@
 """Scores are those of one full forward pass an answer, however they are batched and cached."""
 
+import itertools
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tiny import FAMILIES, tiny_model
 
 from peft_edit import evaluate_multiple_choice, perplexity
 from peft_edit.data.prompts import encode_answers
-from peft_edit.evaluation.likelihood import answer_log_likelihoods
+from peft_edit.evaluation.likelihood import answer_log_likelihoods, cheapest_batches
 
 
 # Small changes that exercise other caches and positions.
@@ -276,3 +278,25 @@ def test_nothing_to_evaluate(llama):
     for texts in ([], ["w3"], [""]):
         with pytest.raises(ValueError, match="perplexity needs texts of at least two tokens"):
             perplexity(llama, TOKENIZER, texts)
+
+
+# Batches
+
+
+def test_batches_cost_least():
+    """Against all ways to cut a few sequences into batches."""
+    generator = random.Random(0)
+    for _ in range(50):
+        lengths = sorted((generator.randint(1, 30) for _ in range(generator.randint(1, 8))), reverse=True)
+        most, pass_tokens = generator.randint(1, 5), generator.choice([1, 8, 40])
+
+        def cost(batches, lengths=lengths, pass_tokens=pass_tokens):
+            return sum(lengths[b.start] * (b.stop - b.start) + pass_tokens for b in batches)
+
+        ways = []
+        for cuts in itertools.product([False, True], repeat=len(lengths) - 1):
+            edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(lengths)]
+            ways.append([slice(*pair) for pair in itertools.pairwise(edges)])
+        allowed = [way for way in ways if all(b.stop - b.start <= most for b in way)]
+        found = cheapest_batches(lengths, most, pass_tokens)
+        assert found in allowed and cost(found) == min(map(cost, allowed))

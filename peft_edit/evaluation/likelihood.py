@@ -30,6 +30,9 @@ from ..models.sites import runnable, unwrap
 
 
 T = TypeVar("T")
+# What a forward pass costs besides its tokens, in tokens: the weights are read, and a GPU is all but idle meanwhile.
+PASS_TOKENS = {"cpu": 32}
+PASS_TOKENS_ELSEWHERE = 1024
 
 
 def answer_log_likelihoods(
@@ -89,6 +92,28 @@ def _batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
+def cheapest_batches(lengths: Sequence[int], most: int, pass_tokens: int) -> list[slice]:
+    """Batches of neighbouring sequences for which positions, padding among them, and forward passes cost least.
+
+    Args:
+        lengths: tokens of each sequence, falling: a batch is as long as its first.
+        most: sequences in a batch.
+        pass_tokens: what a pass costs besides its positions, in positions.
+    """
+    # The least cost of the first n sequences, and where their last batch begins.
+    costs, starts = [0.0], [0]
+    for stop in range(1, len(lengths) + 1):
+        candidates = range(max(0, stop - most), stop)
+        start = min(candidates, key=lambda start: costs[start] + lengths[start] * (stop - start))
+        costs.append(costs[start] + lengths[start] * (stop - start) + pass_tokens)
+        starts.append(start)
+    batches, stop = [], len(lengths)
+    while stop:
+        batches.append(slice(starts[stop], stop))
+        stop = starts[stop]
+    return batches[::-1]
+
+
 def _score_group(
     model: nn.Module,
     bare: nn.Module,
@@ -105,7 +130,10 @@ def _score_group(
     cache = prompt_cache(bare, [questions[i][0].input_ids[:shared] for i in group]) if shared else None
     rows = [(row, i, k) for row, i in enumerate(group) for k in range(len(questions[i]))]
     rows.sort(key=lambda row: len(questions[row[1]][row[2]].input_ids), reverse=True)
-    for batch in _batched(rows, batch_size):
+    lengths = [len(questions[i][k].input_ids) - 1 - shared for _, i, k in rows]
+    pass_tokens = PASS_TOKENS.get(input_device(bare).type, PASS_TOKENS_ELSEWHERE)
+    for chosen in cheapest_batches(lengths, batch_size, pass_tokens):
+        batch = rows[chosen]
         answers = [questions[i][k] for _, i, k in batch]
         with progress.over(sum(len(answer.input_ids) for answer in answers)):
             cached = None if cache is None else select_rows(cache, [row for row, _, _ in batch])
