@@ -229,6 +229,10 @@ def run(capsys, *arguments):
         (["--device", "cud"], r"there is no device 'cud': did you mean 'cuda'\? There are cpu, cuda$"),
         (["--model", "nowhere"], r"nowhere is no folder of a model: it has no config.json"),
         (["--json", "."], r"\. is a folder: pass a file"),
+        (
+            ["--json", "nowhere/deep/a.json"],
+            r"nowhere/deep/a.json cannot be written: pass a file in a folder that exists",
+        ),
         (["--plot", "curves.pdf"], r"curves.pdf must end in .png or .svg"),
         (["--minutes", "0"], r"must be a number above 0, got 0"),
         (["--quik"], r"unrecognized arguments: --quik"),

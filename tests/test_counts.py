@@ -61,7 +61,7 @@ class Reads(TorchDispatchMode):
 
 # Of a layer that edits one token, beside those of its base model.
 OPERATORS = {
-    "SEA at the MLP": 2,
+    "SEA at the MLP": 4,
     "SEA at the block": 14,
     "HPR": 48,
     "MEAN_DIFFERENCE at the MLP": 1,

@@ -79,6 +79,8 @@ def output(value: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from error
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder: pass a file")
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written: pass a file in a folder that exists")
     return path
 
 
@@ -173,7 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = 0
     with tempfile.TemporaryDirectory(prefix="peft-edit-benchmarks-") as folder:
         bench = Bench(options.device, Path(folder), options.quick, options.model, options.plot, shapes)
-        report = Report(options.json, description(options.device), settings)
+        try:
+            report = Report(options.json, description(options.device), settings)
+        except OSError as error:
+            parser().error(f"argument --json: {options.json} cannot be written: {error.strerror}")
         try:
             run(names, bench, report, options.minutes)
         except KeyboardInterrupt:

@@ -7,7 +7,8 @@ from functools import partial
 
 import torch
 
-from peft_edit.tuners.sea.maths import edit, project
+from peft_edit.tuners.sea.layer import adding_kernel
+from peft_edit.tuners.sea.maths import edit_at_once
 
 from . import published
 from .models import RANK, Shape, orthonormal, random_model, sharing, with_lora, with_sea
@@ -36,9 +37,9 @@ def one_token(bench: Bench, case: str, d: int, rank: int) -> Iterator[Row]:
     """In a loop, in which the factors stay in the caches, and in turns, where the dense products throw them out, as a
     model's weights do."""
     bases = [orthonormal(rank, d, seed).to(bench.device, bench.dtype) for seed in (0, 1)]
-    positive, negative = (partial(project, basis=basis) for basis in bases)
     plus, minus = published.sea_projections(*bases)
     h = torch.randn(1, 1, d, generator=torch.Generator().manual_seed(2)).to(bench.device, bench.dtype)
+    as_fitted = {"mean_rescale": 1.0, "strength": 1.0, "add": adding_kernel(h)}
     # Both factors are read; each is multiplied twice.
     work = Work(bytes=2 * rank * d * bench.element, flops=8 * rank * d, dtype=bench.dtype)
     for how, in_turns in (("in a loop", False), ("in turns", True)):
@@ -46,8 +47,8 @@ def one_token(bench: Bench, case: str, d: int, rank: int) -> Iterator[Row]:
         dense, dense_token = f"two d x d products, {how}", f"two d x d products and norms, {how}"
         timings = bench.measure(
             {
-                plain: lambda: edit(h, positive, negative, rescale="none"),
-                token: lambda: edit(h, positive, negative),
+                plain: lambda: edit_at_once(h, *bases, rescale="none", **as_fitted),
+                token: lambda: edit_at_once(h, *bases, rescale="token", **as_fitted),
                 dense: lambda: published.sea_edit(h, plus, minus, rescale=False),
                 dense_token: lambda: published.sea_edit(h, plus, minus),
             },

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from peft_edit.tuners.hpr.maths import edit as hpr_edit
-from peft_edit.tuners.sea.maths import edit as sea_edit
-from peft_edit.tuners.sea.maths import fit, project
+from peft_edit.tuners.sea.layer import adding_kernel
+from peft_edit.tuners.sea.maths import edit_at_once, fit
 
 from .collection import in_processes
 from .data import subjects
@@ -116,10 +116,10 @@ def random_tokens(bench: Bench, *shape: int) -> Tensor:
 
 
 def sea_call(bench: Bench, d: int, rank: int, shape: tuple[int, int]) -> Callable[[], object]:
-    bases = (orthonormal(rank, d, seed).to(bench.device, bench.dtype) for seed in (0, 1))
-    positive, negative = (partial(project, basis=basis) for basis in bases)
+    bases = [orthonormal(rank, d, seed).to(bench.device, bench.dtype) for seed in (0, 1)]
     h = random_tokens(bench, *shape, d)
-    return lambda: sea_edit(h, positive, negative)
+    add = adding_kernel(h)
+    return lambda: edit_at_once(h, *bases, rescale="token", mean_rescale=1.0, strength=1.0, add=add)
 
 
 def hpr_call(bench: Bench, d: int, tokens: int) -> Callable[[], object]:

@@ -97,6 +97,9 @@ class EditTrainingArguments(TrainingArguments):
             )
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "error"))
+        if self.accelerator_config is None:
+            # Batches from page-locked memory are copied while the device computes: no step waits for them.
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         super().__post_init__()
         if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
             # They watch the same metric, by default one that falls.

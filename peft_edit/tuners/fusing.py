@@ -4,41 +4,70 @@ their references in `maths`."""
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 
 # Features that one program keeps in its registers.
 MAX_FEATURES = 2**14
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Triton's least compute capability.
-CAPABILITY = (8, 0)
 
 
 def values_alone(h: Tensor) -> bool:
-    """Whether nothing but the values of an edit of h is asked for: no gradient, graph or transformation."""
+    """Whether nothing but the values of an edit of h is asked for: no gradient, compiled graph or transformation."""
     return (
         not torch.is_grad_enabled()
         and type(h) is Tensor
-        and not h.is_meta
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
     )
 
 
+def is_at_hand(module: nn.Module) -> bool:
+    """Whether a module's weights are plain tensors that can be used without calling it: nothing offloads, gathers or
+    shards them, and nobody listens to it."""
+    listening = hasattr(module, "_hf_hook") or module._forward_pre_hooks or module._forward_hooks
+    return not listening and all(type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
+
+
 def kernels_apply(h: Tensor) -> bool:
     """Whether activations, (..., d), of which `values_alone` are asked for can be edited by a kernel."""
-    return h.is_cuda and h.dtype in DTYPES and h.numel() > 0 and h.shape[-1] <= MAX_FEATURES and has_triton(h.device)
+    return (
+        h.is_cuda
+        and h.dtype in DTYPES
+        and h.numel() > 0
+        and h.shape[-1] <= MAX_FEATURES
+        # Nobody records operators, or takes derivatives forwards.
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and forward_ad._current_level < 0
+        and has_triton(h.device)
+    )
 
 
 @cache
 def has_triton(device: torch.device) -> bool:
-    """Whether Triton is installed and compiles for a GPU."""
-    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= CAPABILITY
+    """Whether Triton is installed and compiles for a GPU, which one small kernel tries."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        from .trial_kernel import doubled
+
+        return float(doubled(torch.ones(1, 1, device=device))) == 2
+    except Exception as error:
+        what = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            f"Triton is installed and compiles nothing for {device} ({type(error).__name__}: {what}): edits run as "
+            "several kernels, a little slower; it needs a C compiler and a GPU that it knows",
+            stacklevel=2,
+        )
+        return False
 
 
 def launch(kernel: Any, h: Tensor, *arguments: Any, **constants: Any) -> Tensor:

@@ -46,7 +46,7 @@ def register_with_peft(config_cls: type[EditConfig], model_cls: type) -> None:
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type(name))
     if known is None:
         register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls)
-    elif known is not config_cls:
+    elif (known.__module__, known.__qualname__) != (config_cls.__module__, config_cls.__qualname__):
         raise ValueError(f"PEFT has a method {name} already ({known.__module__}): give this one another name")
 
 

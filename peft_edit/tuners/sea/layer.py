@@ -33,7 +33,10 @@ RANDOM_STATISTICS = {
 ORTHONORMALITY_TOLERANCE = 1e-2
 
 
-def _kernel() -> Callable[..., Tensor]:
+def adding_kernel(h: Tensor) -> Callable[..., Tensor] | None:
+    """`add` of `edit_at_once` for h; None where no kernel applies."""
+    if not fusing.kernels_apply(h):
+        return None
     from .kernels import add  # which needs Triton
 
     return add
@@ -43,28 +46,10 @@ class SEAProjection(FrozenWeight):
     """Frozen orthogonal projection x -> U U^T x. Its weight, (k, d), holds U^T: k orthonormal rows."""
 
     shape_source = "rank_pattern and the model"
-    # Of a positive one, see `stacked_with`.
-    _stacked: tuple | None = None
 
     def forward(self, x: Tensor, columns: bool = False) -> Tensor:
         self.check()
         return project(x, self.weight, columns)
-
-    def stacked_with(self, negative: SEAProjection, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """A and B of `edit_at_once` in a dtype, kept until the weights are others; None where they are offloaded or
-        sharded."""
-        weights = (self.weight, negative.weight)
-        versions = tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
-        if self._stacked is None or self._stacked[0] != (dtype, versions):
-            if any(hasattr(p, "_hf_hook") or type(p.weight) not in (nn.Parameter, Tensor) for p in (self, negative)):
-                return None
-            for projection in (self, negative):
-                projection.check()
-            u_plus, u_minus = (w.detach().to(dtype) for w in weights)
-            pair = torch.cat((u_plus, u_minus)), torch.cat((u_plus, -u_minus))
-            # The weights are kept too, so that no others come to lie at their addresses.
-            self._stacked = ((dtype, versions), pair, [w.detach() for w in weights])
-        return self._stacked[1]
 
     def damage(self, weight: Tensor) -> str | None:
         if found := super().damage(weight):
@@ -141,17 +126,11 @@ class SEALayer(EditLayer):
         if strength == 0 or not self.is_fitted(adapter_name):
             return h
         mean_rescale = self._mean_rescale(config) if config.rescale == "mean" else 1.0
-        if config.feature_map is None and config.projections in ("both", "exchanged") and fusing.values_alone(h):
-            stacked = self.sea_positive[adapter_name].stacked_with(self.sea_negative[adapter_name], h.dtype)
-            if stacked is not None:
+        if (factors := self._factors_at_hand(h, adapter_name, config)) is not None:
+            add = adding_kernel(h)
+            if add is not None or h.dtype in (torch.float32, torch.float64):
                 return edit_at_once(
-                    h,
-                    *stacked,
-                    exchanged=config.projections == "exchanged",
-                    rescale=config.rescale,
-                    mean_rescale=mean_rescale,
-                    strength=strength,
-                    add=_kernel() if fusing.kernels_apply(h) else None,
+                    h, *factors, rescale=config.rescale, mean_rescale=mean_rescale, strength=strength, add=add
                 )
         scale = 1.0
         if config.input_scale is not None:
@@ -168,6 +147,21 @@ class SEALayer(EditLayer):
             mean_rescale=mean_rescale,
             strength=strength,
         )
+
+    def _factors_at_hand(self, h: Tensor, adapter_name: str, config: SEAConfig) -> tuple[Tensor, Tensor] | None:
+        """U+^T and U-^T in the dtype of h, exchanged where they are to be; None where `edit_at_once` cannot be used."""
+        if config.feature_map is not None or config.projections not in ("both", "exchanged"):
+            return None
+        projections = (self.sea_positive[adapter_name], self.sea_negative[adapter_name])
+        # FSDP's wrappers are other modules.
+        if not fusing.values_alone(h) or not all(
+            type(p) is SEAProjection and fusing.is_at_hand(p) for p in projections
+        ):
+            return None
+        for projection in projections:
+            projection.check()
+        positive, negative = (projection.weight.detach().to(h.dtype) for projection in projections)
+        return (negative, positive) if config.projections == "exchanged" else (positive, negative)
 
     def check_mergeable(self, adapter_name: str) -> None:
         """Raise ValueError, with the reason, for a fitted adapter that cannot be merged at this site."""

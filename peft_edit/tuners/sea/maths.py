@@ -242,44 +242,41 @@ def edit(
 
 def edit_at_once(
     h: Tensor,
-    a: Tensor,
-    b: Tensor,
+    positive: Tensor,
+    negative: Tensor,
     *,
-    exchanged: bool,
     rescale: Rescale,
     mean_rescale: float,
     strength: float,
-    add: Callable[[Tensor, Tensor, float, float, float], Tensor] | None = None,
+    add: Callable[[Tensor, Tensor, Tensor, float, float, float], Tensor] | None = None,
 ) -> Tensor:
-    """`edit` with both projections and no feature map in two thin products, for values alone.
+    """`edit` with both projections and no feature map in fewer operators, for values alone: it is not differentiable.
 
     Args:
-        h: (..., d), any floating dtype; not changed.
-        a, b: (k+ + k-, d) each, h's dtype: the rows of U+^T and U-^T, in b those of U-^T reversed in sign, so that
-            (h A^T) B = U+ U+^T h - U- U-^T h.
-        exchanged: whether U+ and U- are exchanged.
+        h: (..., d), float32 or wider, in half precision with `add` alone; not changed.
+        positive, negative: U+^T and U-^T, (k, d) each, h's dtype.
         rescale, mean_rescale, strength: as of `edit`.
-        add: a kernel for h, the change, their factors and the share of a norm that is rounding, see `kernels.add`;
-            without one the norms are, in half precision, those of a rounded sum.
+        add: a kernel for the sum with norms kept, see `kernels.add`.
 
     Returns:
         (..., d), h's dtype.
     """
     flat = h.reshape(-1, h.shape[-1])
     constant = {"mean": mean_rescale, "average": 0.5}.get(rescale, 1.0)
-    # h + strength (constant (h + change) - h)
-    own, factor = 1 + strength * (constant - 1), strength * constant * (-1 if exchanged else 1)
-    inner = flat @ a.T
-    if rescale != "token":
-        return torch.addmm(flat, inner, b, beta=own, alpha=factor).reshape(h.shape)
+    # h + strength (constant (h + P+ h - (I - P-) h) - h)
+    own, factor = 1 + strength * (constant - 1), strength * constant
     if add is not None:
-        return add(flat, inner @ b, own, factor, rounding(h.dtype)).reshape(h.shape)
-    wide = torch.promote_types(h.dtype, torch.float32)
-    y = torch.addmm(flat, inner, b, beta=own, alpha=factor).to(wide)
-    ratio, x_norm = (torch.linalg.vector_norm(v, dim=-1, keepdim=True, dtype=wide) for v in (y, flat))
-    # Divided by infinity, what has no direction becomes zero.
-    ratio = torch.threshold_(ratio.div_(x_norm.clamp_min_(torch.finfo(wide).tiny)), rounding(h.dtype), float("inf"))
-    return y.div_(ratio).to(h.dtype).reshape(h.shape)
+        least = rounding(h.dtype) if rescale == "token" else None
+        changes = ((flat @ basis.T) @ basis for basis in (positive, negative))
+        return add(flat, *changes, own, factor, least).reshape(h.shape)
+    y = torch.addmm(flat, flat @ positive.T, positive, beta=own, alpha=factor)
+    y = y.addmm_(flat @ negative.T, negative, alpha=-factor)
+    if rescale == "token":
+        ratio, x_norm = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (y, flat))
+        # Divided by infinity, what has no direction becomes zero.
+        ratio.div_(x_norm.clamp_min_(torch.finfo(h.dtype).tiny))
+        y.div_(torch.threshold_(ratio, rounding(h.dtype), float("inf")))
+    return y.reshape(h.shape)
 
 
 def rounding(dtype: torch.dtype) -> float:
