@@ -19,6 +19,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 from peft_edit import edit_strength
+from peft_edit.tuners.frozen import FrozenWeight
 
 
 def loss_of(model, rows):
@@ -85,6 +86,18 @@ def fsdp1(edit, rank):
     return {"loss": abs(float(loss) - float(loss_of(expected, rows)))}
 
 
+def fsdp1_around_factors(rank):
+    """Around each frozen weight of SEA by itself, whose forward pass gathers it."""
+    model, expected = edited_model("SEA at the MLP"), edited_model("SEA at the MLP")
+    policy = ModuleWrapPolicy({type(module) for module in model.modules() if isinstance(module, FrozenWeight)})
+    sharded = FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True
+    )
+    rows = token_ids()[rank, None]
+    with torch.no_grad():
+        return float((logits(sharded, rows) - logits(expected, rows)).abs().max())
+
+
 def refused_fsdp1():
     policy = fsdp_auto_wrap_policy(model := edited_model("HPR"))
     sharded = FullyShardedDataParallel(
@@ -104,6 +117,7 @@ def main(folder):
         for dtype in (torch.float32, torch.bfloat16)
     }
     results |= {f"{edit}, FSDP1": fsdp1(edit, rank) for edit in EDITS}
+    results["FSDP1 around factors"] = fsdp1_around_factors(rank)
     results["FSDP1 by PEFT's policy"] = refused_fsdp1()
     (folder / f"{rank}.json").write_text(json.dumps(results))
     distributed.destroy_process_group()

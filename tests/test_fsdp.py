@@ -35,6 +35,10 @@ def test_fsdp1_around_blocks(results, edit):
     assert all(result[f"{edit}, FSDP1"]["loss"] < 1e-5 for result in results)
 
 
+def test_fsdp1_around_frozen_weights(results):
+    assert all(result["FSDP1 around factors"] < 1e-5 for result in results)
+
+
 def test_fsdp1_around_the_modules_of_an_adapter_is_refused(results):
     """They run where tokens are negative, on one process and not on the other: both would wait for ever."""
     for result in results:
