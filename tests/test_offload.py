@@ -51,7 +51,8 @@ def test_an_offloaded_model(tmp_path, edit, place):
     with loaded.disable_adapter():
         assert torch.equal(logits(loaded), base_logits())
     before = PeftModel.from_pretrained(vivid_model(), tmp_path / "adapter")
-    assert torch.equal(logits(offload(before, place, tmp_path / "before")), logits(whole))
+    # Weights that come and go are used by calling their modules, in other operators.
+    agree(logits(offload(before, place, tmp_path / "before")), logits(whole))
     fresh = edited(offloaded(place, tmp_path / "fresh"), edit)
     assert torch.equal(logits(fresh), logits(whole))
     torch.manual_seed(1)
