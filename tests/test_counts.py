@@ -62,7 +62,7 @@ class Reads(TorchDispatchMode):
 # Of a layer that edits one token, beside those of its base model.
 OPERATORS = {
     "SEA at the MLP": 4,
-    "SEA at the block": 14,
+    "SEA at the block": 10,
     "HPR": 48,
     "MEAN_DIFFERENCE at the MLP": 1,
     "MEAN_DIFFERENCE at the block": 1,
