@@ -235,6 +235,7 @@ def run(capsys, *arguments):
         ),
         (["--plot", "curves.pdf"], r"curves.pdf must end in .png or .svg"),
         (["--minutes", "0"], r"must be a number above 0, got 0"),
+        (["loading", "--shape", "none"], r"there is nothing to measure: leave out --shape none"),
         (["--quik"], r"unrecognized arguments: --quik"),
     ],
     ids=str,

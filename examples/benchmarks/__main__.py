@@ -148,6 +148,8 @@ def rows_of(benchmark: str, case: Case, bench: Bench) -> Iterator[Row]:
 def run(names: Iterable[str], bench: Bench, report: Report, minutes: float = math.inf) -> None:
     """Measure, case by case, of which none begins after so many minutes."""
     cases = [(name, case) for name in names for case in cases_of(name, bench)]
+    if not cases:
+        parser().error("there is nothing to measure: leave out --shape none, or name other benchmarks")
     begun = time.perf_counter()
     with tqdm(cases, unit="case", leave=None) as progress:
         for name, case in progress:
