@@ -29,6 +29,9 @@ PROJECTOR_TOLERANCE = 1e-9
 RESOLUTION = 1e-12
 # Singular values that lie closer together than this share of the gap at the cut may be copies of one.
 COPY_SHARE = 1e-6
+# Lengths of a block's directions that differ by more than this are made equal with so much rounding that their metric
+# is to be computed again.
+MOST_SPREAD = 1e3
 # The Krylov space grows by this factor from one look at its eigenvalues to the next.
 LOOK_GROWTH = 1.2
 
@@ -222,16 +225,18 @@ def _orthonormalise(
     By the eigenvectors of the small Gram matrix, because threaded Householder QR of a tall block is slower than all
     else here.
     """
-    whole = torch.eye(block.shape[1], dtype=block.dtype, device=block.device)
-    # Of directions that are all but in the span the first pass leaves rounding; two more make it orthogonal, too.
+    block = block - basis @ (metric_basis.T @ block)
+    block, metric_block, whole = _normalise(block, operator.metric(block), operator)
+    lengths = whole.norm(dim=1)
+    if len(lengths) and float(lengths.max() / lengths.min()) > MOST_SPREAD:
+        metric_block = operator.metric(block)
+    # Of directions that are all but in the span the first pass leaves rounding; two more make it orthogonal, too. What
+    # they take off is small, and so is what its metric is off by.
     for _ in range(2):
-        block = block - basis @ (metric_basis.T @ block)
-        block, metric_block, factor = _normalise(block, operator.metric(block), operator)
+        part = metric_basis.T @ block
+        block, metric_block, factor = _normalise(block - basis @ part, metric_block - metric_basis @ part, operator)
         whole = factor @ whole
-    # What the last pass takes off is small, and so is what its metric is off by.
-    part = metric_basis.T @ block
-    block, metric_block, factor = _normalise(block - basis @ part, metric_block - metric_basis @ part, operator)
-    return block, metric_block, factor @ whole
+    return block, metric_block, whole
 
 
 def _normalise(
