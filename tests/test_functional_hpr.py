@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_edit.tuners.angle import angle_between
-from peft_edit.tuners.hpr.maths import edit, is_negative, loss, reflection_angle, rotate
+from peft_edit.tuners.hpr.maths import edit, edit_in_python, is_negative, loss, reflection_angle, rotate
 
 
 GOLDEN = Path(__file__).parent / "fixtures" / "hpr_edit.safetensors"
@@ -22,6 +22,7 @@ D = 24
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 wide_dtypes = pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 half_dtypes = pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+every_edit = pytest.mark.parametrize("edit", [edit, edit_in_python])
 angles = st.floats(0, math.pi)
 
 
@@ -292,7 +293,8 @@ def test_reflection_is_accurate_next_to_the_normal(dtype, slant):
 
 
 @every_dtype
-def test_positive_tokens_stay_bit_for_bit_and_the_others_turn(dtype):
+@every_edit
+def test_positive_tokens_stay_bit_for_bit_and_the_others_turn(dtype, edit):
     a, w = normal(4, 25, D, dtype=dtype), normal(D, seed=1, dtype=dtype)
     before = a.clone()
     out = edit(a, w, constant(1.0))
@@ -310,7 +312,8 @@ def test_positive_tokens_stay_bit_for_bit_and_the_others_turn(dtype):
 @pytest.mark.parametrize(
     "options", [{"gate": 1.0}, {"gate": 0.0}, {"alpha": 0.0}, {"gate": 0.3, "alpha": 2.0}], ids=str
 )
-def test_input_is_unchanged(dtype, options):
+@every_edit
+def test_input_is_unchanged(dtype, options, edit):
     a, w = normal(4, 5, D, dtype=dtype), normal(D, seed=1, dtype=dtype)
     before = a.clone(), w.clone()
     edit(a, w, constant(1.0), **options)
@@ -319,19 +322,22 @@ def test_input_is_unchanged(dtype, options):
 
 @every_dtype
 @pytest.mark.parametrize("gate", [0.5, 1.0])
-def test_no_angle_is_the_identity(dtype, gate):
+@every_edit
+def test_no_angle_is_the_identity(dtype, gate, edit):
     a, w = normal(30, D, dtype=dtype), normal(D, seed=1, dtype=dtype)
     assert torch.equal(edit(a, w, constant(0.0), gate=gate), a)
     assert torch.equal(edit(a, w, constant(1.0), gate=gate, alpha=0.0), a)
 
 
-def test_edit_by_the_reflection_angle_is_the_reflection_of_negative_tokens():
+@every_edit
+def test_edit_by_the_reflection_angle_is_the_reflection_of_negative_tokens(edit):
     a, w = normal(50, D), normal(D, seed=1)
     expected = torch.where((a @ w).unsqueeze(-1) > 0, a, reflect(a, w))
     torch.testing.assert_close(edit(a, w, lambda x: reflection_angle(x, w)), expected, rtol=0, atol=1e-12)
 
 
-def test_gate_0_turns_none_and_gate_1_all():
+@every_edit
+def test_gate_0_turns_none_and_gate_1_all(edit):
     a, w = 100 * normal(50, D, dtype=torch.float32), normal(D, seed=1, dtype=torch.float32)
     assert torch.sigmoid(a @ w).max() == 1  # saturated
     assert not is_negative(a, w, 0.0).any() and is_negative(a, w, 1.0).all()
@@ -361,7 +367,8 @@ def test_the_threshold_itself_is_negative():
 
 
 @pytest.mark.parametrize("alpha", [0.25, 1.0, 2.5, 100.0])
-def test_alpha_scales_the_angle_up_to_half_a_turn(alpha):
+@every_edit
+def test_alpha_scales_the_angle_up_to_half_a_turn(alpha, edit):
     a, w = negatives()
     out = edit(a, w, constant(1.0), alpha=alpha)
     torch.testing.assert_close(
@@ -371,7 +378,8 @@ def test_alpha_scales_the_angle_up_to_half_a_turn(alpha):
         torch.testing.assert_close(out, -a)
 
 
-def test_the_angle_network_sees_negative_tokens_only():
+@every_edit
+def test_the_angle_network_sees_negative_tokens_only(edit):
     a, w = normal(3, 7, D), normal(D, seed=1)
     seen = []
 
@@ -389,12 +397,36 @@ def test_the_angle_network_sees_negative_tokens_only():
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 4), (2, 0), (2, 3, 4)], ids=str)
-def test_every_shape(shape):
+@every_edit
+def test_every_shape(shape, edit):
     a, w = normal(*shape, D), normal(D, seed=1)
     out = edit(a, w, constant(0.8), gate=0.6)
     assert out.shape == a.shape
     rows = [edit(row, w, constant(0.8), gate=0.6) for row in a.reshape(-1, D)]
     torch.testing.assert_close(out.reshape(-1, D), torch.stack(rows) if rows else a.reshape(-1, D))
+
+
+@every_dtype
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-18, 1.0, 1e18, math.inf, math.nan])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_numbers_in_python_make_the_same_edit(dtype, size, aligned):
+    """Also of tokens among which one is of another size, or points along the normal."""
+    a, w = normal(6, D, dtype=dtype), normal(D, seed=1, dtype=dtype)
+    a[2] = size * (-w if aligned else a[2])
+    predicted = 3 * torch.rand(6, generator=torch.Generator().manual_seed(0), dtype=a.dtype).double()
+
+    def angle(tokens):
+        return predicted[[next(i for i in range(6) if same(a[i], token)) for token in tokens]]
+
+    def same(x, y):
+        return torch.equal(x.nan_to_num(), y.nan_to_num())
+
+    for tokens in (a, a[:3], a[2], a[:2]):
+        expected, found = (make(tokens, w, angle, gate=0.9, alpha=1.3) for make in (edit, edit_in_python))
+        norms = tokens.double().norm(dim=-1, keepdim=True).nan_to_num(1, 1).clamp_min(1e-30)
+        torch.testing.assert_close(
+            found.double() / norms, expected.double() / norms, rtol=0, atol=NORM[dtype], equal_nan=True
+        )
 
 
 @pytest.mark.parametrize("options", [{}, {"gate": 1.0, "alpha": 0.5}, {"gate": 0.0}], ids=str)

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from edits import EDITS, edited_model, layers_of
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from peft_edit.tuners import fusing
 
@@ -52,6 +53,18 @@ def test_the_shorter_way_is_for_values_alone():
     with torch.no_grad():
         assert fusing.values_alone(h) and not fusing.kernels_apply(h)
         assert not torch.func.vmap(lambda row: row + fusing.values_alone(row))(torch.zeros(2, 4)).any()
+
+
+@pytest.mark.parametrize("trace", [torch.jit.trace, lambda function, h: make_fx(function)(h)], ids=["jit", "fx"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_no_numbers_are_frozen_into_a_trace(trace):
+    layer = layers_of(edited_model("SEA at the block"))[0]
+    h = tokens(layer, "cpu", torch.float32, 1, 4)
+    with torch.no_grad():
+        assert fusing.numbers_are_faster(h)
+        layer.edit_output(h)  # the first use also checks the weights
+        traced = trace(lambda h: layer.edit(h, "default"), h)
+        torch.testing.assert_close(traced(2 * h.flip(1)), layer.edit(2 * h.flip(1), "default"))
 
 
 def test_the_shorter_way_uses_the_weights_as_they_are():

@@ -13,6 +13,7 @@ from torch import Tensor
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _INTEGERS = {"I64": torch.int64, "I32": torch.int32}
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in (FLOATING | _INTEGERS).items()}
+_NOTHING_TO_DO = nullcontext()
 
 
 def is_quantised(dtype: torch.dtype) -> bool:
@@ -32,7 +33,7 @@ def as_written(tensor: Tensor) -> AbstractContextManager[None]:
     Edits rely on that: thresholds follow from the dtype, and inverses and differences amplify rounding.
     """
     if tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
-        return nullcontext()
+        return _NOTHING_TO_DO
     return torch.autocast(tensor.device.type, enabled=False)
 
 

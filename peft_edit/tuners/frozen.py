@@ -56,6 +56,8 @@ class FrozenWeight(nn.Module):
     def check(self) -> None:
         """Raise ValueError, naming the site, for a weight that is missing or damaged. Looks once, and in a graph that
         is compiled while it is made."""
+        if self.checked and not torch.compiler.is_compiling():
+            return
         problem = self._look()
         # Read after the look: a graph then holds for weights that were looked at, and is made anew for others.
         if not self.checked and problem:

@@ -1,6 +1,6 @@
-"""When edits may take a shorter way because nothing but values is asked for, and when that is a fused Triton kernel: of
-a few tokens, launching many small kernels takes longer than they do. The kernels stand in the folders of the methods,
-their references in `maths`."""
+"""When edits may take a shorter way because nothing but values is asked for: of a few tokens, launching many small
+operators takes longer than they do. On a GPU a fused Triton kernel takes their place, which stands in the folder of the
+method, its reference in `maths`; on a CPU numbers of Python do."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 
 # Features that one program keeps in its registers.
 MAX_FEATURES = 2**14
+# Tokens whose own numbers, such as norms, a CPU computes faster in Python than by an operator for each step.
+FEW_TOKENS = 16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -32,8 +34,20 @@ def values_alone(h: Tensor) -> bool:
 def is_at_hand(module: nn.Module) -> bool:
     """Whether a module's weights are plain tensors that can be used without calling it: nothing offloads, gathers or
     shards them, and nobody listens to it."""
-    listening = hasattr(module, "_hf_hook") or module._forward_pre_hooks or module._forward_hooks
+    # A module looks long for an attribute that it lacks.
+    listening = "_hf_hook" in module.__dict__ or module._forward_pre_hooks or module._forward_hooks
     return not listening and all(type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
+
+
+def numbers_are_faster(h: Tensor) -> bool:
+    """Whether activations, (..., d), of which `values_alone` are asked for are so few, and on a CPU, that what is one
+    number for each token is better computed in Python."""
+    return not _followed() and h.is_cpu and 0 < h.numel() <= FEW_TOKENS * h.shape[-1]
+
+
+def _followed() -> bool:
+    """Whether somebody records operators, or takes derivatives forwards."""
+    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0
 
 
 def kernels_apply(h: Tensor) -> bool:
@@ -43,10 +57,7 @@ def kernels_apply(h: Tensor) -> bool:
         and h.dtype in DTYPES
         and h.numel() > 0
         and h.shape[-1] <= MAX_FEATURES
-        # Nobody records operators, or takes derivatives forwards.
-        and not torch.jit.is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and forward_ad._current_level < 0
+        and not _followed()
         and has_triton(h.device)
     )
 

@@ -18,6 +18,8 @@ from torch.nn import functional
 
 # Below this sine of the angle between an activation and the normal there is no plane to rotate in.
 NO_DIRECTION = 1e-6
+# Cosine of that angle up to which the sine that follows from it is accurate.
+MOST_COSINE = 0.99
 # Without gradients, tokens are edited so many elements at a time, those of the angle network's input and those that are
 # rotated: what is computed on the way then takes little memory, and on a CPU that of the rotation stays in the cache.
 # Elsewhere chunks are larger, as each one waits for the device.
@@ -172,6 +174,54 @@ def edit(
             part = slice(i, i + rotated_at_once)
             out.index_copy_(0, negative[part], rotate(chosen[part], w, angle_rad[part]))
     return out.reshape(a.shape)
+
+
+def edit_in_python(
+    a: Tensor,
+    w: Tensor,
+    angle: Callable[[Tensor], Tensor],
+    *,
+    gate: float = 0.5,
+    alpha: float = 1.0,
+) -> Tensor:
+    """`edit` of a few tokens with a third of its operators, for values alone: what is one number for each token, or for
+    w, is computed in Python. It waits for the device at each of them.
+
+    In the plane of a^ and n the rotation is cos(g) a + sin(g) |a| (n - c a^) / s, c = n . a^ and s = sqrt(1 - c^2): a
+    multiple of a and one of w. Where s is small, it loses digits, and `edit` takes over, as where a or w is zero, too
+    large or not finite.
+    """
+    if gate == 0 or alpha == 0:
+        return a
+    flat = a.reshape(-1, a.shape[-1])
+    x, n = flat.to(_wide(a.dtype)), w.to(_wide(a.dtype))
+    products, threshold = _dot(x, n).tolist(), gate_logit(gate)
+    negative = [i for i, product in enumerate(products) if product <= threshold]
+    if not negative:
+        return a
+    norms, w_norm = torch.linalg.vector_norm(x, dim=-1).tolist(), float(torch.linalg.vector_norm(n))
+    limits = torch.finfo(x.dtype)
+    least, most = math.sqrt(limits.tiny), math.sqrt(limits.max)
+    # No comparison with NaN is true.
+    if not least <= w_norm <= most or not all(
+        least <= norms[i] <= most and abs(products[i]) <= MOST_COSINE * norms[i] * w_norm for i in negative
+    ):
+        return edit(a, w, angle, gate=gate, alpha=alpha)
+    every = len(negative) == len(flat)
+    angles = angle(flat if every else flat[negative]).tolist()
+    factors = []
+    for i, angle_rad in zip(negative, angles, strict=True):
+        angle_rad = min(alpha * angle_rad, math.pi)
+        cosine = products[i] / (norms[i] * w_norm)
+        ratio = math.sin(angle_rad) / math.sqrt(1 - cosine * cosine)
+        factors.append((math.cos(angle_rad) - ratio * cosine, ratio * norms[i] / w_norm))
+    if len(flat) == 1:
+        return torch.add(x * factors[0][0], n, alpha=factors[0][1]).to(a.dtype).reshape(a.shape)
+    of_x, of_n = x.new_tensor(factors).unsqueeze(-1).unbind(dim=1)
+    rotated = torch.addcmul((x if every else x[negative]) * of_x, of_n, n).to(a.dtype)
+    if not every:
+        rotated = flat.index_copy(0, torch.tensor(negative), rotated)
+    return rotated.reshape(a.shape)
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,13 @@ class SEALayer(EditLayer):
             add = adding_kernel(h)
             if add is not None or h.dtype in (torch.float32, torch.float64):
                 return edit_at_once(
-                    h, *factors, rescale=config.rescale, mean_rescale=mean_rescale, strength=strength, add=add
+                    h,
+                    *factors,
+                    rescale=config.rescale,
+                    mean_rescale=mean_rescale,
+                    strength=strength,
+                    add=add,
+                    in_python=fusing.numbers_are_faster(h),
                 )
         scale = 1.0
         if config.input_scale is not None:
@@ -152,16 +158,16 @@ class SEALayer(EditLayer):
         """U+^T and U-^T in the dtype of h, exchanged where they are to be; None where `edit_at_once` cannot be used."""
         if config.feature_map is not None or config.projections not in ("both", "exchanged"):
             return None
-        projections = (self.sea_positive[adapter_name], self.sea_negative[adapter_name])
-        # FSDP's wrappers are other modules.
-        if not fusing.values_alone(h) or not all(
-            type(p) is SEAProjection and fusing.is_at_hand(p) for p in projections
-        ):
+        if not fusing.values_alone(h):
             return None
-        for projection in projections:
+        factors = []
+        for projection in (self.sea_positive[adapter_name], self.sea_negative[adapter_name]):
+            # FSDP's wrappers are other modules.
+            if type(projection) is not SEAProjection or not fusing.is_at_hand(projection):
+                return None
             projection.check()
-        positive, negative = (projection.weight.detach().to(h.dtype) for projection in projections)
-        return (negative, positive) if config.projections == "exchanged" else (positive, negative)
+            factors.append(projection.weight.to(h.dtype))
+        return tuple(reversed(factors) if config.projections == "exchanged" else factors)
 
     def check_mergeable(self, adapter_name: str) -> None:
         """Raise ValueError, with the reason, for a fitted adapter that cannot be merged at this site."""

@@ -6,12 +6,14 @@ Rows are samples, n demonstrations, d the hidden size, k a rank. A basis is (k, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ...arguments import Argument, ArgumentError, check_choice, parts_of
 from .spectra import LeftFactor, Spectrum
@@ -54,7 +56,7 @@ def _elu_inverse(z: Tensor, x: Tensor) -> Tensor:
 FEATURE_MAPS: dict[str, FeatureMap] = {
     "tanh": FeatureMap(torch.tanh, lambda z, x: torch.atanh(z.clamp(-1 + DOMAIN_MARGIN, 1 - DOMAIN_MARGIN))),
     "squared_exponential": FeatureMap(lambda x: torch.exp(-x.square() / 2), _squared_exponential_inverse),
-    "elu": FeatureMap(torch.nn.functional.elu, _elu_inverse),
+    "elu": FeatureMap(functional.elu, _elu_inverse),
 }
 
 
@@ -249,6 +251,7 @@ def edit_at_once(
     mean_rescale: float,
     strength: float,
     add: Callable[[Tensor, Tensor, Tensor, float, float, float], Tensor] | None = None,
+    in_python: bool = False,
 ) -> Tensor:
     """`edit` with both projections and no feature map in fewer operators, for values alone: it is not differentiable.
 
@@ -257,6 +260,7 @@ def edit_at_once(
         positive, negative: U+^T and U-^T, (k, d) each, h's dtype.
         rescale, mean_rescale, strength: as of `edit`.
         add: a kernel for the sum with norms kept, see `kernels.add`.
+        in_python: whether to compute what is one number for each token in Python, on a CPU.
 
     Returns:
         (..., d), h's dtype.
@@ -269,11 +273,18 @@ def edit_at_once(
         least = rounding(h.dtype) if rescale == "token" else None
         changes = ((flat @ basis.T) @ basis for basis in (positive, negative))
         return add(flat, *changes, own, factor, least).reshape(h.shape)
-    y = torch.addmm(flat, flat @ positive.T, positive, beta=own, alpha=factor)
-    y = y.addmm_(flat @ negative.T, negative, alpha=-factor)
-    if rescale == "token":
+    y = torch.addmm(flat, functional.linear(flat, positive), positive, beta=own, alpha=factor)
+    y = y.addmm_(functional.linear(flat, negative), negative, alpha=-factor)
+    if rescale != "token":
+        return y.reshape(h.shape)
+    # Divided by infinity, what has no direction becomes zero.
+    if in_python:
+        least = rounding(h.dtype)
+        norms = zip(*(torch.linalg.vector_norm(v, dim=-1).tolist() for v in (y, flat)), strict=True)
+        ratios = [x_norm / (norm if not norm <= least * x_norm else math.inf) for norm, x_norm in norms]
+        y.mul_(ratios[0] if len(ratios) == 1 else y.new_tensor(ratios).unsqueeze(1))
+    else:
         ratio, x_norm = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (y, flat))
-        # Divided by infinity, what has no direction becomes zero.
         ratio.div_(x_norm.clamp_min_(torch.finfo(h.dtype).tiny))
         y.div_(torch.threshold_(ratio, rounding(h.dtype), float("inf")))
     return y.reshape(h.shape)
