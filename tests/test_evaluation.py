@@ -92,6 +92,15 @@ def test_prompts_and_answers_are_run_once(llama, batch_size):
     assert max(heads) <= batch_size and max(map(len, prompts), default=0) <= batch_size
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_logits_of_tokens_that_are_not_scored(family):
+    model, logits = tiny_model(family), []
+    model.get_output_embeddings().register_forward_hook(lambda head, args, output: logits.append(output.shape))
+    evaluate_multiple_choice(model, TOKENIZER, contrast())
+    assert {len(shape) for shape in logits} == {3}
+    assert sum(shape[:2].numel() for shape in logits) == sum(len(a) for q in QUESTIONS for a in (*q[1], *q[2]))
+
+
 def test_answers_of_one_length_are_run_together(llama):
     """Of whichever question they are: no position is padding where each length fills its batches."""
     questions = [([3, 4 + i], [[9], [10, 11, 12]], [[13], [14, 15, 16]], None) for i in range(4)]

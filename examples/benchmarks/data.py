@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -92,6 +93,27 @@ def counted(model: nn.Module, call: Callable[[], object]) -> Passed:
     finally:
         handle.remove()
     return passed
+
+
+def products_alone(call: Callable[[], object]) -> Callable[[], None]:
+    """Makes the matrix products with a model's weights that a call makes, in its order, and nothing else."""
+    made: list[tuple[Tensor, Tensor]] = []
+    inputs: dict[torch.Size, Tensor] = {}
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                x, weight = args[-2:]
+                made.append((inputs.setdefault(x.shape, torch.ones_like(x)), weight))
+            return func(*args, **(kwargs or {}))
+
+    def products() -> None:
+        for x, weight in made:
+            x @ weight
+
+    with Record():
+        call()
+    return products
 
 
 def matrix_products(call: Callable[[], object], dtype: torch.dtype) -> Work:

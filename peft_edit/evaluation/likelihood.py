@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache
@@ -150,8 +151,35 @@ def _score(
     scored = torch.zeros_like(ids, dtype=torch.bool)
     for i, answer in enumerate(answers):
         scored[i, answer.prompt_length : len(answer.input_ids)] = True
+    scored, targets = scored[:, shared + 1 :], ids[:, shared + 1 :]
     cached = {"use_cache": False} if cache is None else {cache_name(bare): cache, "use_cache": True}
-    logits = model(input_ids=ids[:, shared:-1], attention_mask=mask[:, :-1], **cached).logits
-    scored, targets = scored[:, shared + 1 :].to(logits.device), ids[:, shared + 1 :].to(logits.device)
-    log_likelihoods = -functional.cross_entropy(logits[scored].float(), targets[scored], reduction="none")
+    with _predicting(bare, scored):
+        logits = model(input_ids=ids[:, shared:-1], attention_mask=mask[:, :-1], **cached).logits
+    logits = logits[scored.to(logits.device)] if logits.shape[:2] == scored.shape else logits[0]
+    targets = targets[scored].to(logits.device)
+    log_likelihoods = -functional.cross_entropy(logits.float(), targets, reduction="none")
     return [float(part.sum()) for part in log_likelihoods.split(scored.sum(dim=1).tolist())]
+
+
+@contextmanager
+def _predicting(model: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Inside the `with` block a model gives the logits of some positions alone, (1, n, vocabulary), where its LM head
+    is a module that takes all of them; else those of all, (b, s, vocabulary).
+
+    Args:
+        model: without a `PeftModel` around it.
+        positions: which, (b, s) bool.
+    """
+
+    def select(head: nn.Module, args: tuple) -> tuple | None:
+        # Shapes must not depend on the data inside a compiled graph; DataParallel's replicas see a part of the rows.
+        if torch.compiler.is_compiling() or not args or args[0].shape[:2] != positions.shape:
+            return None
+        hidden = args[0]
+        return (hidden[positions.to(hidden.device)].unsqueeze(0), *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()

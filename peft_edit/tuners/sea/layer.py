@@ -166,7 +166,8 @@ class SEALayer(EditLayer):
             if type(projection) is not SEAProjection or not fusing.is_at_hand(projection):
                 return None
             projection.check()
-            factors.append(projection.weight.to(h.dtype))
+            weight = projection.weight
+            factors.append(weight if weight.dtype == h.dtype else weight.to(h.dtype))
         return tuple(reversed(factors) if config.projections == "exchanged" else factors)
 
     def check_mergeable(self, adapter_name: str) -> None:
