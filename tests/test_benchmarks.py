@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPOSITORY))
 
 from examples.benchmarks import __main__ as runner  # noqa: E402
-from examples.benchmarks import data, hpr_training, models, published, scaling, timing  # noqa: E402
+from examples.benchmarks import data, hpr_training, machine, models, published, scaling, timing  # noqa: E402
 from examples.benchmarks.fit import demonstrations, projector_distance  # noqa: E402
 from examples.benchmarks.report import Bench, Case, Row  # noqa: E402
 from examples.benchmarks.timing import Elapsed, Spread, Work, measure  # noqa: E402
@@ -236,6 +236,8 @@ def run(capsys, *arguments):
         (["--plot", "curves.pdf"], r"curves.pdf must end in .png or .svg"),
         (["--minutes", "0"], r"must be a number above 0, got 0"),
         (["loading", "--shape", "none"], r"there is nothing to measure: leave out --shape none"),
+        (["--shape", "none", "--shape", "Llama-2-7B"], r"argument --shape: none beside others: give shapes, or none"),
+        (["fit", "--plot", "curves.svg"], r"--plot draws the curves of the benchmark scaling: name that too"),
         (["--quik"], r"unrecognized arguments: --quik"),
     ],
     ids=str,
@@ -300,17 +302,32 @@ def test_what_does_not_fit_is_skipped_and_the_rest_goes_on(capsys, monkeypatch, 
     status, printed, _ = run(capsys, "fit", "--json", path)
     first, second, third = json.loads(path.read_text())["rows"]
     assert status == 0 and third["case"] == "whole"
-    assert first["skipped"].startswith("needs 1000000.0 GB, ") and first["skipped"].endswith("GB are free")
+    assert first["skipped"].startswith("needs 1000000.0 GB of memory, ") and first["skipped"].endswith("GB are free")
     assert second["skipped"] == "CUDA out of memory. Tried to allocate"
-    assert any("| 7B |" in line and "skipped: needs 1000000.0 GB" in line for line in printed)
+    assert any("| 7B |" in line and "skipped: needs 1000000.0 GB of memory" in line for line in printed)
 
 
 def test_nothing_begins_when_the_time_is_over(capsys, monkeypatch, tmp_path):
-    of_cases(monkeypatch, Case("whole", lambda: [row()]))
+    of_cases(monkeypatch, Case("whole", lambda: [row()]), Case("free", lambda: [row("free")], measures=False))
     path = tmp_path / "out.json"
     assert run(capsys, "fit", "--minutes", "1e-9", "--json", path)[0] == 0
-    (found,) = json.loads(path.read_text())["rows"]
+    found, free = json.loads(path.read_text())["rows"]
     assert found["skipped"] == "the 1e-09 minutes were over" and "ratio" not in found
+    assert free["case"] == "free" and free["ratio"]["median"] == 2
+
+
+def test_the_plot_shows_the_curves_that_there_are(tmp_path):
+    bench = Bench(CPU, tmp_path, plot=tmp_path / "curves.svg")
+    (found,) = scaling.plot(bench, {})
+    assert found.skipped == "no curve was measured" and not bench.plot.exists()
+    assert [*scaling.plot(bench, {scaling.Curve("fit", "tokens", (1, 2), 1, "why"): ((1, 0.1), (2, 0.2))})] == []
+    assert "exponent 1" in bench.plot.read_text(encoding="utf-8")
+
+
+def test_what_does_not_fit_the_disk_is_said(tmp_path):
+    machine.check_disk(1, tmp_path)
+    with pytest.raises(machine.DoesNotFitError, match=r"needs 1000000000.0 GB of disk, .* GB are free"):
+        machine.check_disk(1e18, tmp_path)
 
 
 def test_a_case_that_fails_is_said_and_the_rest_goes_on(capsys, monkeypatch, tmp_path):
@@ -333,13 +350,13 @@ def test_ratios_are_written_as_what_they_are():
 
 
 def test_small_benchmarks_run(capsys, tmp_path):
-    path, figure = tmp_path / "out.json", tmp_path / "curves.svg"
-    names = ("fit", "edit", "decoding")
-    status, printed, _ = run(capsys, *names, "--quick", "--json", path, "--plot", figure)
+    path = tmp_path / "out.json"
+    names = ("fit", "edit", "hpr-edit", "decoding")
+    status, printed, _ = run(capsys, *names, "--quick", "--json", path)
     rows = json.loads(path.read_text())["rows"]
     assert status == 0 and not any("failed" in found or "skipped" in found for found in rows)
     assert {found["benchmark"] for found in rows} == set(names)
-    assert {found["kind"] for found in rows} == {"published", "base", "LoRA", "limit"}
+    assert {found["kind"] for found in rows} == {"published", "base", "LoRA", "limit", "other"}
     assert all(found["ratio"]["low"] <= found["ratio"]["median"] <= found["ratio"]["high"] for found in rows)
     assert len([line for line in printed if line.startswith("| ")]) == len(rows) + 2 * len(names)
     decoded = [found["what"] for found in rows if found["against"] == "the model without an edit"]

@@ -154,7 +154,7 @@ def run(names: Iterable[str], bench: Bench, report: Report, minutes: float = mat
     with tqdm(cases, unit="case", leave=None) as progress:
         for name, case in progress:
             progress.set_description(f"{name}: {case.name}")
-            if time.perf_counter() - begun > 60 * minutes:
+            if case.measures and time.perf_counter() - begun > 60 * minutes:
                 report.add(Row(name, case.name, skipped=f"the {minutes:g} minutes were over"))
                 continue
             for row in rows_of(name, case, bench):
@@ -166,6 +166,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     an interruption."""
     options = parser().parse_args(arguments)
     names = [name for name in BENCHMARKS if name in options.names] or list(BENCHMARKS)
+    if options.plot is not None and "scaling" not in names:
+        parser().error("--plot draws the curves of the benchmark scaling: name that too, or leave the plot out")
+    if options.shape is not None and len(set(options.shape)) > 1 and "none" in options.shape:
+        parser().error("argument --shape: none beside others: give shapes, or none alone")
     chosen = tuple(shape for shape in SHAPES if options.shape is None or shape.name in options.shape)
     shapes = (TINY,) if options.quick else chosen
     settings = {

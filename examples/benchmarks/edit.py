@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from peft_edit.tuners.fusing import numbers_are_faster
 from peft_edit.tuners.sea.layer import adding_kernel
 from peft_edit.tuners.sea.maths import edit_at_once
 
@@ -39,7 +40,7 @@ def one_token(bench: Bench, case: str, d: int, rank: int) -> Iterator[Row]:
     bases = [orthonormal(rank, d, seed).to(bench.device, bench.dtype) for seed in (0, 1)]
     plus, minus = published.sea_projections(*bases)
     h = torch.randn(1, 1, d, generator=torch.Generator().manual_seed(2)).to(bench.device, bench.dtype)
-    as_fitted = {"mean_rescale": 1.0, "strength": 1.0, "add": adding_kernel(h)}
+    as_fitted = {"mean_rescale": 1.0, "strength": 1.0, "add": adding_kernel(h), "in_python": numbers_are_faster(h)}
     # Both factors are read; each is multiplied twice.
     work = Work(bytes=2 * rank * d * bench.element, flops=8 * rank * d, dtype=bench.dtype)
     for how, in_turns in (("in a loop", False), ("in turns", True)):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from peft_edit.tuners.fusing import numbers_are_faster
 from peft_edit.tuners.hpr.layer import angle_network
-from peft_edit.tuners.hpr.maths import edit, is_negative, rotate
+from peft_edit.tuners.hpr.maths import edit, edit_in_python, is_negative, rotate
 
 from . import published
 from .report import Bench, Case, Row
@@ -26,6 +27,8 @@ def cases(bench: Bench) -> Iterator[Case]:
     d, shape = (64, (4, 8)) if bench.quick else (HIDDEN, TOKENS)
     name = f"HPR's edit of one token, hidden size {d}"
     yield Case(name, partial(one_token, bench, name, d), needs=8 * d * d * bench.element)
+    name = f"HPR's rotation of one token, compiled, hidden size {d}"
+    yield Case(name, partial(compiled, bench, name, d), needs=4 * d * d * bench.element)
     name = f"HPR's edit of {shape[0]} x {shape[1]} tokens, hidden size {d}"
     needs = (8 * d * d + 12 * math.prod(shape) * d) * bench.element
     yield Case(name, partial(many_tokens, bench, name, d, shape), needs=needs)
@@ -45,7 +48,15 @@ class Edit:
         return math.pi * torch.sigmoid(self.network(a).squeeze(-1))
 
     def thin(self, a: Tensor) -> Tensor:
-        return edit(a, self.w, self.angle)
+        return self._edit(a)(a, self.w, self.angle)
+
+    def rotate(self, a: Tensor, angle_rad: Tensor) -> Tensor:
+        """Every token, by given angles."""
+        return self._edit(a)(a, self.w, lambda chosen: angle_rad.reshape(-1)[: len(chosen)], gate=1.0)
+
+    def _edit(self, a: Tensor) -> Callable[..., Tensor]:
+        """The edit that a layer takes without a kernel."""
+        return edit_in_python if numbers_are_faster(a) else edit
 
     def dense(self, a: Tensor) -> Tensor:
         return published.hpr_edit(a, self.w, self.angle, self.reflection)
@@ -58,27 +69,37 @@ def one_token(bench: Bench, case: str, d: int) -> Iterator[Row]:
     given = torch.full((1, 1), ANGLE_RAD, device=bench.device, dtype=bench.dtype)
     # A token and the normal are read, a token is written.
     work = Work(bytes=3 * d * bench.element)
-    for how, in_turns in (("in a loop", False), ("in turns", True)):
-        ours, dense = f"rotation by a given angle, {how}", f"dense, its matrix at hand, {how}"
-        timings = bench.measure(
-            {
-                ours: lambda: rotate(token, made.w, given),
-                dense: lambda: published.hpr_rotate(token, given, made.reflection),
-            },
-            rounds=101 if in_turns else 21,
-            in_turns=in_turns,
-            work=work if in_turns else None,
-        )
-        yield from bench.rows(case, timings, ours, {dense: "published", **({LIMIT: "limit"} if in_turns else {})})
-    ours, dense = "rotation by a given angle", "dense, its matrix built for the call"
+    ours, plain = "rotation by a given angle", "the same, by tensors alone"
+    dense, built = "dense, its matrix at hand", "dense, its matrix built for the call"
     timings = bench.measure(
         {
-            ours: lambda: rotate(token, made.w, given),
-            dense: lambda: published.hpr_rotate(token, given, published.householder(made.w)),
+            ours: lambda: made.rotate(token, given),
+            plain: lambda: rotate(token, made.w, given),
+            dense: lambda: published.hpr_rotate(token, given, made.reflection),
+        },
+        rounds=21,
+    )
+    yield from bench.rows(case, timings, ours, {dense: "published", plain: "other"})
+    ours = "rotation by a given angle, in turns"
+    timings = bench.measure(
+        {
+            ours: lambda: made.rotate(token, given),
+            dense: lambda: published.hpr_rotate(token, given, made.reflection),
+        },
+        rounds=101,
+        in_turns=True,
+        work=work,
+    )
+    yield from bench.rows(case, timings, ours, {dense: "published", LIMIT: "limit"})
+    ours = "rotation by a given angle"
+    timings = bench.measure(
+        {
+            ours: lambda: made.rotate(token, given),
+            built: lambda: published.hpr_rotate(token, given, published.householder(made.w)),
         },
         rounds=11,
     )
-    yield from bench.rows(case, timings, ours, {dense: "published"})
+    yield from bench.rows(case, timings, ours, {built: "published"})
     negative, positive = "negative token, with probe and network", "positive token"
     dense = "dense, with probe and network"
     timings = bench.measure(
@@ -87,6 +108,23 @@ def one_token(bench: Bench, case: str, d: int) -> Iterator[Row]:
     )
     for name in (negative, positive):
         yield from bench.rows(case, timings, name, {dense: "published"})
+
+
+def compiled(bench: Bench, case: str, d: int) -> Iterator[Row]:
+    """The pure function, compiled: a case of its own, as that needs a compiler of C++."""
+    made, by_compiler = Edit(bench, d), torch.compile(rotate, backend="eager" if bench.quick else "inductor")
+    token = torch.randn(1, d, generator=torch.Generator().manual_seed(1)).to(bench.device, bench.dtype)
+    given = torch.full((1,), ANGLE_RAD, device=bench.device, dtype=bench.dtype)
+    what, ours, plain = "torch.compile(rotate)", "rotation by a given angle", "the same, by tensors alone"
+    timings = bench.measure(
+        {
+            what: lambda: by_compiler(token, made.w, given),
+            ours: lambda: made.rotate(token, given),
+            plain: lambda: rotate(token, made.w, given),
+        },
+        rounds=21,
+    )
+    yield from bench.rows(case, timings, what, {ours: "other", plain: "other"})
 
 
 def many_tokens(bench: Bench, case: str, d: int, shape: tuple[int, int]) -> Iterator[Row]:
@@ -99,7 +137,7 @@ def many_tokens(bench: Bench, case: str, d: int, shape: tuple[int, int]) -> Iter
     timings = bench.measure(
         {
             # At a gate of 1 every token is rotated, as the dense form does it.
-            rotation: lambda: edit(tokens, made.w, lambda a: given[: len(a)], gate=1.0),
+            rotation: lambda: made.rotate(tokens, given),
             dense_rotation: lambda: published.hpr_rotate(tokens, given.view(shape), made.reflection),
             whole: lambda: made.thin(tokens),
             dense_whole: lambda: made.dense(tokens),

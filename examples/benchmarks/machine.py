@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft_edit.evaluation.results import versions
 
 
 GB = 1e9
-# Share of the free memory that a case may take: the rest is for what is on the way.
+# Share of the free memory, or disk, that a case may take: the rest is for what is on the way.
 USABLE = 0.9
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -27,7 +28,7 @@ def description(device: torch.device) -> dict[str, Any]:
     """What figures depend on besides the code, JSON values."""
     found = {
         "cpu": _cpu_name(),
-        "logical_processors": os.cpu_count(),
+        "logical_processors": processors(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / GB, 1),
         "load_average": round(os.getloadavg()[0], 1),
@@ -61,6 +62,11 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def processors() -> int:
+    """Logical ones that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device."""
     if device.type == "cuda":
@@ -74,6 +80,14 @@ def free_memory(device: torch.device) -> int:
 
 def check_fits(needed: float, device: torch.device) -> None:
     """Raise DoesNotFitError where a case needs more bytes than a device has free."""
-    free = free_memory(device)
+    _check(needed, free_memory(device), "memory")
+
+
+def check_disk(needed: float, folder: Path) -> None:
+    """Raise DoesNotFitError where a case writes more bytes than are free where a folder lies."""
+    _check(needed, shutil.disk_usage(folder).free, "disk")
+
+
+def _check(needed: float, free: int, what: str) -> None:
     if needed > USABLE * free:
-        raise DoesNotFitError(f"needs {needed / GB:.1f} GB, {free / GB:.1f} GB are free")
+        raise DoesNotFitError(f"needs {needed / GB:.1f} GB of {what}, {free / GB:.1f} GB are free")

@@ -22,6 +22,7 @@ from peft_edit import merge_checkpoint
 from peft_edit.tuners.sea.maths import merge, project
 
 from . import published
+from .machine import check_disk
 from .models import RANK, Shape, orthonormal, random_model, sharing, structure, with_lora, with_sea
 from .report import Bench, Case, Row
 from .timing import LIMIT, Elapsed, Samples, Timings, Work, clocked
@@ -144,8 +145,9 @@ def peak_memory() -> int:
 def checkpoint(bench: Bench, case: str, shape: Shape, rounds: int) -> Iterator[Row]:
     """Each in a process of its own: how fast a virtual machine writes depends on what ran just before."""
     base, adapter, out = (bench.folder / name for name in ("base", "adapter", "merged"))
-    base.mkdir()
     model = structure(shape.config, torch.bfloat16)
+    check_disk(2 * 2 * sum(tensor.numel() for tensor in model.state_dict().values()), bench.folder)
+    base.mkdir()
     largest = write_checkpoint(model, base)
     rank = min(CHECKPOINT_RANK, shape.hidden // 4)
     with_sea(model, range(shape.layers), rank, rescale="none").save_pretrained(adapter)

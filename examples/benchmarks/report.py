@@ -105,11 +105,13 @@ class Case:
         name: with the sizes.
         run: yields its rows, each when it is measured; called where it fits.
         needs: bytes of the device's memory.
+        measures: whether it takes time of its own; else it runs also when that is over.
     """
 
     name: str
     run: Callable[[], Iterable[Row]]
     needs: float = 0
+    measures: bool = True
 
 
 @dataclass(frozen=True)

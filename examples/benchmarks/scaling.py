@@ -4,7 +4,6 @@ with data and processes. Each curve's exponent stands beside the one that is exp
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +18,7 @@ from peft_edit.tuners.sea.maths import edit_at_once, fit
 from .collection import in_processes
 from .data import subjects
 from .fit import demonstrations
+from .machine import processors
 from .models import RANK, orthonormal
 from .report import Bench, Case, Row
 from .timing import Samples, Spread, Timings
@@ -50,7 +50,7 @@ def cases(bench: Bench) -> Iterator[Case]:
     drawn: dict[Curve, Sequence[tuple[float, float]]] = {}
     for curve, call_of in curves(bench).items():
         yield Case(curve.name, partial(measured, bench, curve, call_of, drawn))
-    counts = tuple(2**i for i in range(math.floor(math.log2(os.cpu_count() or 1)) + 1))[:4]
+    counts = tuple(2**i for i in range(math.floor(math.log2(processors())) + 1))[:4]
     for curve in (
         Curve("collection", "times the data", (1, 2) if bench.quick else (1, 3, 10), 1, "every sequence is run"),
         Curve("collection", "processes", counts, -1, "they share the sequences"),
@@ -59,7 +59,7 @@ def cases(bench: Bench) -> Iterator[Case]:
             name = f"{curve.name}, {curve.size}"
             yield Case(name, partial(collected, bench, replace(curve, name=name), drawn))
     if bench.plot is not None:
-        yield Case("the plot", partial(plot, bench, drawn))
+        yield Case("the plot", partial(plot, bench, drawn), measures=False)
 
 
 def curves(bench: Bench) -> Mapping[Curve, Callable[[int], Callable[[], object]]]:
@@ -193,10 +193,12 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def plot(bench: Bench, drawn: Mapping[Curve, Sequence[tuple[float, float]]]) -> Iterator[Row]:
-    """Draw the curves that were measured; yields no rows."""
+    """Draw the curves that were measured; yields no row but one where there are none."""
+    if not drawn:
+        yield Row(bench.name, "the plot", skipped="no curve was measured")
+        return
     from peft_edit.plotting import save_figure
 
     from .figure import curves_figure
 
     save_figure(curves_figure(drawn), bench.plot)
-    yield from ()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -291,7 +290,6 @@ def edit_at_once(
     return y.reshape(h.shape)
 
 
-@cache
 def rounding(dtype: torch.dtype) -> float:
     """Share of ||h|| below which y is zero or rounding, as for a token that is removed altogether: it has no direction
     to rescale. Products are rounded to h's dtype; sums over d, in float32 or wider, lose some bits more."""
