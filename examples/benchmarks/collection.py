@@ -10,8 +10,8 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from datasets import Dataset
@@ -46,10 +46,10 @@ def cases(bench: Bench) -> Iterator[Case]:
 
 def against_one_at_a_time(bench: Bench, case: str, subject: Subject) -> Iterator[Row]:
     model, tokenizer, data = subject.model(), subject.tokenizer(), subject.data()
-    number = count()
 
-    def collect() -> ActivationStore:
-        return collect_activations(model, tokenizer, data, bench.folder / f"collected-{next(number)}", **OPTIONS)
+    def collect() -> None:
+        with TemporaryDirectory(dir=bench.folder) as folder:
+            collect_activations(model, tokenizer, data, Path(folder) / "store", **OPTIONS)
 
     def one_at_a_time(once: bool) -> int:
         return published.collect_pairs(model, tokenizer, data, once)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from peft_edit.models.sites import decoder_blocks
+from peft_edit.tuners.layer import edit_layers
 
 from .machine import USABLE, free_memory
 from .models import (
@@ -23,6 +24,7 @@ from .models import (
     other_edits,
     random_model,
     sharing,
+    with_hooks,
     with_hpr,
     with_lora,
     with_sea,
@@ -120,12 +122,13 @@ def edited(base: nn.Module, only: bool = False) -> Edited:
         sea: with_sea(sharing(base), sea_blocks, rank),
         f"{hpr}, every token rotated": with_hpr(sharing(base), hpr_blocks, gate=1.0),
     }
-    merged = f"{sea}, merged"
+    merged, hooks = f"{sea}, merged", "the products of SEA alone, in plain hooks"
     if not only:
         plain = with_sea(sharing(base), sea_blocks, rank, rescale="none")
         own = with_sea(sharing(base, own="down_proj"), sea_blocks, rank, rescale="none")
         models |= {
             f"{sea}, rescale none": plain,
+            hooks: with_hooks(sharing(base), [layer.site for layer in edit_layers(plain)], rank),
             merged: own.merge_and_unload(),
             f"{hpr}, no token rotated": with_hpr(sharing(base), hpr_blocks, gate=CLOSED),
         }

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING
 
-from peft_edit.plotting.style import GREY, as_series, drawn, new_figure
+from peft_edit.plotting.style import GREY, as_series, drawn, legend_below, new_figure
 
 
 if TYPE_CHECKING:
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     from .scaling import Curve
 
 COLUMNS = 2
-# Inches of a row of axes.
-HEIGHT = 1.7
+# Inches of a row of axes, and letters of a line of its title.
+HEIGHT, TITLE = 1.9, 28
 
 
 @drawn
@@ -29,10 +30,12 @@ def curves_figure(curves: Mapping[Curve, Sequence[tuple[float, float]]]) -> Figu
     for axes, (curve, points) in zip(grid.flat, curves.items(), strict=False):
         sizes, seconds = zip(*points, strict=True)
         expected = [seconds[-1] * (size / sizes[-1]) ** curve.expected for size in sizes]
-        axes.loglog(sizes, expected, color=GREY, linestyle=":", label=f"exponent {curve.expected}")
+        axes.loglog(sizes, expected, color=GREY, linestyle=":", label="expected slope, through the last point")
         axes.loglog(sizes, seconds, color=measured.color, marker=measured.marker, label="measured")
-        axes.set(title=curve.name, xlabel=curve.size, ylabel="seconds")
+        axes.set(title=fill(curve.name, TITLE), xlabel=f"{curve.size} (exponent {curve.expected})", ylabel="seconds")
         axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+        ends = (min(seconds), max(seconds))
+        axes.set_yticks(ends, [f"{end:.2g}" for end in ends], minor=False)
         axes.minorticks_off()
-        axes.legend()
+    legend_below(figure, grid.flat[0])
     return figure

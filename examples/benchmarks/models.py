@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from peft_edit import HPRConfig, SEAConfig
@@ -141,13 +143,29 @@ def with_sea(base: nn.Module, blocks: Sequence[int], rank: int = RANK, **fields)
     for layer in edit_layers(model):
         factors = factors or [orthonormal(rank, layer.features, seed) for seed in (0, 1)]
         device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
-        layer.set_factors("default", *(factor.to(device or "cpu") for factor in factors), checked=True)
+        # Each has its own: shared, they would stay in the caches.
+        layer.set_factors("default", *(factor.to(device or "cpu", copy=True) for factor in factors), checked=True)
         config.rank_pattern[layer.site] = [rank, rank]
         config.fit_statistics[layer.site] = {
             **dict.fromkeys(("rms", "mean_rescale", "strength"), 1.0),
             **dict.fromkeys(("mean_rescale_deviation", "relative_error", "unscaled_error", "change"), 0.0),
         }
     return model.eval()
+
+
+def with_hooks(base: nn.Module, sites: Sequence[str], rank: int = RANK) -> nn.Module:
+    """The products of `with_sea` at some modules, in hooks that do nothing else: the least that it takes eagerly."""
+    factors = [orthonormal(rank, base.config.hidden_size, seed).to(base.device, base.dtype) for seed in (0, 1)]
+
+    def hook(module: nn.Module, args: tuple, output: Tensor, *, positive: Tensor, negative: Tensor) -> Tensor:
+        h = output.view(-1, output.shape[-1])
+        y = torch.addmm(h, functional.linear(h, positive), positive)
+        return y.addmm_(functional.linear(h, negative), negative, alpha=-1).view(output.shape)
+
+    for site in sites:
+        positive, negative = (factor.clone() for factor in factors)
+        base.get_submodule(site).register_forward_hook(partial(hook, positive=positive, negative=negative))
+    return base
 
 
 def with_hpr(base: nn.Module, blocks: Sequence[int], **fields) -> PeftModel:

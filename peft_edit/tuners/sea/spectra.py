@@ -21,8 +21,10 @@ from ...arguments import Argument, ArgumentError
 SMALL_CORE = 512
 # Width of a Krylov block: narrow enough to waste nothing on a small rank, wide enough for fast matrix products.
 BLOCK_WIDTH = 24
-# Beyond this share of min(n, d) the complete decomposition is cheaper.
+# Beyond this share of min(n, d) the complete decomposition is cheaper, and beyond the second also where the Krylov space
+# already carries the energy, so that its vectors need only be made more exact.
 WIDEST_SHARE = 0.3
+WIDEST_CARRYING_SHARE = 0.7
 # Accepted bound on the error of the projector onto the leading vectors (residual over gap, Davis-Kahan).
 PROJECTOR_TOLERANCE = 1e-9
 # A direction whose squared length is a smaller share than this of what the size of its entries allows is rounding.
@@ -140,8 +142,8 @@ class LeftFactor:
         block, metric_block, _ = _orthonormalise(start, start[:, :0], start[:, :0], operator)
         basis, metric_basis = block, metric_block
         projected = start.new_empty(0, 0)  # (m, m), the operator in the Krylov basis
-        next_look = 0.0
-        while basis.shape[1] + BLOCK_WIDTH <= WIDEST_SHARE * size:
+        next_look, widest = 0.0, WIDEST_SHARE
+        while basis.shape[1] + BLOCK_WIDTH <= widest * size:
             image = operator.apply(metric_block)
             columns = metric_basis.T @ image  # (m, width)
             above, below = columns[: len(projected)], columns[len(projected) :]
@@ -154,6 +156,7 @@ class LeftFactor:
                 values, vectors = values.flip(0), vectors.flip(1)
                 k = int((values.cumsum(dim=0) < ratio * total).sum()) + 1
                 if k < len(values):
+                    widest = max(WIDEST_SHARE, WIDEST_CARRYING_SHARE)
                     tolerance = PROJECTOR_TOLERANCE * float(values[k - 1] - values[k])
                     if torch.finfo(values.dtype).eps * float(values[0]) > tolerance:
                         return None  # squared Gram matrices cannot resolve so small a gap
