@@ -21,8 +21,8 @@ from ...arguments import Argument, ArgumentError
 SMALL_CORE = 512
 # Width of a Krylov block: narrow enough to waste nothing on a small rank, wide enough for fast matrix products.
 BLOCK_WIDTH = 24
-# Beyond this share of min(n, d) the complete decomposition is cheaper; beyond the second one also where the Krylov space
-# carries the energy already, so that its vectors need only become more exact.
+# Beyond this share of min(n, d) the complete decomposition is cheaper; beyond the second one also where the energy is
+# carried already, so that the vectors need only become more exact.
 WIDEST_SHARE = 0.3
 WIDEST_CARRYING_SHARE = 0.7
 # Accepted bound on the error of the projector onto the leading vectors (residual over gap, Davis-Kahan).
