@@ -158,9 +158,10 @@ class LeftFactor:
                 if k < len(values):
                     widest = max(WIDEST_SHARE, WIDEST_CARRYING_SHARE)
                     tolerance = PROJECTOR_TOLERANCE * float(values[k - 1] - values[k])
-                    if torch.finfo(values.dtype).eps * float(values[0]) > tolerance:
-                        return None  # squared Gram matrices cannot resolve so small a gap
-                    if float((coupling @ vectors[-coupling.shape[1] :, : k + 1]).norm()) < tolerance:
+                    rounding = torch.finfo(values.dtype).eps * float(values[0])
+                    if float((coupling @ vectors[-coupling.shape[1] :, : k + 1]).norm()) < max(tolerance, rounding):
+                        if rounding > tolerance:
+                            return None  # squared Gram matrices cannot resolve so small a gap
                         pairs = vectors[:, : k + 1]
                         q = _verified(values[: k + 1], basis @ pairs, metric_basis @ pairs, operator)
                         if q is None:
