@@ -188,6 +188,14 @@ def test_large_matrices_need_no_complete_decomposition(data, shape, ratios, monk
         check(left.decompose(y, ratio), reference, ratio, len(x))
 
 
+def test_an_accidental_gap_of_an_early_look_does_not_end_the_search():
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.arange(1, 2049, dtype=torch.float64).pow(-0.62)
+    x, _, other = (torch.randn(900, 2048, generator=generator, dtype=torch.float64) * scale for _ in range(3))
+    spectrum = LeftFactor(x)._leading(0.8 * x + 0.6 * other, 0.998)
+    assert spectrum is not None and len(spectrum.basis) == 53
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     "kind", ["decaying fast", "of low rank", "with duplicated rows", "with few distinct rows", "dominated by its mean"]
