@@ -12,7 +12,7 @@ from packaging.version import Version
 from peft import get_peft_model
 from test_collect import TOKENIZER, contrast
 
-from peft_edit import HPRConfig, SEAConfig, collect_activations, fit_sea
+from peft_edit import HPRConfig, SEAConfig, collect_activations, evaluate_multiple_choice, fit_sea
 from peft_edit.models.sites import find_sites
 
 
@@ -99,6 +99,15 @@ def test_blocks_without_one_residual_stream_are_refused(family, found):
 def test_collecting_needs_one_activation_for_each_position(family, tmp_path):
     with pytest.raises(ValueError, match=r"^[\w.]+ gives .* not one activation for each position of each row"):
         collect_activations(tiny_model(family), TOKENIZER, contrast(), tmp_path, site="block", tokens="answer")
+
+
+@torch.no_grad()
+def test_a_head_that_takes_several_streams_gives_the_logits_of_all():
+    """ProphetNet's takes (b, n-grams, s, d): here there are two n-grams and two positions."""
+    model, answers = tiny_model("prophetnet"), ([[5], [6]], [[7], [8]])
+    (found,) = evaluate_multiple_choice(model, TOKENIZER, contrast([([3, 4], *answers, None)], [0])).questions
+    expected = model(input_ids=torch.tensor([[3, 4]]), use_cache=False).logits[0, -1].log_softmax(dim=-1)
+    assert found.log_likelihoods == pytest.approx({f"w{i}": float(expected[i]) for i in (5, 6, 7, 8)}, abs=1e-4)
 
 
 def test_positions_before_rows_are_refused():

@@ -307,6 +307,13 @@ def test_what_does_not_fit_is_skipped_and_the_rest_goes_on(capsys, monkeypatch, 
     assert any("| 7B |" in line and "skipped: needs 1000000.0 GB of memory" in line for line in printed)
 
 
+def test_wrong_use_leaves_old_results(capsys, tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text("{}")
+    assert run(capsys, "loading", "--shape", "none", "--json", path)[0] == 2
+    assert path.read_text() == "{}"
+
+
 def test_nothing_begins_when_the_time_is_over(capsys, monkeypatch, tmp_path):
     of_cases(monkeypatch, Case("whole", lambda: [row()]), Case("free", lambda: [row("free")], measures=False))
     path = tmp_path / "out.json"

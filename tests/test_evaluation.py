@@ -101,6 +101,18 @@ def test_no_logits_of_tokens_that_are_not_scored(family):
     assert sum(shape[:2].numel() for shape in logits) == sum(len(a) for q in QUESTIONS for a in (*q[1], *q[2]))
 
 
+def test_a_model_of_another_library_may_use_the_shape_of_its_logits(llama):
+    class Own(type(llama)):
+        def forward(self, input_ids, **kwargs):
+            output = super().forward(input_ids=input_ids, **kwargs)
+            output.logits = output.logits.view(*input_ids.shape, -1)
+            return output
+
+    expected = evaluate_multiple_choice(llama, TOKENIZER, contrast())
+    llama.__class__ = Own
+    assert evaluate_multiple_choice(llama, TOKENIZER, contrast()) == expected
+
+
 def test_answers_of_one_length_are_run_together(llama):
     """Of whichever question they are: no position is padding where each length fills its batches."""
     questions = [([3, 4 + i], [[9], [10, 11, 12]], [[13], [14, 15, 16]], None) for i in range(4)]

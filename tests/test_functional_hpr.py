@@ -429,6 +429,23 @@ def test_numbers_in_python_make_the_same_edit(dtype, size, aligned):
         )
 
 
+@pytest.mark.parametrize("cosine", [0.5, 0.89, 0.8999, 0.9001, 0.99])
+def test_numbers_in_python_are_accurate_next_to_the_normal(cosine):
+    w = normal(512)
+    a = 3 * (math.sqrt(1 - cosine**2) * across(w) - cosine * unit(w))
+    expected = edit(a, w, constant(0.7))
+    found = edit_in_python(a.float(), w.float(), constant(0.7)).double()
+    assert (found - expected).norm() < 2e-6 * a.norm()
+
+
+def test_numbers_in_python_stay_where_the_tokens_are():
+    a, w = normal(6, D), normal(D, seed=1)
+    expected = edit(a, w, lambda tokens: tokens.new_ones(len(tokens)))
+    with torch.device("meta"):
+        found = edit_in_python(a, w, lambda tokens: tokens.new_ones(len(tokens)))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"gate": 1.0, "alpha": 0.5}, {"gate": 0.0}], ids=str)
 def test_compiled_edit_equals_the_other(options):
     """In a compiled graph no shape may depend on the data."""

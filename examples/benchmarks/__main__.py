@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -145,11 +145,8 @@ def rows_of(benchmark: str, case: Case, bench: Bench) -> Iterator[Row]:
             torch.cuda.empty_cache()
 
 
-def run(names: Iterable[str], bench: Bench, report: Report, minutes: float = math.inf) -> None:
-    """Measure, case by case, of which none begins after so many minutes."""
-    cases = [(name, case) for name in names for case in cases_of(name, bench)]
-    if not cases:
-        parser().error("there is nothing to measure: leave out --shape none, or name other benchmarks")
+def run(cases: Sequence[tuple[str, Case]], report: Report, bench: Bench, minutes: float = math.inf) -> None:
+    """Measure cases of benchmarks, of which none begins after so many minutes."""
     begun = time.perf_counter()
     with tqdm(cases, unit="case", leave=None) as progress:
         for name, case in progress:
@@ -181,12 +178,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = 0
     with tempfile.TemporaryDirectory(prefix="peft-edit-benchmarks-") as folder:
         bench = Bench(options.device, Path(folder), options.quick, options.model, options.plot, shapes)
+        cases = [(name, case) for name in names for case in cases_of(name, bench)]
+        if not cases:
+            parser().error("there is nothing to measure: leave out --shape none, or name other benchmarks")
         try:
             report = Report(options.json, description(options.device), settings)
         except OSError as error:
             parser().error(f"argument --json: {options.json} cannot be written: {error.strerror}")
         try:
-            run(names, bench, report, options.minutes)
+            run(cases, report, bench, options.minutes)
         except KeyboardInterrupt:
             status = INTERRUPTED
     print(report.table())

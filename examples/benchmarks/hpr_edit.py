@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -21,6 +22,7 @@ from .timing import LIMIT, Work
 HIDDEN = 4096
 TOKENS = (16, 512)
 ANGLE_RAD = 0.7
+COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
 def cases(bench: Bench) -> Iterator[Case]:
@@ -32,6 +34,11 @@ def cases(bench: Bench) -> Iterator[Case]:
     name = f"HPR's edit of {shape[0]} x {shape[1]} tokens, hidden size {d}"
     needs = (8 * d * d + 12 * math.prod(shape) * d) * bench.element
     yield Case(name, partial(many_tokens, bench, name, d, shape), needs=needs)
+
+
+def edit_of(a: Tensor) -> Callable[..., Tensor]:
+    """The edit that a layer without a kernel takes for some tokens."""
+    return edit_in_python if numbers_are_faster(a) else edit
 
 
 class Edit:
@@ -48,15 +55,11 @@ class Edit:
         return math.pi * torch.sigmoid(self.network(a).squeeze(-1))
 
     def thin(self, a: Tensor) -> Tensor:
-        return self._edit(a)(a, self.w, self.angle)
+        return edit_of(a)(a, self.w, self.angle)
 
     def rotate(self, a: Tensor, angle_rad: Tensor) -> Tensor:
         """Every token, by given angles."""
-        return self._edit(a)(a, self.w, lambda chosen: angle_rad.reshape(-1)[: len(chosen)], gate=1.0)
-
-    def _edit(self, a: Tensor) -> Callable[..., Tensor]:
-        """The edit that a layer takes without a kernel."""
-        return edit_in_python if numbers_are_faster(a) else edit
+        return edit_of(a)(a, self.w, lambda chosen: angle_rad.reshape(-1)[: len(chosen)], gate=1.0)
 
     def dense(self, a: Tensor) -> Tensor:
         return published.hpr_edit(a, self.w, self.angle, self.reflection)
@@ -112,6 +115,9 @@ def one_token(bench: Bench, case: str, d: int) -> Iterator[Row]:
 
 def compiled(bench: Bench, case: str, d: int) -> Iterator[Row]:
     """The pure function, compiled: a case of its own, as that needs a compiler of C++."""
+    if bench.device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
+        yield Row(bench.name, case, skipped=f"needs a compiler of C++: {', '.join(COMPILERS)}")
+        return
     made, by_compiler = Edit(bench, d), torch.compile(rotate, backend="eager" if bench.quick else "inductor")
     token = torch.randn(1, d, generator=torch.Generator().manual_seed(1)).to(bench.device, bench.dtype)
     given = torch.full((1,), ANGLE_RAD, device=bench.device, dtype=bench.dtype)

@@ -1,4 +1,4 @@
-"""The machine that measures: what it is, and whether something fits its memory."""
+"""The machine that measures: what it is, and whether something fits its memory and its disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 class DoesNotFitError(Exception):
-    """A case that needs more memory than there is."""
+    """A case that needs more memory, or disk, than there is."""
 
 
 def description(device: torch.device) -> dict[str, Any]:

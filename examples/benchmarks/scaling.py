@@ -11,13 +11,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from peft_edit.tuners.hpr.maths import edit as hpr_edit
+from peft_edit.tuners.fusing import numbers_are_faster
 from peft_edit.tuners.sea.layer import adding_kernel
 from peft_edit.tuners.sea.maths import edit_at_once, fit
 
 from .collection import in_processes
 from .data import subjects
 from .fit import demonstrations
+from .hpr_edit import edit_of
 from .machine import processors
 from .models import RANK, orthonormal
 from .report import Bench, Case, Row
@@ -118,14 +119,15 @@ def random_tokens(bench: Bench, *shape: int) -> Tensor:
 def sea_call(bench: Bench, d: int, rank: int, shape: tuple[int, int]) -> Callable[[], object]:
     bases = [orthonormal(rank, d, seed).to(bench.device, bench.dtype) for seed in (0, 1)]
     h = random_tokens(bench, *shape, d)
-    add = adding_kernel(h)
-    return lambda: edit_at_once(h, *bases, rescale="token", mean_rescale=1.0, strength=1.0, add=add)
+    way = {"add": adding_kernel(h), "in_python": numbers_are_faster(h)}
+    return lambda: edit_at_once(h, *bases, rescale="token", mean_rescale=1.0, strength=1.0, **way)
 
 
 def hpr_call(bench: Bench, d: int, tokens: int) -> Callable[[], object]:
     a, w = random_tokens(bench, 1, tokens, d), random_tokens(bench, d)
     given = torch.full((tokens,), 0.7, device=bench.device, dtype=bench.dtype)
-    return lambda: hpr_edit(a, w, lambda chosen: given[: len(chosen)], gate=1.0)
+    edit = edit_of(a)
+    return lambda: edit(a, w, lambda chosen: given[: len(chosen)], gate=1.0)
 
 
 def measured(

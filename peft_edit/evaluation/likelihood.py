@@ -153,33 +153,42 @@ def _score(
         scored[i, answer.prompt_length : len(answer.input_ids)] = True
     scored, targets = scored[:, shared + 1 :], ids[:, shared + 1 :]
     cached = {"use_cache": False} if cache is None else {cache_name(bare): cache, "use_cache": True}
-    with _predicting(bare, scored):
+    with _predicting(bare, scored) as selected:
         logits = model(input_ids=ids[:, shared:-1], attention_mask=mask[:, :-1], **cached).logits
-    logits = logits[scored.to(logits.device)] if logits.shape[:2] == scored.shape else logits[0]
+    logits = logits[0] if selected else logits[scored.to(logits.device)]
     targets = targets[scored].to(logits.device)
     log_likelihoods = -functional.cross_entropy(logits.float(), targets, reduction="none")
     return [float(part.sum()) for part in log_likelihoods.split(scored.sum(dim=1).tolist())]
 
 
 @contextmanager
-def _predicting(model: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Inside the `with` block a model gives the logits of some positions alone, (1, n, vocabulary), where its LM head
-    is a module that takes all of them; else those of all, (b, s, vocabulary).
+def _predicting(model: nn.Module, positions: Tensor) -> Iterator[list[bool]]:
+    """Inside the `with` block a model of Transformers gives the logits of some positions alone, (1, n, vocabulary), if
+    its LM head takes all of them as (b, s, d); else, and any other model, those of all, (b, s, vocabulary).
 
     Args:
         model: without a `PeftModel` around it.
         positions: which, (b, s) bool.
+
+    Returns:
+        A list that is not empty once they were selected.
     """
+    selected: list[bool] = []
 
     def select(head: nn.Module, args: tuple) -> tuple | None:
         # Shapes must not depend on the data inside a compiled graph; DataParallel's replicas see a part of the rows.
-        if torch.compiler.is_compiling() or not args or args[0].shape[:2] != positions.shape:
+        if torch.compiler.is_compiling() or not args or args[0].dim() != 3 or args[0].shape[:2] != positions.shape:
             return None
         hidden = args[0]
+        selected.append(True)
         return (hidden[positions.to(hidden.device)].unsqueeze(0), *args[1:])
 
+    # What others do with logits may need the shape of the tokens.
+    if not type(model).__module__.startswith("transformers."):
+        yield selected
+        return
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        yield
+        yield selected
     finally:
         handle.remove()

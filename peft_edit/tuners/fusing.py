@@ -33,7 +33,7 @@ def values_alone(h: Tensor) -> bool:
 
 def is_at_hand(module: nn.Module) -> bool:
     """Whether a module's weights are plain tensors that can be used without calling it: nothing offloads, gathers or
-    shards them, and nobody listens to it."""
+    shards them, and it has no hooks of its own."""
     # A module looks long for an attribute that it lacks.
     listening = "_hf_hook" in module.__dict__ or module._forward_pre_hooks or module._forward_hooks
     return not listening and all(type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())

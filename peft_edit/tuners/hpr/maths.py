@@ -18,8 +18,9 @@ from torch.nn import functional
 
 # Below this sine of the angle between an activation and the normal there is no plane to rotate in.
 NO_DIRECTION = 1e-6
-# Cosine of that angle up to which the sine that follows from it is accurate.
-MOST_COSINE = 0.99
+# Cosine of that angle up to which the sine that follows from it is off by few roundings: by that of the cosine times
+# c / (1 - c^2), 5.
+MOST_COSINE = 0.9
 # Without gradients, tokens are edited so many elements at a time, those of the angle network's input and those that are
 # rotated: what is computed on the way then takes little memory, and on a CPU that of the rotation stays in the cache.
 # Elsewhere chunks are larger, as each one waits for the device.
@@ -195,7 +196,8 @@ def edit_in_python(
         return a
     flat = a.reshape(-1, a.shape[-1])
     x, n = flat.to(_wide(a.dtype)), w.to(_wide(a.dtype))
-    products, threshold = _dot(x, n).tolist(), gate_logit(gate)
+    # The threshold as a tensor is compared with it.
+    products, threshold = _dot(x, n).tolist(), x.new_tensor(gate_logit(gate)).item()
     negative = [i for i, product in enumerate(products) if product <= threshold]
     if not negative:
         return a
@@ -220,7 +222,7 @@ def edit_in_python(
     of_x, of_n = x.new_tensor(factors).unsqueeze(-1).unbind(dim=1)
     rotated = torch.addcmul((x if every else x[negative]) * of_x, of_n, n).to(a.dtype)
     if not every:
-        rotated = flat.index_copy(0, torch.tensor(negative), rotated)
+        rotated = flat.index_copy(0, flat.new_tensor(negative, dtype=torch.int64), rotated)
     return rotated.reshape(a.shape)
 
 

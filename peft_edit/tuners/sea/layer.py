@@ -136,7 +136,7 @@ class SEALayer(EditLayer):
                     mean_rescale=mean_rescale,
                     strength=strength,
                     add=add,
-                    in_python=fusing.numbers_are_faster(h),
+                    in_python=config.rescale == "token" and fusing.numbers_are_faster(h),
                 )
         scale = 1.0
         if config.input_scale is not None:

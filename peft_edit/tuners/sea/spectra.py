@@ -21,8 +21,8 @@ from ...arguments import Argument, ArgumentError
 SMALL_CORE = 512
 # Width of a Krylov block: narrow enough to waste nothing on a small rank, wide enough for fast matrix products.
 BLOCK_WIDTH = 24
-# Beyond this share of min(n, d) the complete decomposition is cheaper; beyond the second one also where the energy is
-# carried already, so that the vectors need only become more exact.
+# Beyond this share of min(n, d) the complete decomposition is cheaper; for n < d, where it is dearer, beyond the second
+# one if the energy is carried already, so that the vectors need only become more exact.
 WIDEST_SHARE = 0.3
 WIDEST_CARRYING_SHARE = 0.7
 # Accepted bound on the error of the projector onto the leading vectors (residual over gap, Davis-Kahan).
@@ -156,7 +156,7 @@ class LeftFactor:
                 values, vectors = values.flip(0), vectors.flip(1)
                 k = int((values.cumsum(dim=0) < ratio * total).sum()) + 1
                 if k < len(values):
-                    widest = max(WIDEST_SHARE, WIDEST_CARRYING_SHARE)
+                    widest = WIDEST_CARRYING_SHARE if n < d else WIDEST_SHARE
                     tolerance = PROJECTOR_TOLERANCE * float(values[k - 1] - values[k])
                     rounding = torch.finfo(values.dtype).eps * float(values[0])
                     if float((coupling @ vectors[-coupling.shape[1] :, : k + 1]).norm()) < max(tolerance, rounding):
