@@ -1,6 +1,7 @@
 """The mathematics of HPR: angles, the rotation, the edit of negative activations, the loss."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_edit.tuners.angle import angle_between
-from peft_edit.tuners.hpr.maths import edit, edit_in_python, is_negative, loss, reflection_angle, rotate
+from peft_edit.tuners.hpr.maths import edit, is_negative, loss, reflection_angle, rotate
 
 
 GOLDEN = Path(__file__).parent / "fixtures" / "hpr_edit.safetensors"
@@ -22,7 +23,8 @@ D = 24
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 wide_dtypes = pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 half_dtypes = pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
-every_edit = pytest.mark.parametrize("edit", [edit, edit_in_python])
+edit_in_python = partial(edit, in_python=True)
+every_edit = pytest.mark.parametrize("edit", [edit, edit_in_python], ids=["tensors", "python"])
 angles = st.floats(0, math.pi)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peft_edit.tuners.fusing import numbers_are_faster
 from peft_edit.tuners.hpr.layer import angle_network
-from peft_edit.tuners.hpr.maths import edit, edit_in_python, is_negative, rotate
+from peft_edit.tuners.hpr.maths import edit, is_negative, rotate
 
 from . import published
 from .report import Bench, Case, Row
@@ -36,9 +36,10 @@ def cases(bench: Bench) -> Iterator[Case]:
     yield Case(name, partial(many_tokens, bench, name, d, shape), needs=needs)
 
 
-def edit_of(a: Tensor) -> Callable[..., Tensor]:
-    """The edit that a layer without a kernel takes for some tokens."""
-    return edit_in_python if numbers_are_faster(a) else edit
+def rotate_all(a: Tensor, w: Tensor, angle_rad: Tensor) -> Tensor:
+    """Every token by a given angle, as a layer without a kernel does it."""
+    angles = angle_rad.reshape(-1)
+    return edit(a, w, lambda tokens: angles[: len(tokens)], gate=1.0, in_python=numbers_are_faster(a))
 
 
 class Edit:
@@ -55,11 +56,11 @@ class Edit:
         return math.pi * torch.sigmoid(self.network(a).squeeze(-1))
 
     def thin(self, a: Tensor) -> Tensor:
-        return edit_of(a)(a, self.w, self.angle)
+        return edit(a, self.w, self.angle, in_python=numbers_are_faster(a))
 
     def rotate(self, a: Tensor, angle_rad: Tensor) -> Tensor:
         """Every token, by given angles."""
-        return edit_of(a)(a, self.w, lambda chosen: angle_rad.reshape(-1)[: len(chosen)], gate=1.0)
+        return rotate_all(a, self.w, angle_rad)
 
     def dense(self, a: Tensor) -> Tensor:
         return published.hpr_edit(a, self.w, self.angle, self.reflection)

@@ -18,7 +18,7 @@ from peft_edit.tuners.sea.maths import edit_at_once, fit
 from .collection import in_processes
 from .data import subjects
 from .fit import demonstrations
-from .hpr_edit import edit_of
+from .hpr_edit import rotate_all
 from .machine import processors
 from .models import RANK, orthonormal
 from .report import Bench, Case, Row
@@ -126,8 +126,7 @@ def sea_call(bench: Bench, d: int, rank: int, shape: tuple[int, int]) -> Callabl
 def hpr_call(bench: Bench, d: int, tokens: int) -> Callable[[], object]:
     a, w = random_tokens(bench, 1, tokens, d), random_tokens(bench, d)
     given = torch.full((tokens,), 0.7, device=bench.device, dtype=bench.dtype)
-    edit = edit_of(a)
-    return lambda: edit(a, w, lambda chosen: given[: len(chosen)], gate=1.0)
+    return lambda: rotate_all(a, w, given)
 
 
 def measured(

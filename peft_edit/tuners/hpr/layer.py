@@ -12,7 +12,7 @@ from .. import fusing
 from ..network import feed_forward
 from ..trained import TrainedLayer
 from .config import HPRConfig
-from .maths import edit, edit_in_python, positive_probability, reflection_angle
+from .maths import edit, positive_probability, reflection_angle
 
 
 # Why an adapter is no linear update.
@@ -86,8 +86,8 @@ class HPRLayer(TrainedLayer):
         def angle(a: Tensor) -> Tensor:
             return reflection_angle(a, w) if config.rotation == "reflection" else self.angles(a, adapter_name)
 
-        shorter = fusing.values_alone(h) and fusing.numbers_are_faster(h)
-        return (edit_in_python if shorter else edit)(h, w, angle, gate=config.gate, alpha=alpha)
+        in_python = fusing.values_alone(h) and fusing.numbers_are_faster(h)
+        return edit(h, w, angle, gate=config.gate, alpha=alpha, in_python=in_python)
 
     def _normal(self, adapter_name: str, h: Tensor) -> Tensor:
         """The normal of the probe's hyperplane, (d,), also where it is offloaded."""

@@ -132,6 +132,7 @@ def edit(
     *,
     gate: float = 0.5,
     alpha: float = 1.0,
+    in_python: bool = False,
 ) -> Tensor:
     """Rotate the negative activations towards the positive side and leave the others as they are, bit for bit.
 
@@ -141,6 +142,8 @@ def edit(
         angle: maps negative activations, (m, d), to angles in [0, pi], (m,). It sees no others.
         gate: see `is_negative`.
         alpha: factor on the angle, which is then cut off at pi.
+        in_python: whether to compute what is one number for each token in Python, of a few tokens on a CPU, and for
+            values alone: it is not differentiable.
 
     Returns:
         (..., d), a's dtype; norms are kept. Computed in float32 or wider.
@@ -152,6 +155,8 @@ def edit(
         return (alpha * angle(tokens)).clamp_max(math.pi)
 
     flat = a.reshape(-1, a.shape[-1])
+    if in_python and (edited := _edited_in_python(flat, w, angle, gate, alpha)) is not None:
+        return edited.reshape(a.shape)
     if torch.compiler.is_compiling():
         # Shapes must not depend on the data inside a compiled graph.
         negative = is_negative(flat, w, gate).unsqueeze(-1)
@@ -177,25 +182,19 @@ def edit(
     return out.reshape(a.shape)
 
 
-def edit_in_python(
-    a: Tensor,
-    w: Tensor,
-    angle: Callable[[Tensor], Tensor],
-    *,
-    gate: float = 0.5,
-    alpha: float = 1.0,
-) -> Tensor:
-    """`edit` of a few tokens with a third of its operators, for values alone: what is one number for each token, or for
-    w, is computed in Python. It waits for the device at each of them.
+def _edited_in_python(
+    a: Tensor, w: Tensor, angle: Callable[[Tensor], Tensor], gate: float, alpha: float
+) -> Tensor | None:
+    """`edit` of a few tokens, (m, d), with a third of its operators: what is one number for each, or for w, is computed
+    in Python.
 
     In the plane of a^ and n the rotation is cos(g) a + sin(g) |a| (n - c a^) / s, c = n . a^ and s = sqrt(1 - c^2): a
-    multiple of a and one of w. Where s is small, it loses digits, and `edit` takes over, as where a or w is zero, too
-    large or not finite.
+    multiple of a and one of w.
+
+    Returns:
+        (m, d); None where s is so small that digits are lost, and where a or w is zero, too large or not finite.
     """
-    if gate == 0 or alpha == 0:
-        return a
-    flat = a.reshape(-1, a.shape[-1])
-    x, n = flat.to(_wide(a.dtype)), w.to(_wide(a.dtype))
+    x, n = a.to(_wide(a.dtype)), w.to(_wide(a.dtype))
     # The threshold as a tensor is compared with it.
     products, threshold = _dot(x, n).tolist(), x.new_tensor(gate_logit(gate)).item()
     negative = [i for i, product in enumerate(products) if product <= threshold]
@@ -208,22 +207,20 @@ def edit_in_python(
     if not least <= w_norm <= most or not all(
         least <= norms[i] <= most and abs(products[i]) <= MOST_COSINE * norms[i] * w_norm for i in negative
     ):
-        return edit(a, w, angle, gate=gate, alpha=alpha)
-    every = len(negative) == len(flat)
-    angles = angle(flat if every else flat[negative]).tolist()
+        return None
+    every = len(negative) == len(a)
+    angles = angle(a if every else a[negative]).tolist()
     factors = []
     for i, angle_rad in zip(negative, angles, strict=True):
         angle_rad = min(alpha * angle_rad, math.pi)
         cosine = products[i] / (norms[i] * w_norm)
         ratio = math.sin(angle_rad) / math.sqrt(1 - cosine * cosine)
         factors.append((math.cos(angle_rad) - ratio * cosine, ratio * norms[i] / w_norm))
-    if len(flat) == 1:
-        return torch.add(x * factors[0][0], n, alpha=factors[0][1]).to(a.dtype).reshape(a.shape)
+    if len(a) == 1:
+        return torch.add(x * factors[0][0], n, alpha=factors[0][1]).to(a.dtype)
     of_x, of_n = x.new_tensor(factors).unsqueeze(-1).unbind(dim=1)
     rotated = torch.addcmul((x if every else x[negative]) * of_x, of_n, n).to(a.dtype)
-    if not every:
-        rotated = flat.index_copy(0, flat.new_tensor(negative, dtype=torch.int64), rotated)
-    return rotated.reshape(a.shape)
+    return rotated if every else a.index_copy(0, a.new_tensor(negative, dtype=torch.int64), rotated)
 
 
 @dataclass(frozen=True)
